@@ -1,0 +1,1 @@
+"""Benchmarks: prompts, a judge, and what fingerprints a number."""

@@ -1,0 +1,70 @@
+"""The benchmark of the embedded world: GenEval's six tasks on coloured shapes, judged exactly."""
+
+import hashlib
+import json
+
+import numpy as np
+
+from t2i_rl.errors import UserError
+from t2i_rl.prompts import Prompt
+from t2i_rl.shapes.judge import Verdict, judge
+from t2i_rl.shapes.oracle import detect
+from t2i_rl.shapes.scene import CANVASES
+from t2i_rl.shapes.suites import select_prompts
+from t2i_rl.shapes.text import GENEVAL_TASKS
+
+
+class Shapes:
+    """Held-out prompts of `shapes`, half of them with object pairs that no training prompt names (where a task has pairs).
+
+    Args:
+        tasks: which tasks; the six of GenEval make `overall`, others are reported under their own names.
+        prompts_per_task: at most so many prompts of each task; samples_per_prompt: images of each prompt.
+        size: canvas in pixels; must be what the model draws.
+    """
+
+    name = "shapes"
+    version = 1
+
+    def __init__(
+        self, tasks: tuple[str, ...] = GENEVAL_TASKS, prompts_per_task: int = 40, samples_per_prompt: int = 2, split: str = "test", size: int = 32
+    ):
+        if size not in CANVASES:
+            raise UserError(f"benchmark.size must be one of {CANVASES}, not {size}")
+        self.tasks, self.prompts_per_task, self.samples_per_prompt, self.split, self.size = tuple(tasks), prompts_per_task, samples_per_prompt, split, size
+
+    def prompts(self) -> list[Prompt]:
+        return select_prompts(self.split, self.prompts_per_task, self.tasks, self.size)
+
+    def judge(self, images: np.ndarray, prompts: list[Prompt]) -> list[Verdict]:
+        """Verdicts on uint8 images `(N, H, W, 3)`.
+
+        Raises:
+            UserError: images of a size that the judge was not made for.
+        """
+        if images.shape[1:3] != (self.size, self.size):
+            raise UserError(f"benchmark=shapes judges {self.size}x{self.size} images, the model drew {images.shape[2]}x{images.shape[1]}")
+        return [judge(prompt.meta, found) for prompt, found in zip(prompts, detect(images), strict=True)]
+
+    def features(self, images: np.ndarray) -> np.ndarray:
+        """What diversity is measured on, float32 `(N, 192)`: the image without its background, averaged over an 8x8 grid."""
+        pixels = images.astype(np.float32) / 255
+        border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
+        pixels = pixels - np.median(border, axis=1)[:, None, None]
+        cell = self.size // 8
+        return pixels.reshape(len(images), 8, cell, 8, cell, 3).mean(axis=(2, 4)).reshape(len(images), -1)
+
+    def fingerprint(self) -> dict:
+        """What a number of this benchmark depends on."""
+        rows = [[prompt.id, prompt.text, prompt.meta] for prompt in self.prompts()]
+        return {
+            "name": self.name,
+            "version": self.version,
+            "split": self.split,
+            "tasks": list(self.tasks),
+            "size": self.size,
+            "n_prompts": len(rows),
+            "samples_per_prompt": self.samples_per_prompt,
+            "prompts_sha256": hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest(),
+            "judge": "shapes oracle, strict",
+        }

@@ -1,0 +1,1 @@
+"""Where training prompts come from."""

@@ -1,0 +1,96 @@
+"""Captioned grids of images as one picture, for the README and for the samples logged during training."""
+
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from t2i_rl.errors import UserError
+from t2i_rl.evaluation.results import headline_comparison, read_results, read_stage
+
+FONT_SIZE = 12
+LINE_HEIGHT = 15
+MARGIN = 10
+BORDER = 3
+INK, PAPER, FRAME = "#1f2328", "#ffffff", "#d0d7de"
+RIGHT, WRONG = "#1a7f37", "#cf222e"
+
+
+def caption_grid(
+    images: Sequence[np.ndarray],
+    captions: Sequence[str],
+    columns: int,
+    scale: int,
+    frames: Sequence[str] | None = None,
+) -> Image.Image:
+    """Images in rows of `columns`, enlarged by pixel doubling, each with its wrapped caption below and a coloured frame.
+
+    Args:
+        images: N arrays (H, W, 3) uint8, all of one size.
+        captions: N texts; line breaks are kept.
+        columns: images per row.
+        scale: whole-number enlargement.
+        frames: N colours; grey where not given.
+
+    Raises:
+        ValueError: no images, differing sizes, or numbers of captions or frames that do not fit.
+    """
+    frames = frames or [FRAME] * len(images)
+    if not images or len({image.shape for image in images}) > 1 or not len(images) == len(captions) == len(frames):
+        raise ValueError(f"{len(images)} images of one size, captions ({len(captions)}) and frames ({len(frames)}) must fit")
+    font = ImageFont.load_default(size=FONT_SIZE)
+    height, width = images[0].shape[0] * scale + 2 * BORDER, images[0].shape[1] * scale + 2 * BORDER
+    letters = max(8, int(width / font.getlength("n")))
+    wrapped = [[part for line in text.split("\n") for part in textwrap.wrap(line, letters) or [""]] for text in captions]
+    starts = range(0, len(images), columns)
+    row_heights = [height + 4 + LINE_HEIGHT * max(map(len, wrapped[start : start + columns])) for start in starts]
+    shape = (MARGIN + min(columns, len(images)) * (width + MARGIN), MARGIN + sum(row_heights) + MARGIN * len(row_heights))
+    canvas = Image.new("RGB", shape, PAPER)
+    draw = ImageDraw.Draw(canvas)
+    top = MARGIN
+    for start, row_height in zip(starts, row_heights, strict=True):
+        for column, index in enumerate(range(start, min(start + columns, len(images)))):
+            left = MARGIN + column * (width + MARGIN)
+            draw.rectangle((left, top, left + width - 1, top + height - 1), fill=frames[index])
+            canvas.paste(Image.fromarray(np.kron(images[index], np.ones((scale, scale, 1), np.uint8))), (left + BORDER, top + BORDER))
+            for line, text in enumerate(wrapped[index]):
+                draw.text((left, top + height + 4 + line * LINE_HEIGHT), text, INK, font)
+        top += row_height + MARGIN
+    return canvas
+
+
+def first_of_each_task(records: Sequence[dict], per_task: int) -> list[tuple[str, int]]:
+    """Keys (prompt_id, sample_index) of the first `per_task` prompts of every task, first sample of each: chosen without looking."""
+    chosen: dict[str, dict[str, int]] = {}
+    for record in records:
+        prompts = chosen.setdefault(record["tag"], {})
+        if record["prompt_id"] not in prompts and len(prompts) < per_task:
+            prompts[record["prompt_id"]] = record["sample_index"]
+    return [key for prompts in chosen.values() for key in prompts.items()]
+
+
+def grid_png(run_dir: Path, path: Path, per_task: int = 2, pairs_per_row: int = 2, scale: int = 5) -> None:
+    """Write a PNG of before and after: the same prompts and seeds side by side, framed green or red by the strict verdict.
+
+    Raises:
+        UserError: the run has no before and after, or its records are missing.
+    """
+    run_dir = Path(run_dir)
+    comparison = headline_comparison(read_results(run_dir / "results.json"))
+    if comparison is None:
+        raise UserError(f"{run_dir} has no before and after: nothing was trained in it")
+    sides = [(stage, read_stage(run_dir, stage)) for stage in (comparison["a"], comparison["b"])]
+    by_key = [(stage, {(r["prompt_id"], r["sample_index"]): r for r in records}) for stage, records in sides]
+    images, captions, frames = [], [], []
+    for key in first_of_each_task(sides[0][1], per_task):
+        for name, (stage, records) in zip(("before", "after"), by_key, strict=True):
+            record = records[key]
+            images.append(np.asarray(Image.open(run_dir / "evaluation" / stage / record["image"]).convert("RGB")))
+            captions.append(f"{name}: {record['prompt']}")
+            frames.append(RIGHT if record["strict"] else WRONG)
+    grid = caption_grid(images, captions, 2 * pairs_per_row, scale, frames)
+    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
+    grid.save(temporary, format="PNG")
+    temporary.replace(path)

@@ -1,0 +1,201 @@
+"""Reading and writing what a run leaves behind: records.jsonl, results.json, and a finished job as a whole."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from t2i_rl.errors import UserError
+
+STAGES = ("base_direct", "base_plan", "trained_direct", "trained_plan")
+HEADLINE_PAIRS = (("base_plan", "trained_plan"), ("base_direct", "trained_direct"))
+RECORD_KEYS = (
+    *("prompt_id", "prompt", "tag", "seen", "sample_index", "seed", "plan"),
+    *("strict", "lenient", "score", "defects", "image"),
+)
+RESULT_KEYS = ("task", "method", "model", "reward", "seed", "steps", "benchmark", "stages", "comparisons", "headline")
+METRIC_KEYS = ("mean", "low", "high", "n_prompts")
+DIFFERENCE_KEYS = ("difference", "low", "high", "p_value", "n_prompts")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A finished run: its folder, its results.json, and its settings as text (results' own fields, then Hydra's overrides)."""
+
+    folder: Path
+    results: dict
+    settings: dict[str, str]
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that a reader or a crash never meets half of it."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def not_finite(value: Any, where: str = "") -> Iterator[str]:
+    """Dotted paths of every NaN or infinity in nested dicts and lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield where
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, item in items:
+        yield from not_finite(item, f"{where}.{key}" if where else str(key))
+
+
+def require(holder: Any, keys: Sequence[str], where: str) -> None:
+    """Raise a UserError that names the place and the first key that is missing."""
+    if not isinstance(holder, dict):
+        raise UserError(f"{where}: expected an object, found {type(holder).__name__}")
+    for key in keys:
+        if key not in holder:
+            raise UserError(f"{where}: the key '{key}' is missing")
+
+
+def check_results(results: Any, path: Path) -> None:
+    """Raise a UserError that names file and key unless `results` has the form in docs/architecture.md."""
+    require(results, RESULT_KEYS, f"{path}")
+    require(results["benchmark"], ("name",), f"{path}: benchmark")
+    for stage, content in results["stages"].items():
+        require(content, ("metrics",), f"{path}: stages.{stage}")
+        for name, metric in content["metrics"].items():
+            require(metric, METRIC_KEYS, f"{path}: stages.{stage}.metrics.{name}")
+    for number, comparison in enumerate(results["comparisons"]):
+        require(comparison, ("a", "b", "metrics"), f"{path}: comparisons.{number}")
+        for name, metric in comparison["metrics"].items():
+            require(metric, DIFFERENCE_KEYS, f"{path}: comparisons.{number}.metrics.{name}")
+
+
+def write_results(path: Path, results: dict) -> None:
+    """Write results.json atomically.
+
+    Raises:
+        ValueError: a number is NaN or infinite (its place is named).
+        UserError: a required key is missing.
+    """
+    for where in not_finite(results):
+        raise ValueError(f"{path}: {where} is not finite")
+    check_results(results, path)
+    write_atomic(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        UserError: the file is missing or not JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error}") from error
+
+
+def read_results(path: Path) -> dict:
+    """Read and check results.json.
+
+    Raises:
+        UserError: the file is missing, not JSON, or lacks a key (file and key are named).
+    """
+    results = read_json(path)
+    check_results(results, path)
+    return results
+
+
+def write_records(path: Path, records: Sequence[dict]) -> None:
+    """Write records.jsonl atomically, one image a line.
+
+    Raises:
+        ValueError: a number is NaN or infinite (its place is named).
+        UserError: a required key is missing.
+    """
+    for number, record in enumerate(records, start=1):
+        require(record, RECORD_KEYS, f"{path}:{number}")
+        for where in not_finite(record):
+            raise ValueError(f"{path}:{number}: {where} is not finite")
+    write_atomic(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def read_records(path: Path) -> list[dict]:
+    """Read records.jsonl.
+
+    Raises:
+        UserError: the file is missing, or a line is not a record (file, line and key are named).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    records = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON: {error}") from error
+            require(records[-1], RECORD_KEYS, f"{path}:{number}")
+    return records
+
+
+def stages_of(results: dict) -> list[str]:
+    """The stages of a run in the order of `STAGES`, any other after them."""
+    return sorted(results["stages"], key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
+
+
+def headline_comparison(results: dict) -> dict | None:
+    """The comparison that a run is about: trained against base, with a plan if it has one; None if nothing was trained."""
+    for pair in HEADLINE_PAIRS:
+        for comparison in results["comparisons"]:
+            if (comparison["a"], comparison["b"]) == pair:
+                return comparison
+    return None
+
+
+def read_stage(folder: Path, stage: str) -> list[dict]:
+    """The records of one stage of the run in `folder`.
+
+    Raises:
+        UserError: see `read_records`.
+    """
+    return read_records(Path(folder) / "evaluation" / stage / "records.jsonl")
+
+
+def read_job(folder: Path) -> Job:
+    """A finished run. Overrides come from `.hydra/overrides.yaml` where the folder has one.
+
+    Raises:
+        UserError: see `read_results`.
+    """
+    folder = Path(folder)
+    results = read_results(folder / "results.json")
+    settings = {key: str(results[key]) for key in ("method", "model", "reward", "seed", "steps")}
+    settings["benchmark"] = str(results["benchmark"]["name"])
+    overrides = folder / ".hydra" / "overrides.yaml"
+    if overrides.is_file():
+        for override in OmegaConf.load(overrides):
+            key, _, value = override.lstrip("+").partition("=")
+            settings[key] = value
+    return Job(folder, results, settings)
+
+
+def read_jobs(sweep: Path) -> list[Job]:
+    """Every finished run below `sweep`, by folder name.
+
+    Raises:
+        UserError: there is none, or one is unreadable.
+    """
+    folders = sorted(path.parent for path in Path(sweep).rglob("results.json"))
+    if not folders:
+        raise UserError(f"{sweep} holds no results.json: no job finished, or this is not a sweep folder")
+    return [read_job(folder) for folder in folders]

@@ -1,0 +1,81 @@
+"""The stages of a run (base and trained, direct and with a plan), and the results.json that compares them."""
+
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+
+from t2i_rl.errors import UserError
+from t2i_rl.evaluation.diversity import compare_diversity, diversity
+from t2i_rl.evaluation.evaluator import Evaluator, evaluate
+from t2i_rl.evaluation.results import STAGES, headline_comparison, write_results
+from t2i_rl.evaluation.stats import aggregate, compare
+
+COMPARED = (("base_direct", "base_plan"), ("base_plan", "trained_plan"), ("base_direct", "trained_direct"), ("base_direct", "trained_plan"))
+
+
+class Stages:
+    """Draws stages one after another with one benchmark, one seed, one batch size; `summary` compares all that were drawn."""
+
+    def __init__(self, trainer: L.Trainer, model: torch.nn.Module, benchmark, folder: Path, seed: int, batch_size: int):
+        self.trainer, self.model, self.benchmark = trainer, model, benchmark
+        self.folder, self.seed, self.batch_size = Path(folder), seed, batch_size
+        self.records: dict[str, list[dict]] = {}
+
+    def draw(self, stage: str) -> None:
+        """Draw and judge one stage with the model as it is now.
+
+        Raises:
+            UserError: no such stage.
+        """
+        if stage not in STAGES:
+            raise UserError(f"evaluation.stages holds {stage!r}; choose from {', '.join(STAGES)}")
+        mode = stage.split("_")[1]
+        evaluator = Evaluator(self.model, self.benchmark, mode, self.folder / stage, self.seed, self.batch_size)
+        self.records[stage] = evaluate(self.trainer, evaluator)
+
+    def summary(self) -> dict:
+        """`stages` and `comparisons` as in results.json."""
+        stages = {stage: {"metrics": aggregate(records) | self._diversity(stage)} for stage, records in self.records.items()}
+        pairs = [pair for pair in COMPARED if set(pair) <= set(self.records)]
+        comparisons = [
+            {"a": a, "b": b, "metrics": compare(self.records[a], self.records[b]) | self._diversity_change(a, b)} for a, b in pairs
+        ]
+        return {"stages": stages, "comparisons": comparisons}
+
+    def _features(self, stage: str) -> np.ndarray:
+        return np.load(self.folder / stage / "features.npy")
+
+    def _diversity(self, stage: str) -> dict:
+        if self.benchmark.samples_per_prompt < 2:
+            return {}
+        return diversity(self._features(stage), [record["prompt_id"] for record in self.records[stage]])
+
+    def _diversity_change(self, a: str, b: str) -> dict:
+        if self.benchmark.samples_per_prompt < 2:
+            return {}
+        return compare_diversity(self._features(a), self._features(b), [record["prompt_id"] for record in self.records[a]])
+
+
+def write_summary(cfg, stages: Stages, steps: int, extra: dict | None = None) -> dict:
+    """Write results.json into the run's folder and return its content."""
+    from hydra.core.hydra_config import HydraConfig
+
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    results = {
+        "task": choices.get("task"),
+        "method": choices.get("method"),
+        "model": choices.get("model"),
+        "reward": choices.get("reward"),
+        "seed": cfg.seed,
+        "steps": steps,
+        "benchmark": stages.benchmark.fingerprint(),
+        "sampling": stages.model.sampling(),
+        **stages.summary(),
+        **(extra or {}),
+    }
+    comparison = headline_comparison(results)
+    results["headline"] = {"a": comparison["a"], "b": comparison["b"], **comparison["metrics"]["overall"]} if comparison else None
+    write_results(Path(cfg.paths.output_dir) / "results.json", results)
+    return results

@@ -1,0 +1,189 @@
+"""The tables of one run and of a sweep, as plain text cells, for the terminal (rich), for Markdown and for the report."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from t2i_rl.errors import UserError
+from t2i_rl.evaluation.results import Job, headline_comparison, stages_of
+from t2i_rl.evaluation.stats import seed_interval
+
+MISSING = "-"
+MARK = " *"
+PLAIN_FORMATS = {"plan_length": ".1f", "vendi": ".2f", "diversity": ".3f"}
+ROW_NAMES = {
+    "overall": "overall (strict)",
+    "lenient": "overall (lenient)",
+    "score": "partial score",
+    "seen": "seen pairs",
+    "held_out": "held-out pairs",
+    "diversity": "diversity",
+    "vendi": "Vendi score",
+    "plan_length": "plan length (words)",
+    "malformed": "malformed images",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of text: a title, column names, rows of as many cells, and a note that says how to read it."""
+
+    title: str
+    columns: list[str]
+    rows: list[list[str]]
+    note: str
+
+    def rich(self) -> RichTable:
+        """The table for the terminal; cells that carry the mark of a real difference are bold."""
+        table = RichTable(title=self.title, caption=self.note, title_justify="left", caption_justify="left")
+        for number, column in enumerate(self.columns):
+            table.add_column(Text(column), justify="left" if number == 0 else "right")
+        for row in self.rows:
+            table.add_row(*(Text(cell, style="bold" if cell.endswith(MARK) else "") for cell in row))
+        return table
+
+    def markdown(self) -> str:
+        """The table as GitHub Markdown, with the title above and the note below."""
+        header = ["---", *("--:" for _ in self.columns[1:])]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [self.columns, header, *self.rows]]
+        return "\n".join([f"**{self.title}**", "", *lines, "", self.note, ""])
+
+
+def number(metric: str, value: float, signed: bool = False) -> str:
+    """One value as text: accuracies and shares in percent (differences in points), the other metrics in their own unit."""
+    sign = "+" if signed else ""
+    if metric in PLAIN_FORMATS:
+        return f"{value:{sign}{PLAIN_FORMATS[metric]}}"
+    return f"{100 * value:{sign}.1f}"
+
+
+def with_interval(metric: str, cell: dict | None, key: str) -> str:
+    """`mean [low, high]`; a difference is signed, and marked when its interval excludes zero."""
+    if cell is None:
+        return MISSING
+    signed = key == "difference"
+    text = number(metric, cell[key], signed)
+    if cell["low"] is None:
+        return f"{text} [no interval]"
+    mark = MARK if signed and excludes_zero(cell) else ""
+    return f"{text} [{number(metric, cell['low'], signed)}, {number(metric, cell['high'], signed)}]{mark}"
+
+
+def excludes_zero(cell: dict) -> bool:
+    """Whether an interval exists and lies on one side of zero."""
+    return cell["low"] is not None and (cell["low"] > 0 or cell["high"] < 0)
+
+
+def metric_order(results: dict) -> list[str]:
+    """Every metric of a run's stages: overall, the tasks, then the others in the order of `ROW_NAMES`."""
+    names = list(dict.fromkeys(name for stage in stages_of(results) for name in results["stages"][stage]["metrics"]))
+    tasks = [name for name in names if name.startswith("task/")]
+    known = [name for name in ROW_NAMES if name in names]
+    return [*known[:1], *tasks, *known[1:]] if "overall" in names else [*tasks, *known]
+
+
+def before_after_table(results: dict) -> Table:
+    """One run: a row per metric, a column per stage and per paired comparison."""
+    stages = stages_of(results)
+    comparisons = results["comparisons"]
+    rows = []
+    for name in metric_order(results):
+        cells = [with_interval(name, results["stages"][stage]["metrics"].get(name), "mean") for stage in stages]
+        cells += [with_interval(name, comparison["metrics"].get(name), "difference") for comparison in comparisons]
+        rows.append([ROW_NAMES.get(name, name.removeprefix("task/")), *cells])
+    columns = ["", *stages, *(f"{comparison['b']} - {comparison['a']}" for comparison in comparisons)]
+    note = "Percent, with 95 % bootstrap intervals over prompts. Differences are paired, image by image; * excludes zero."
+    return Table("Before and after", columns, rows, note)
+
+
+def headline(results: dict) -> str:
+    """The finding of a run in one or two sentences, as the numbers have it."""
+    comparison = headline_comparison(results)
+    benchmark = results["benchmark"]["name"]
+    if comparison is None or "overall" not in comparison["metrics"]:
+        parts = [
+            f"{stage} {with_interval('overall', results['stages'][stage]['metrics'].get('overall'), 'mean')} %"
+            for stage in stages_of(results)
+        ]
+        return f"Overall on {benchmark}: {', '.join(parts)}. Nothing was trained, so there is no before and after."
+    cell = comparison["metrics"]["overall"]
+    before, after = (number("overall", results["stages"][comparison[side]]["metrics"]["overall"]["mean"]) for side in "ab")
+    basis = f"({cell['n_prompts']} prompts, paired)"
+    if cell["low"] is None:
+        return f"Overall on {benchmark} went from {before} % to {after} %; too few prompts for an interval, so this shows nothing."
+    low, high = number("overall", cell["low"], True), number("overall", cell["high"], True)
+    difference = f"{number('overall', cell['difference'], True)} points, 95 % interval [{low}, {high}] {basis}"
+    if not excludes_zero(cell):
+        return f"No measurable change on {benchmark}: {before} % before, {after} % after; {difference}, which includes zero."
+    verb = "rose" if cell["difference"] > 0 else "fell"
+    return f"Overall on {benchmark} {verb} from {before} % to {after} %: {difference}."
+
+
+def differing_settings(jobs: Sequence[Job]) -> list[str]:
+    """The settings in which jobs differ, in the order in which jobs first name them; `seed` last."""
+    keys = dict.fromkeys(key for job in jobs for key in job.settings)
+    differing = [key for key in keys if len({job.settings.get(key) for job in jobs}) > 1]
+    return sorted(differing, key=lambda key: key == "seed")
+
+
+def headline_cells(job: Job, metric: str) -> tuple[dict | None, dict | None, dict | None]:
+    """(before, after, difference) of one metric in a job's headline comparison; None for each that the job does not have."""
+    comparison = headline_comparison(job.results)
+    if comparison is None:
+        return None, None, None
+    before, after = (job.results["stages"][comparison[side]]["metrics"].get(metric) for side in "ab")
+    return before, after, comparison["metrics"].get(metric)
+
+
+def sweep_table(jobs: Sequence[Job], metric: str = "overall") -> Table:
+    """All jobs: a row per job with what differs, then base, trained and their paired difference in one metric."""
+    keys = differing_settings(jobs)
+    rows = []
+    for job in jobs:
+        before, after, difference = headline_cells(job, metric)
+        cells = [with_interval(metric, before, "mean"), with_interval(metric, after, "mean")]
+        settings = [job.settings.get(key, MISSING) for key in keys] or [job.folder.name]
+        rows.append([*settings, *cells, with_interval(metric, difference, "difference")])
+    note = "95 % bootstrap intervals over prompts; differences are paired, image by image; * excludes zero."
+    title = f"All jobs: {ROW_NAMES.get(metric, metric)}"
+    return Table(title, [*(keys or ["job"]), "base", "trained", "difference"], rows, note)
+
+
+def seeds_table(jobs: Sequence[Job], metric: str = "overall") -> Table | None:
+    """Jobs that differ only by `seed` averaged: base, trained and paired difference with Student's interval over seeds.
+
+    Returns None where no two jobs differ only by seed. Jobs without a before and after are left out of it.
+
+    Raises:
+        UserError: two jobs have the same settings and the same seed.
+    """
+    keys = [key for key in differing_settings(jobs) if key != "seed"]
+    groups: dict[tuple[str, ...], dict[str, tuple[dict, dict, dict]]] = {}
+    for job in jobs:
+        cells = headline_cells(job, metric)
+        if any(cell is None for cell in cells):
+            continue
+        group = groups.setdefault(tuple(job.settings.get(key, MISSING) for key in keys), {})
+        if job.settings["seed"] in group:
+            raise UserError(f"{job.folder} repeats another job's settings and seed; average distinct runs only")
+        group[job.settings["seed"]] = cells
+    if all(len(group) < 2 for group in groups.values()):
+        return None
+    rows = []
+    for settings, group in groups.items():
+        columns = [[cells[part][key] for cells in group.values()] for part, key in enumerate(("mean", "mean", "difference"))]
+        before, after, difference = (seed_interval(values) for values in columns)
+        cells = [with_interval(metric, before, "mean"), with_interval(metric, after, "mean")]
+        change = with_interval(metric, {**difference, "difference": difference["mean"]}, "difference")
+        rows.append([*(settings or ["all jobs"]), str(len(group)), *cells, change])
+    note = "Mean over seeds with Student's 95 % interval over seeds; one seed has no interval; * excludes zero."
+    title = f"Over seeds: {ROW_NAMES.get(metric, metric)}"
+    return Table(title, [*(keys or ["jobs"]), "seeds", "base", "trained", "difference"], rows, note)
+
+
+def sweep_tables(jobs: Sequence[Job], metric: str = "overall") -> list[Table]:
+    """The table of all jobs and, where jobs differ only by seed, the table of means over seeds."""
+    over_seeds = seeds_table(jobs, metric)
+    return [sweep_table(jobs, metric)] + ([over_seeds] if over_seeds else [])

@@ -1,0 +1,69 @@
+"""Which parameters learn, and the frozen model that the KL is taken to."""
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from t2i_rl.errors import UserError
+from t2i_rl.hashing import weights_sha256
+
+
+def select_trainable(model: nn.Module, patterns: list[str], lora: dict | None) -> None:
+    """Freeze everything but the parameters whose name matches one of `patterns` (regular expressions, from the start of the name);
+    with `lora` (peft's LoraConfig arguments) freeze those too and train adapters on them instead.
+
+    Raises:
+        UserError: a pattern matches nothing.
+    """
+    model.requires_grad_(False)
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(re.match(pattern, name) for name in names):
+            raise UserError(f"method.trainable: {pattern!r} matches no parameter; names look like {names[0]}")
+    if lora is not None:
+        targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _matches(patterns, f"{name}.weight")]
+        wanted = lora.get("target_modules") or [r".*"]
+        targets = [name for name in targets if any(re.search(pattern, name) for pattern in wanted)]
+        if not targets:
+            raise UserError(f"method.lora.target_modules: {list(wanted)} matches no linear layer among the trainable parts")
+        inject_adapter_in_model(LoraConfig(**{**lora, "target_modules": targets}), model)
+        return
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(_matches(patterns, name))
+
+
+def _matches(patterns: list[str], name: str) -> bool:
+    return any(re.match(pattern, name) for pattern in patterns)
+
+
+class Reference:
+    """The model as it was before training: its adapters switched off under LoRA, else a frozen copy with embeddings of its own.
+
+    Deliberately no submodule of whatever holds it: it is neither trained, nor wrapped, nor saved; checkpoints carry its hash.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self.sha256 = weights_sha256(model, adapters=False)
+        self._copy = None if self.adapters else copy.deepcopy(model).requires_grad_(False).eval()
+
+    @contextmanager
+    def scoring(self, model: nn.Module) -> Iterator[nn.Module]:
+        """The reference, on the device of `model`, with no gradient."""
+        with torch.no_grad():
+            if not self.adapters:
+                yield self._copy.to(next(model.parameters()).device)
+                return
+            for layer in self.adapters:
+                layer._disable_adapters = True
+            try:
+                yield model
+            finally:
+                for layer in self.adapters:
+                    layer._disable_adapters = False

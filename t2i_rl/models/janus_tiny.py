@@ -1,0 +1,124 @@
+"""`janus_tiny` from nothing: transformers' own Janus classes with a small config, and a word-level tokenizer in Janus's chat format."""
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    GenerationConfig,
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusImageProcessor,
+    JanusProcessor,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+)
+
+from t2i_rl.shapes.scene import SIZES, TEXTURES
+from t2i_rl.shapes.text import EXTRA_TASKS, GENEVAL_TASKS, enumerate_prompts
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+BOI, EOI, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
+SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT, BOI, EOI, IMAGE)
+_WORDS = Regex(r"\n\n|\w+|[^\w\s]")
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|User|>: ' + message['content'].strip() + '\n\n' }}"
+    "{% else %}{{ '<|Assistant|>: ' + message['content'].strip() + '<｜end▁of▁sentence｜>' }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|>:' }}{% endif %}"
+)
+
+
+def vocabulary() -> list[str]:
+    """Every token of the world, special tokens first: prompts of all tasks, plans, chat punctuation."""
+    words = {"\n\n", ".", ":", ",", '"', "?", "the", "at", "object", "objects", "describe", "picture", "center", "middle", "one"}
+    words |= {*TEXTURES, *SIZES, "top", "bottom", "left", "right"}
+    splitter = pre_tokenizers.Split(_WORDS, behavior="removed", invert=True)
+    for tag in GENEVAL_TASKS + EXTRA_TASKS:
+        for prompt in enumerate_prompts(tag, size=48):
+            words |= set(prompt.text.split())
+    return [*SPECIAL, "<unk>", *sorted(word for text in words for word, _ in splitter.pre_tokenize_str(text))]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Word-level tokenizer: BOS added in front, left padding, decoding joins words with spaces and mends punctuation."""
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(_WORDS, behavior="removed", invert=True)
+    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
+    tokenizer.add_special_tokens([*SPECIAL, "<unk>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=BOS,
+        eos_token=EOS,
+        pad_token=PAD,
+        unk_token="<unk>",
+        padding_side="left",
+        model_max_length=512,
+        chat_template=CHAT_TEMPLATE,
+        extra_special_tokens={"boi_token": BOI, "eoi_token": EOI, "image_token": IMAGE, "user_token": USER, "assistant_token": ASSISTANT},
+    )
+
+
+def build_processor(image_size: int = 32) -> JanusProcessor:
+    """Processor of the real class for `image_size` pixels."""
+    image_processor = JanusImageProcessor(
+        size={"height": image_size, "width": image_size},
+        min_size=image_size,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return JanusProcessor(image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE, num_image_tokens=(image_size // 4) ** 2)
+
+
+def build_model(width: int = 192, layers: int = 6, codes: int = 512, image_size: int = 32) -> JanusForConditionalGeneration:
+    """A randomly initialised `JanusForConditionalGeneration`, every part present; `width` and `layers` are the dials.
+
+    Images are `image_size` pixels, 4 pixels a token: 64 tokens at 32. The global torch generator seeds the weights.
+    """
+    tokenizer = build_tokenizer()
+    ids = tokenizer.convert_tokens_to_ids
+    config = JanusConfig(
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=3 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=width // 32,
+            max_position_embeddings=512,
+            bos_token_id=ids(BOS),
+            eos_token_id=ids(EOS),
+            pad_token_id=ids(PAD),
+        ),
+        vision_config=JanusVisionConfig(
+            hidden_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            mlp_ratio=2.0,
+            image_size=image_size,
+            patch_size=4,
+            projection_dim=width,
+            num_image_tokens=(image_size // 4) ** 2,
+        ),
+        vq_config=JanusVQVAEConfig(
+            embed_dim=8,
+            num_embeddings=codes,
+            latent_channels=64,
+            base_channels=32,
+            channel_multiplier=[1, 2, 2],
+            num_res_blocks=1,
+            projection_dim=width,
+            image_token_embed_dim=width,
+        ),
+        image_token_id=ids(IMAGE),
+        tie_word_embeddings=False,
+    )
+    model = JanusForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=ids(BOS), eos_token_id=ids(EOS), pad_token_id=ids(PAD), generation_kwargs={"boi_token_id": ids(BOI)}
+    )
+    return model

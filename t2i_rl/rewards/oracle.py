@@ -1,0 +1,33 @@
+"""The judge itself as the reward: what an intrinsic reward is measured against."""
+
+import torch
+
+from t2i_rl.errors import UserError
+from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.rollout.buffer import Rollout
+
+
+class Oracle:
+    """The exact judge of `shapes`: `strict` is 0 or 1, `score` is the partial credit in [0, 1]; `mixed` is their mean.
+
+    Raises:
+        UserError: an unknown kind.
+    """
+
+    needs_images = True
+    distribution = None
+
+    def __init__(self, kind: str = "strict"):
+        if kind not in ("strict", "score", "mixed"):
+            raise UserError(f"reward.kind must be strict, score or mixed, not {kind!r}")
+        self.kind = kind
+
+    def __call__(self, rollout: Rollout) -> RewardOutput:
+        from t2i_rl.shapes.judge import judge
+        from t2i_rl.shapes.oracle import detect
+
+        verdicts = [judge(prompt.meta, found) for prompt, found in zip(rollout.prompts, detect(rollout.images), strict=True)]
+        strict = torch.tensor([float(verdict.strict) for verdict in verdicts], dtype=torch.float64)
+        score = torch.tensor([verdict.score for verdict in verdicts], dtype=torch.float64)
+        total = {"strict": strict, "score": score, "mixed": (strict + score) / 2}[self.kind]
+        return RewardOutput(total, {"strict": strict, "score": score})

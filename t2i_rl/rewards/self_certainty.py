@@ -1,0 +1,74 @@
+"""The intrinsic rewards: self-certainty of the model's own text and image tokens, minimised (IRIS) or maximised."""
+
+import math
+
+import torch
+
+from t2i_rl.errors import UserError
+from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.rollout.buffer import Rollout
+from t2i_rl.rollout.stats import TokenStats
+
+AGGREGATIONS = ("modality_mean", "token_mean", "sum")
+DIVERGENCES = ("forward", "backward")
+
+
+class SelfCertainty:
+    """`reward = sum over modalities of sign * weight * aggregated certainty` (IRIS section 3; spec section 1).
+
+    Certainty of a token is KL(U || p) (`divergence=forward`, Kang et al. 2025) or KL(p || U) = log V - H(p) (`backward`, the entropy
+    variant). NSC, the IRIS reward, has both signs -1: it goes up when the distribution gets flatter, and a uniform one scores 0.
+
+    Args:
+        text_sign, image_sign: -1 minimise, +1 maximise, 0 leave out.
+        aggregation: `modality_mean` (mean over plan tokens + mean over image tokens), `token_mean` (mean over all tokens),
+            `sum` (the paper's letter; every term has one sign, so it mostly rewards short plans).
+        distribution: `conditional` (no guidance, spec section 1.4) or `guided` (the distribution that was sampled).
+
+    Raises:
+        UserError: an option outside its choices.
+    """
+
+    needs_images = False
+
+    def __init__(
+        self,
+        text_sign: int = -1,
+        image_sign: int = -1,
+        text_weight: float = 1.0,
+        image_weight: float = 1.0,
+        divergence: str = "forward",
+        aggregation: str = "modality_mean",
+        distribution: str = "conditional",
+    ):
+        if aggregation not in AGGREGATIONS:
+            raise UserError(f"reward.aggregation must be one of {', '.join(AGGREGATIONS)}, not {aggregation!r}")
+        if divergence not in DIVERGENCES:
+            raise UserError(f"reward.divergence must be one of {', '.join(DIVERGENCES)}, not {divergence!r}")
+        if distribution not in ("conditional", "guided"):
+            raise UserError(f"reward.distribution must be conditional or guided, not {distribution!r}")
+        if not {text_sign, image_sign} <= {-1, 0, 1} or text_sign == image_sign == 0:
+            raise UserError("reward.text_sign and reward.image_sign are -1, 0 or 1, and not both 0")
+        self.text_scale, self.image_scale = text_sign * text_weight, image_sign * image_weight
+        self.divergence, self.aggregation, self.distribution = divergence, aggregation, distribution
+
+    def __call__(self, rollout: Rollout) -> RewardOutput:
+        image_sum, image_count = self._certainty(rollout.image_stats, rollout.image_vocabulary)
+        if rollout.text_stats is None:
+            text_sum, text_count = torch.zeros_like(image_sum), torch.zeros_like(image_count)
+        else:
+            text_sum, text_count = self._certainty(rollout.text_stats, rollout.text_vocabulary)
+        if self.aggregation == "modality_mean":
+            text, image = text_sum / text_count.clamp(min=1), image_sum / image_count
+        elif self.aggregation == "token_mean":
+            text, image = text_sum / (text_count + image_count), image_sum / (text_count + image_count)
+        else:
+            text, image = text_sum, image_sum
+        text, image = self.text_scale * text, self.image_scale * image
+        return RewardOutput(text + image, {"text": text, "image": image})
+
+    def _certainty(self, stats: TokenStats, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum over a row's tokens and their number, float64 `(B,)`."""
+        mask = stats.mask.double()
+        values = stats.self_certainty.double() if self.divergence == "forward" else math.log(vocabulary) - stats.entropy.double()
+        return (values * mask).sum(-1), mask.sum(-1)

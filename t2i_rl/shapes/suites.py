@@ -1,0 +1,95 @@
+"""Which prompts train and which test: held-out object pairs by a fixed hash, disjoint texts, files pinned by sha256."""
+
+import hashlib
+import itertools
+
+from t2i_rl.errors import UserError
+from t2i_rl.prompts import Prompt
+from t2i_rl.shapes.scene import Wish
+from t2i_rl.shapes.text import EXTRA_TASKS, GENEVAL_TASKS, enumerate_prompts
+
+HELD_OUT_PERCENT = 10
+TEST_PERCENT = {"single_object": 50, "two_object": 50, "colors": 40}
+SALT = "shapes-1"
+
+
+def fraction(text: str) -> float:
+    """A fixed pseudo-random number in [0, 1) for a string: the one source of chance in the splits."""
+    return int.from_bytes(hashlib.sha256(f"{SALT}|{text}".encode()).digest()[:8], "big") / 2**64
+
+
+def object_pairs(prompt: Prompt) -> list[str]:
+    """The unordered pairs of coloured objects that a prompt names (`red circle + blue square`)."""
+    names = []
+    for clause in prompt.meta["include"]:
+        if "color" in clause:
+            names += [f"{clause['color']} {clause['class']}"] * clause["count"]
+    return sorted({" + ".join(sorted(pair)) for pair in itertools.combinations(names, 2)})
+
+
+def pair_held_out(pair: str) -> bool:
+    """Whether an object pair is kept out of every training prompt."""
+    return fraction(f"pair|{pair}") < HELD_OUT_PERCENT / 100
+
+
+def held_out(prompt: Prompt) -> bool:
+    """Whether a prompt names a held-out pair of objects."""
+    return any(pair_held_out(pair) for pair in object_pairs(prompt))
+
+
+def in_test(prompt: Prompt) -> bool:
+    """Test prompts: every prompt with a held-out pair, and a fixed share of the texts of all others (a fifth, more in small tasks)."""
+    return held_out(prompt) or fraction(f"split|{prompt.text}") < TEST_PERCENT.get(prompt.tag, 20) / 100
+
+
+def train_prompts(tag: str, size: int = 32) -> list[Prompt]:
+    """Every training prompt of a task."""
+    return [prompt for prompt in enumerate_prompts(tag, size) if not in_test(prompt)]
+
+
+def select_prompts(split: str, per_task: int, tasks: tuple[str, ...] = GENEVAL_TASKS, size: int = 32) -> list[Prompt]:
+    """A fixed selection: `per_task` prompts of each task from `train` or `test`, the same on every machine.
+
+    Test prompts are half seen, half held-out pairs where a task has both; a task with fewer prompts gives what it has.
+
+    Raises:
+        UserError: an unknown split or task, or a task that needs a larger canvas.
+    """
+    if split not in ("train", "test"):
+        raise UserError(f"shapes has the splits train and test, not {split!r}")
+    chosen = []
+    for tag in tasks:
+        if tag not in GENEVAL_TASKS + EXTRA_TASKS:
+            raise UserError(f"shapes has no task {tag!r}; choose from {', '.join(GENEVAL_TASKS + EXTRA_TASKS)}")
+        if tag in ("texture", "size") and size == 32:
+            raise UserError(f"the task {tag} needs a canvas of 48 pixels or more (size=48)")
+        pool = sorted(enumerate_prompts(tag, size), key=lambda prompt: fraction(f"order|{prompt.text}"))
+        if split == "train":
+            part = [prompt for prompt in pool if not in_test(prompt)][:per_task]
+        else:
+            unseen = [prompt for prompt in pool if held_out(prompt)]
+            seen = [prompt for prompt in pool if in_test(prompt) and not held_out(prompt)]
+            half = min(per_task // 2, len(unseen))
+            part = unseen[:half] + seen[: per_task - half]
+        chosen += [
+            Prompt(prompt.id, prompt.text, prompt.tag, {**prompt.meta, "split": split, "seen": not held_out(prompt)})
+            for prompt in part
+        ]
+    return chosen
+
+
+def wishes(prompt: Prompt) -> list[Wish]:
+    """What a scene must hold to satisfy a prompt strictly: one wish per object, relations to earlier wishes."""
+    wanted, first = [], []
+    for clause in prompt.meta["include"]:
+        relation = clause.get("position")
+        first.append(len(wanted))
+        wish = Wish(
+            clause["class"],
+            clause.get("color"),
+            clause.get("texture"),
+            clause.get("size"),
+            (relation[0], first[relation[1]]) if relation else None,
+        )
+        wanted += [wish] * clause["count"]
+    return wanted

@@ -1,0 +1,1 @@
+"""What the one command can do: one module a task, each with `run(cfg)`."""

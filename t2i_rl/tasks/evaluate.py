@@ -1,0 +1,42 @@
+"""`task=evaluate`: measure a model, direct and with a plan; with `ckpt_path` the trained one beside its base."""
+
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from rich.console import Console
+
+from t2i_rl.evaluation.report import write_report
+from t2i_rl.evaluation.stages import Stages, write_summary
+from t2i_rl.evaluation.tables import before_after_table
+
+
+def run(cfg) -> dict:
+    """Evaluate `cfg.model`; with a checkpoint of `cfg.method`, evaluate that too. Returns the content of results.json."""
+    out = Path(cfg.paths.output_dir)
+    benchmark, model = instantiate(cfg.benchmark), instantiate(cfg.model)
+    trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
+    stages = Stages(trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size)
+    modes = dict.fromkeys(stage.split("_")[1] for stage in cfg.evaluation.stages)
+    for mode in modes:
+        stages.draw(f"base_{mode}")
+    steps = 0
+    if cfg.ckpt_path:
+        steps = load_trained(cfg, model)
+        for mode in modes:
+            stages.draw(f"trained_{mode}")
+    results = write_summary(cfg, stages, steps)
+    if trainer.is_global_zero:
+        console = Console()
+        console.print(before_after_table(results))
+        console.print(f"report: {write_report(out)}", soft_wrap=True)
+    return results
+
+
+def load_trained(cfg, model) -> int:
+    """Put a checkpoint's weights into `model`; returns the optimizer step it was saved at."""
+    checkpoint = torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)
+    method = instantiate(cfg.method, model=model, reward=instantiate(cfg.reward))
+    method.on_load_checkpoint(checkpoint)
+    method.load_state_dict(checkpoint["state_dict"], strict=False)
+    return checkpoint["global_step"]

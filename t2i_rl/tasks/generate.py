@@ -1,0 +1,50 @@
+"""`task=generate`: images for one prompt or a file of prompts, base model or a checkpoint."""
+
+import json
+from pathlib import Path
+
+from hydra.utils import instantiate
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
+
+from t2i_rl.evaluation.grid import caption_grid
+from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.prompts import Prompt, read_prompts
+from t2i_rl.seeding import derive_seed
+from t2i_rl.tasks.evaluate import load_trained
+
+
+def run(cfg) -> dict:
+    """Draw `cfg.num_images` images a prompt into the run's folder: PNGs, `images.jsonl`, and one captioned grid."""
+    prompts = [Prompt("prompt", cfg.prompt)] if cfg.prompt else read_prompts(cfg.prompts_file)
+    model = instantiate(cfg.model)
+    if cfg.ckpt_path:
+        load_trained(cfg, model)
+    model.to("cuda" if cfg.trainer.accelerator != "cpu" and _cuda() else "cpu")
+    out, rows, images = Path(cfg.paths.output_dir), [], []
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    work = [(prompt, sample) for prompt in prompts for sample in range(cfg.num_images)]
+    size = cfg.evaluation.batch_size
+    for first in track(range(0, len(work), size), description="drawing"):
+        batch = work[first : first + size]
+        seeds = [derive_seed(cfg.seed, "generate", prompt.text, sample) for prompt, sample in batch]
+        drawn = model.generate([prompt.text for prompt, _ in batch], seeds, mode=cfg.mode)
+        for row, (prompt, sample) in enumerate(batch):
+            name = f"images/{len(rows):05d}.png"
+            Image.fromarray(drawn.images[row]).save(out / name)
+            rows.append({"prompt": prompt.text, "sample": sample, "seed": seeds[row], "plan": drawn.plans[row], "image": name})
+            images.append(drawn.images[row])
+    write_atomic(out / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    shown = rows[:64]
+    captions = [f"{row['prompt']} | {row['plan']}" if row["plan"] else row["prompt"] for row in shown]
+    grid = caption_grid(images[: len(shown)], captions, columns=min(4, len(shown)), scale=max(1, 192 // images[0].shape[0]))
+    grid.save(out / "grid.png")
+    Console().print(f"{len(rows)} images in {out / 'images'}, a grid in {out / 'grid.png'}", soft_wrap=True)
+    return {"images": len(rows), "folder": str(out)}
+
+
+def _cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

@@ -1,0 +1,38 @@
+"""`task=train`: evaluate the base, train, evaluate again, and write it all down."""
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from rich.console import Console
+
+from t2i_rl.evaluation.report import write_report
+from t2i_rl.evaluation.stages import Stages, write_summary
+from t2i_rl.evaluation.tables import before_after_table, headline
+from t2i_rl.loggers import build_loggers
+
+
+def run(cfg) -> dict:
+    """Train `cfg.method` on `cfg.model` with `cfg.reward`; returns the content of results.json."""
+    out = Path(cfg.paths.output_dir)
+    benchmark, data, reward = instantiate(cfg.benchmark), instantiate(cfg.data), instantiate(cfg.reward)
+    model = instantiate(cfg.model)
+    method = instantiate(cfg.method, model=model, reward=reward, watch=instantiate(cfg.watch))
+    trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()), logger=build_loggers(cfg))
+    stages = Stages(trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size)
+
+    for stage in cfg.evaluation.stages:
+        if stage.startswith("base"):
+            stages.draw(stage)
+    trainer.fit(method, data, ckpt_path=cfg.ckpt_path)
+    steps = trainer.global_step
+    for stage in cfg.evaluation.stages:
+        if stage.startswith("trained"):
+            stages.draw(stage)
+
+    results = write_summary(cfg, stages, steps)
+    if trainer.is_global_zero:
+        console = Console()
+        console.print(before_after_table(results))
+        console.print(headline(results))
+        console.print(f"report: {write_report(out)}", soft_wrap=True)
+    return results

@@ -1,0 +1,181 @@
+"""Parity of every decoding and scoring path, on a random Janus of the real classes loaded through the real path."""
+
+import pytest
+import torch
+from tests.tiny import CHAT, load_tiny_janus, save_tiny_janus
+
+from t2i_rl.errors import UserError
+from t2i_rl.models.janus import Chat, Janus
+from t2i_rl.rollout.decode import Decoder, decode_image, decode_text, unconditional
+from t2i_rl.rollout.score import score_image, score_text
+from t2i_rl.rollout.stats import self_certainty
+
+TEXTS = ["a red circle", "a drawing of a green cross left of a black triangle", "three blue squares"]
+SEEDS = [11, 12, 13]
+
+
+@pytest.fixture(scope="module")
+def janus(tmp_path_factory) -> Janus:
+    return load_tiny_janus(save_tiny_janus(tmp_path_factory.mktemp("janus")))
+
+
+def image_rows(janus, texts=TEXTS):
+    return janus.encode([janus.chat.image(text) for text in texts], boi=True)
+
+
+def draw(janus, ids, mask, seeds, guidance_scale=3.0, temperature=1.0):
+    return decode_image(
+        janus.model, ids, mask, seeds, special=janus.special, guidance_scale=guidance_scale, temperature=temperature
+    )
+
+
+def test_chat_tags_are_single_tokens_and_bos_stands_once(janus):
+    ids, mask = janus.encode([janus.chat.plan(TEXTS[0])])
+    row = ids[0].tolist()
+    assert row.count(janus.special["bos"]) == 1 and row[0] == janus.special["bos"]
+    assert row.count(janus.special["user"]) == 1 and row.count(janus.special["assistant"]) == 1
+    assert mask.all()
+
+
+def test_conversations_are_worded_as_the_paper_has_them():
+    chat = Chat("Be brief.", 'Describe "{prompt}".')
+    assert chat.plan(" a cat ") == 'Be brief.\n\n<|User|>: Describe "a cat".\n\n<|Assistant|>:'
+    assert chat.image("a cat.", "a grey cat.") == "<|User|>: a cat. a grey cat.\n\n<|Assistant|>:"
+    assert chat.image("a cat") == "<|User|>: a cat\n\n<|Assistant|>:"
+
+
+def test_our_conversation_is_the_tokenizers_chat_template(janus):
+    text = janus.tokenizer.apply_chat_template([{"role": "user", "content": TEXTS[0]}], tokenize=False, add_generation_prompt=True)
+    assert text == janus.chat.image(TEXTS[0])
+
+
+@pytest.mark.parametrize("guidance_scale", [2.0, 5.0])
+def test_greedy_tokens_are_transformers_own(janus, guidance_scale):
+    ids, mask = image_rows(janus)
+    expected = janus.model.generate(
+        inputs=ids, attention_mask=mask, generation_mode="image", do_sample=False, guidance_scale=guidance_scale, use_cache=True
+    )
+    drawn, _ = draw(janus, ids, mask, SEEDS, guidance_scale, temperature=0)
+    assert drawn.unique().numel() > 5
+    assert torch.equal(drawn, expected)
+
+
+@pytest.mark.parametrize("distribution", ["conditional", "guided"])
+def test_cached_decoding_and_teacher_forcing_agree(janus, distribution):
+    ids, mask = image_rows(janus)
+    scale = 1.0 if distribution == "conditional" else 3.0
+    tokens, behaviour = draw(janus, ids, mask, SEEDS, guidance_scale=scale)
+    stats = score_image(
+        janus.model, ids, mask, tokens, special=janus.special, distribution=distribution, guidance_scale=3.0
+    )
+    torch.testing.assert_close(stats.logprobs, behaviour, rtol=1e-4, atol=1e-4)
+
+
+def test_cached_logits_are_the_full_forwards(janus):
+    ids, mask = janus.encode([janus.chat.plan(text) for text in TEXTS])
+    tokens, token_mask = decode_text(janus.model, ids, mask, SEEDS, max_tokens=12, eos=janus.special["eos"])
+    embed = janus.model.get_input_embeddings()
+    with torch.no_grad():
+        decoder = Decoder(janus.model.model.language_model, embed(ids), mask)
+        cached = [janus.model.lm_head(decoder.hidden)]
+        for t in range(tokens.shape[1] - 1):
+            decoder.step(embed(tokens[:, t : t + 1]))
+            cached.append(janus.model.lm_head(decoder.hidden))
+        full = janus.model(
+            input_ids=torch.cat([ids, tokens[:, :-1]], dim=1),
+            attention_mask=torch.cat([mask, torch.ones_like(tokens[:, :-1])], dim=1),
+        ).logits[:, ids.shape[1] - 1 :]
+    live = token_mask
+    torch.testing.assert_close(torch.stack(cached, dim=1)[live], full[live], rtol=1e-3, atol=2e-4)
+
+
+def test_batch_order_and_padding_change_nothing(janus):
+    together = janus.generate(TEXTS, SEEDS)
+    turned = janus.generate(TEXTS[::-1], SEEDS[::-1])
+    for row, (text, seed) in enumerate(zip(TEXTS, SEEDS, strict=True)):
+        alone = janus.generate([text], [seed])
+        assert alone.plans[0] == together.plans[row] == turned.plans[-1 - row]
+        assert torch.equal(alone.image_ids[0], together.image_ids[row])
+        assert torch.equal(turned.image_ids[-1 - row], together.image_ids[row])
+
+
+def test_extra_left_padding_changes_no_score(janus):
+    ids, mask = image_rows(janus, TEXTS[:1])
+    tokens, _ = draw(janus, ids, mask, SEEDS[:1])
+    pad = torch.full((1, 7), janus.special["pad"])
+    settings = {"special": janus.special, "distribution": "guided", "guidance_scale": 3.0}
+    plain = score_image(janus.model, ids, mask, tokens, **settings)
+    padded = score_image(
+        janus.model, torch.cat([pad, ids], dim=1), torch.cat([torch.zeros_like(pad), mask], dim=1), tokens, **settings
+    )
+    torch.testing.assert_close(plain.logprobs, padded.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def test_a_plan_ends_at_its_first_eos(janus):
+    ids, mask = janus.encode([janus.chat.plan(text) for text in TEXTS * 8])
+    eos = janus.special["eos"]
+    tokens, live = decode_text(janus.model, ids, mask, list(range(24)), max_tokens=64, eos=eos)
+    ended = 0
+    for row, alive in zip(tokens, live, strict=True):
+        places = (row == eos).nonzero().flatten().tolist()
+        length = places[0] + 1 if places else len(row)
+        ended += bool(places)
+        assert alive.tolist() == [t < length for t in range(len(row))]
+        assert (row[length:] == eos).all()
+    assert ended > 0
+
+
+def test_text_scores_ignore_what_follows_the_end(janus):
+    ids, mask = janus.encode([janus.chat.plan(TEXTS[0])])
+    tokens = torch.tensor([[20, 21, janus.special["eos"]]])
+    longer = torch.cat([tokens, torch.full((1, 4), janus.special["eos"])], dim=1)
+    live = torch.ones_like(tokens, dtype=torch.bool)
+    short = score_text(janus.model, ids, mask, tokens, live)
+    padded = score_text(janus.model, ids, mask, longer, torch.cat([live, torch.zeros(1, 4, dtype=torch.bool)], dim=1))
+    torch.testing.assert_close(short.self_certainty, padded.self_certainty[:, :3], rtol=1e-5, atol=1e-6)
+    assert (padded.self_certainty[:, 3:] == 0).all()
+
+
+def test_image_scores_come_from_the_image_head_at_the_right_positions(janus):
+    """First target predicted at begin-of-image; vocabulary of the statistics is the codebook, not the language head's."""
+    ids, mask = image_rows(janus, TEXTS[:1])
+    tokens, _ = draw(janus, ids, mask, SEEDS[:1], guidance_scale=1.0)
+    with torch.no_grad():
+        hidden = janus.model.model.language_model(inputs_embeds=janus.model.get_input_embeddings()(ids), attention_mask=mask)
+        logits = janus.model.model.generation_head(hidden.last_hidden_state[:, -1])
+    stats = score_image(janus.model, ids, mask, tokens, special=janus.special, distribution="conditional", guidance_scale=3.0)
+    assert logits.shape[-1] == 48
+    torch.testing.assert_close(stats.self_certainty[:, 0], self_certainty(logits), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.logprobs[:, 0], logits.log_softmax(-1)[0, tokens[0, 0]][None], rtol=1e-4, atol=1e-5)
+
+
+def test_the_unconditional_prompt_keeps_only_bos_and_begin_of_image(janus):
+    ids, _ = image_rows(janus, TEXTS[:1])
+    bare = unconditional(ids, janus.special)[0].tolist()
+    assert bare[0] == janus.special["bos"] and bare[-1] == janus.special["boi"] and set(bare[1:-1]) == {janus.special["pad"]}
+
+
+def test_images_are_the_models_own_decoding(janus):
+    tokens = torch.randint(0, 48, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        pixels = janus.model.decode_image_tokens(tokens)
+    expected = ((pixels + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8).numpy()
+    assert (janus.decode(tokens) == expected).all() and expected.shape == (2, 32, 32, 3)
+
+
+@pytest.mark.parametrize("damage", ["missing", "other", "truncated", "gone"])
+def test_a_bad_checkpoint_gets_one_clear_line(tmp_path, damage):
+    folder = tmp_path / "janus"
+    save_tiny_janus(folder)
+    if damage == "missing":
+        folder = tmp_path / "nowhere"
+    elif damage == "other":
+        (folder / "config.json").write_text('{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}')
+    elif damage == "truncated":
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000])
+    else:
+        (folder / "model.safetensors").unlink()
+    with pytest.raises(UserError) as error:
+        Janus(str(folder), CHAT)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
