@@ -37,6 +37,10 @@ class Evaluator(L.LightningModule):
         mine = [(place, *item) for place, item in enumerate(work)][rank::world_size]
         return DataLoader(mine, batch_size=self.batch_size, collate_fn=list)
 
+    def transfer_batch_to_device(self, batch: list, device: torch.device, dataloader_idx: int) -> list:
+        """Prompts are text: there is nothing to move."""
+        return batch
+
     def test_step(self, batch: list[tuple[int, Prompt, int]], index: int) -> None:
         prompts = [prompt for _, prompt, _ in batch]
         seeds = [derive_seed(self.seed, "evaluate", prompt.id, sample) for _, prompt, sample in batch]

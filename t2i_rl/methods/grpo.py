@@ -103,6 +103,10 @@ class GRPO(L.LightningModule):
         self.log_dict(metrics, sync_dist=dist.is_initialized(), batch_size=len(rollout))
         self.log("reward", metrics["reward/total"], prog_bar=True, logger=False)
 
+    def transfer_batch_to_device(self, batch: list, device: torch.device, dataloader_idx: int) -> list:
+        """Prompts are text: there is nothing to move."""
+        return batch
+
     @torch.no_grad()
     def roll_out(self, batch: list[tuple[int, Prompt]]) -> Rollout:
         """Sample `group_size` rows for each prompt. A row's randomness is a function of (seed, rollout, prompt index, sample)."""
