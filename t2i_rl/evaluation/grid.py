@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from t2i_rl.errors import UserError
-from t2i_rl.evaluation.results import headline_comparison, read_results, read_stage
+from t2i_rl.evaluation.results import headline_comparison, image_path, read_results, read_stage
 
 FONT_SIZE = 12
 LINE_HEIGHT = 15
@@ -81,13 +81,13 @@ def grid_png(run_dir: Path, path: Path, per_task: int = 2, pairs_per_row: int = 
     comparison = headline_comparison(read_results(run_dir / "results.json"))
     if comparison is None:
         raise UserError(f"{run_dir} has no before and after: nothing was trained in it")
-    sides = [(stage, read_stage(run_dir, stage)) for stage in (comparison["a"], comparison["b"])]
-    by_key = [(stage, {(r["prompt_id"], r["sample_index"]): r for r in records}) for stage, records in sides]
+    before, after = comparison["a"], comparison["b"]
+    records = {stage: read_stage(run_dir, stage) for stage in (before, after)}
     images, captions, frames = [], [], []
-    for key in first_of_each_task(sides[0][1], per_task):
-        for name, (stage, records) in zip(("before", "after"), by_key, strict=True):
-            record = records[key]
-            images.append(np.asarray(Image.open(run_dir / "evaluation" / stage / record["image"]).convert("RGB")))
+    for key in first_of_each_task(list(records[before].values()), per_task):
+        for name, stage in (("before", before), ("after", after)):
+            record = records[stage][key]
+            images.append(np.asarray(Image.open(image_path(run_dir, stage, record)).convert("RGB")))
             captions.append(f"{name}: {record['prompt']}")
             frames.append(RIGHT if record["strict"] else WRONG)
     grid = caption_grid(images, captions, 2 * pairs_per_row, scale, frames)

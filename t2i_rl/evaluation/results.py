@@ -162,13 +162,26 @@ def headline_comparison(results: dict) -> dict | None:
     return None
 
 
-def read_stage(folder: Path, stage: str) -> list[dict]:
-    """The records of one stage of the run in `folder`.
+def read_stage(folder: Path, stage: str) -> dict[tuple[str, int], dict]:
+    """The records of one stage of the run in `folder`, in file order, by (prompt_id, sample_index).
 
     Raises:
         UserError: see `read_records`.
     """
-    return read_records(Path(folder) / "evaluation" / stage / "records.jsonl")
+    records = read_records(Path(folder) / "evaluation" / stage / "records.jsonl")
+    return {(record["prompt_id"], record["sample_index"]): record for record in records}
+
+
+def image_path(folder: Path, stage: str, record: dict) -> Path:
+    """The PNG of a record; `record["image"]` is relative to the folder of its records.jsonl.
+
+    Raises:
+        UserError: the file does not exist.
+    """
+    path = Path(folder) / "evaluation" / stage / record["image"]
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    return path
 
 
 def read_job(folder: Path) -> Job:

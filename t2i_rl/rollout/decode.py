@@ -33,15 +33,16 @@ class Decoder:
 
 @torch.no_grad()
 def decode_text(
-    model, ids: torch.Tensor, mask: torch.Tensor, seeds: list[int], *, max_tokens: int, eos: int, temperature: float = 1.0
+    model, ids: torch.Tensor, mask: torch.Tensor, seeds: list[int], *, max_tokens: int, eos: int, temperature: float = 1.0,
+    embeds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample a continuation of each left-padded row.
+    """Sample a continuation of each left-padded row; `embeds` `(B, L, D)` stand in for those of `ids` where images were put in.
 
     Returns `tokens` `(B, T)`, EOS after a row has ended, and its boolean mask, true up to and including the first EOS.
     """
     uniforms = row_uniforms(seeds, max_tokens, ids.device)
     embed = model.get_input_embeddings()
-    decoder = Decoder(model.model.language_model, embed(ids), mask)
+    decoder = Decoder(model.model.language_model, embed(ids) if embeds is None else embeds, mask)
     tokens, alive = [], torch.ones(len(ids), dtype=torch.bool, device=ids.device)
     live = []
     for t in range(max_tokens):
