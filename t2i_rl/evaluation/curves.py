@@ -11,24 +11,31 @@ import numpy as np
 
 # A column goes to the first group whose pattern it matches, so the narrow patterns stand before the wide ones.
 GROUPS = (
+    ("Seconds per step", r"^time/"),
     ("Correlation of reward with plan length", r"corr"),
+    ("Plan length", r"plan_length"),
+    ("Truncated plans", r"truncated"),
+    ("Distinct plans", r"distinct"),
+    ("Groups without any spread", r"zero_std"),
     ("Reward, spread within a group", r"std"),
+    ("Watched, not trained on", r"^watch"),
     ("Reward", r"reward"),
     ("Accuracy", r"accuracy|strict|lenient|correct"),
     ("KL to the reference", r"(^|[/_])kl"),
+    ("Self-certainty", r"certainty"),
     ("Entropy", r"entropy"),
-    ("Plan length", r"plan_?(length|len)|plan_tokens"),
     ("Clip fraction", r"clip"),
     ("Importance ratio", r"ratio"),
-    ("Codebook usage", r"codebook|codes"),
+    ("Codebook entries used", r"codebook|codes"),
+    ("Gap to the sampler's log-probability", r"gap"),
     ("Gradient norm", r"grad"),
     ("Loss", r"loss"),
-    ("Images per second", r"images_?(/s|per_s)"),
-    ("Tokens per second", r"tokens_?(/s|per_s)"),
-    ("Peak memory", r"memory|(^|[/_])mem"),
+    ("Images per second", r"images_?per_s"),
+    ("Tokens per second", r"tokens_?per_s"),
+    ("Peak memory", r"memory"),
     ("Learning rate", r"(^|[/_-])lr"),
 )
-ORDER = ("Reward", "Reward, spread within a group", "Accuracy", "Plan length", "Correlation of reward with plan length")
+FIRST = ("Reward", "Watched, not trained on", "Reward, spread within a group", "Plan length")
 COLORS = 6
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 400, 190, 52, 10, 8, 24
 
@@ -36,7 +43,7 @@ Series = tuple[str, np.ndarray, np.ndarray]
 
 
 def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Every numeric column of a Lightning metrics.csv as (steps, values), without the rows where it is empty or not finite."""
+    """Every numeric column of a Lightning metrics.csv as (steps, values), without empty and non-finite rows."""
     columns: dict[str, tuple[list[float], list[float]]] = {}
     with Path(path).open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
@@ -50,13 +57,13 @@ def read_metrics(path: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 
 def group_columns(columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, list[Series]]:
-    """Columns with two points or more under the titles of `GROUPS`, in reading order; columns of no group are left out."""
+    """Columns of two points or more by title of `GROUPS`, in reading order; columns of no group are left out."""
     groups: dict[str, list[Series]] = {}
     for name, (steps, values) in columns.items():
         title = next((title for title, pattern in GROUPS if re.search(pattern, name, re.IGNORECASE)), None)
         if title and len(steps) > 1:
             groups.setdefault(title, []).append((name, steps, values))
-    order = [*ORDER, *(title for title, _ in GROUPS if title not in ORDER)]
+    order = dict.fromkeys([*FIRST, *(title for title, _ in GROUPS)])
     return {title: groups[title] for title in order if title in groups}
 
 
@@ -78,7 +85,8 @@ def running_mean(values: np.ndarray) -> np.ndarray:
     """Centred mean over a tenth of the curve, over fewer points at its ends."""
     half = len(values) // 20
     sums = np.concatenate([[0.0], np.cumsum(values)])
-    start, end = np.maximum(np.arange(len(values)) - half, 0), np.minimum(np.arange(len(values)) + half + 1, len(values))
+    places = np.arange(len(values))
+    start, end = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
     return (sums[end] - sums[start]) / (end - start)
 
 
@@ -89,7 +97,7 @@ def polyline(x: np.ndarray, y: np.ndarray, style: str) -> str:
 
 
 def chart(title: str, series: Sequence[Series]) -> str:
-    """One chart as an HTML figure: title, SVG with axes, and a legend. Curves of 40 points or more get a running mean."""
+    """One chart as an HTML figure: title, SVG with axes, legend. Curves of 40 points or more get a running mean."""
     low_x, high_x = span([steps for _, steps, _ in series])
     low_y, high_y = span([values for _, _, values in series])
     low_y, high_y = low_y - 0.04 * (high_y - low_y), high_y + 0.04 * (high_y - low_y)
@@ -102,8 +110,9 @@ def chart(title: str, series: Sequence[Series]) -> str:
 
     parts = []
     for value in ticks(low_y, high_y, 4):
-        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down(value):.1f}" y2="{down(value):.1f}"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{down(value) + 3.5:.1f}" text-anchor="end">{value:.4g}</text>')
+        y = down(value)
+        parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{value:.4g}</text>')
     for value in ticks(low_x, high_x, 5):
         parts.append(f'<text x="{across(value):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{value:.6g}</text>')
     for number, (_, steps, values) in enumerate(series):

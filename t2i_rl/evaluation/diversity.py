@@ -9,13 +9,13 @@ from t2i_rl.evaluation.stats import RESAMPLES, bootstrap, percentile_interval, t
 
 
 def mean_cosine_distance(features: np.ndarray) -> float:
-    """Mean of 1 - cosine over all pairs of rows of unit vectors (n, D): 0 for identical images, 1 for orthogonal ones."""
+    """Mean of 1 - cosine over all pairs of unit vectors (n, D): 0 for identical images, 1 for orthogonal ones."""
     pairs = np.triu_indices(len(features), k=1)
     return float(1.0 - (features @ features.T)[pairs].mean())
 
 
 def vendi_score(features: np.ndarray) -> float:
-    """Effective number of different images among n unit vectors (n, D): exp of the entropy of the eigenvalues of kernel / n.
+    """Effective number of different images among n unit vectors (n, D): exp of the entropy of kernel / n.
 
     1 for identical images, n for orthogonal ones (Friedman and Dieng, 2023).
     """
@@ -60,7 +60,9 @@ def bootstrap_over_prompts(values: np.ndarray, resamples: int, seed: int) -> tup
     return float(means[0]), draws[0]
 
 
-def diversity(features: np.ndarray, prompts: Sequence[str], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict]:
+def diversity(
+    features: np.ndarray, prompts: Sequence[str], resamples: int = RESAMPLES, seed: int = 0
+) -> dict[str, dict]:
     """Within-prompt diversity of one stage: `{"diversity" | "vendi": {mean, low, high, n_prompts, n_images}}`.
 
     Raises: see `diversity_by_prompt`.
@@ -80,7 +82,7 @@ def compare_diversity(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict]:
-    """Paired difference `b - a` of within-prompt diversity, prompt by prompt; both features (N, D) in the same record order.
+    """Paired difference `b - a` of within-prompt diversity; both features (N, D) in the order of `prompts`.
 
     Raises: see `diversity_by_prompt`.
     """

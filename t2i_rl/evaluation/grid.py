@@ -25,7 +25,7 @@ def caption_grid(
     scale: int,
     frames: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Images in rows of `columns`, enlarged by pixel doubling, each with its wrapped caption below and a coloured frame.
+    """Images in rows of `columns`, enlarged without smoothing, each in a coloured frame with its caption below.
 
     Args:
         images: N arrays (H, W, 3) uint8, all of one size.
@@ -39,22 +39,25 @@ def caption_grid(
     """
     frames = frames or [FRAME] * len(images)
     if not images or len({image.shape for image in images}) > 1 or not len(images) == len(captions) == len(frames):
-        raise ValueError(f"{len(images)} images of one size, captions ({len(captions)}) and frames ({len(frames)}) must fit")
+        raise ValueError(
+            f"{len(images)} images, {len(captions)} captions, {len(frames)} frames: not one each, or not one size"
+        )
     font = ImageFont.load_default(size=FONT_SIZE)
     height, width = images[0].shape[0] * scale + 2 * BORDER, images[0].shape[1] * scale + 2 * BORDER
     letters = max(8, int(width / font.getlength("n")))
-    wrapped = [[part for line in text.split("\n") for part in textwrap.wrap(line, letters) or [""]] for text in captions]
+    wrapped = [[part for line in text.split("\n") for part in textwrap.wrap(line, letters)] for text in captions]
     starts = range(0, len(images), columns)
     row_heights = [height + 4 + LINE_HEIGHT * max(map(len, wrapped[start : start + columns])) for start in starts]
-    shape = (MARGIN + min(columns, len(images)) * (width + MARGIN), MARGIN + sum(row_heights) + MARGIN * len(row_heights))
-    canvas = Image.new("RGB", shape, PAPER)
+    across = MARGIN + min(columns, len(images)) * (width + MARGIN)
+    canvas = Image.new("RGB", (across, MARGIN + sum(row_heights) + MARGIN * len(row_heights)), PAPER)
     draw = ImageDraw.Draw(canvas)
     top = MARGIN
     for start, row_height in zip(starts, row_heights, strict=True):
         for column, index in enumerate(range(start, min(start + columns, len(images)))):
             left = MARGIN + column * (width + MARGIN)
             draw.rectangle((left, top, left + width - 1, top + height - 1), fill=frames[index])
-            canvas.paste(Image.fromarray(np.kron(images[index], np.ones((scale, scale, 1), np.uint8))), (left + BORDER, top + BORDER))
+            enlarged = images[index].repeat(scale, axis=0).repeat(scale, axis=1)
+            canvas.paste(Image.fromarray(enlarged), (left + BORDER, top + BORDER))
             for line, text in enumerate(wrapped[index]):
                 draw.text((left, top + height + 4 + line * LINE_HEIGHT), text, INK, font)
         top += row_height + MARGIN
@@ -62,7 +65,7 @@ def caption_grid(
 
 
 def first_of_each_task(records: Sequence[dict], per_task: int) -> list[tuple[str, int]]:
-    """Keys (prompt_id, sample_index) of the first `per_task` prompts of every task, first sample of each: chosen without looking."""
+    """(prompt_id, sample_index) of the first `per_task` prompts of every task, first sample: chosen without looking."""
     chosen: dict[str, dict[str, int]] = {}
     for record in records:
         prompts = chosen.setdefault(record["tag"], {})
@@ -72,7 +75,7 @@ def first_of_each_task(records: Sequence[dict], per_task: int) -> list[tuple[str
 
 
 def grid_png(run_dir: Path, path: Path, per_task: int = 2, pairs_per_row: int = 2, scale: int = 5) -> None:
-    """Write a PNG of before and after: the same prompts and seeds side by side, framed green or red by the strict verdict.
+    """Write a PNG of before and after: same prompts and seeds side by side, framed green or red by the strict verdict.
 
     Raises:
         UserError: the run has no before and after, or its records are missing.

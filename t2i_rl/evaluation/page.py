@@ -1,4 +1,4 @@
-"""The frame of a report page: one HTML file with its style inside, light and dark, that takes nothing from the network."""
+"""The frame of a report: one HTML file with its style inside, light and dark, that takes nothing from the network."""
 
 from html import escape
 
@@ -15,33 +15,38 @@ body { margin: 0 auto; padding: 2.5rem 1.5rem 4rem; max-width: 1180px; backgroun
 h1 { font-size: 1.45rem; line-height: 1.25; margin: 0 0 .5rem; font-weight: 650; }
 h2 { font-size: 1.1rem; margin: 2.6rem 0 .3rem; font-weight: 650; }
 p { margin: .3rem 0 .8rem; max-width: 75ch; }
+.note { max-width: 105ch; }
 .note, figcaption, .legend { color: var(--soft); font-size: .84rem; }
 .lead { font-size: 1.08rem; border-left: 3px solid var(--c0); padding: .15rem 0 .15rem .9rem; margin: 1rem 0 1.4rem; }
 code, pre { font: .82rem/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem; overflow-x: auto;
-  overflow-wrap: normal; }
+pre { background: var(--panel); border: 1px solid var(--line); border-radius: 6px; padding: .8rem 1rem;
+  overflow-x: auto; overflow-wrap: normal; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1.2rem; margin: .8rem 0; font-size: .9rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; margin: .6rem 0; }
 th, td { padding: .34rem .9rem .34rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
 th { color: var(--soft); font-weight: 500; } th:first-child, td:first-child { text-align: left; }
-td .range { color: var(--soft); } td.real { font-weight: 650; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1.4rem 1.6rem; margin-top: .8rem; }
+td .range { color: var(--soft); } td.real { font-weight: 650; } td.real .range { font-weight: 400; }
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(330px, 1fr)); gap: 1.4rem 1.6rem;
+  margin-top: .8rem; }
 .chart { margin: 0; } .chart figcaption { color: var(--ink); font-weight: 550; }
 svg { display: block; width: 100%; height: auto; } svg text { fill: var(--soft); font-size: 10.5px; }
 .rule { stroke: var(--line); stroke-width: 1; }
 polyline { fill: none; stroke-width: 1.7; stroke-linejoin: round; } .faint { stroke-width: 1; opacity: .28; }
 .legend { list-style: none; margin: .2rem 0 0; padding: 0 0 0 8px; display: flex; flex-wrap: wrap; gap: .1rem 1rem; }
-.legend li::before { content: ""; display: inline-block; width: .8rem; height: 3px; border-radius: 2px; margin-right: .4rem;
-  vertical-align: middle; background: currentColor; } .legend li::before { color: var(--key); }
-.sets { display: grid; grid-template-columns: repeat(auto-fill, minmax(var(--set), 1fr)); gap: 1.6rem 1.4rem; margin-top: .9rem; }
+.legend li::before { content: ""; display: inline-block; width: .8rem; height: 3px; border-radius: 2px;
+  margin-right: .4rem; vertical-align: middle; background: var(--key); }
+.sets { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--set)), 1fr));
+  gap: 1.6rem 1.4rem; margin-top: .9rem; }
 .set h3 { font-size: .92rem; font-weight: 600; margin: 0 0 .35rem; }
 .row { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(120px, 180px); gap: .8rem; overflow-x: auto; }
 .row figure { margin: 0; }
-.row img { display: block; width: 100%; image-rendering: pixelated; border: 3px solid var(--wrong); border-radius: 4px; }
+.row img { display: block; width: 100%; image-rendering: pixelated; border: 3px solid var(--wrong);
+  border-radius: 4px; }
 .row .strict img { border-color: var(--right); }
-.row figcaption { line-height: 1.4; margin-top: .25rem; overflow-wrap: anywhere; } .row b { color: var(--ink); font-weight: 600; }
+.row figcaption { line-height: 1.4; margin-top: .25rem; overflow-wrap: anywhere; }
+.row b { color: var(--ink); font-weight: 600; }
 .bad { color: var(--wrong); } .good { color: var(--right); }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--soft); }
 """ + "".join(f".c{n} {{ stroke: var(--c{n}); }} .k{n} {{ --key: var(--c{n}); }}\n" for n in range(6))

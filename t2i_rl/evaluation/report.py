@@ -14,8 +14,8 @@ from t2i_rl.evaluation.results import (
     headline_comparison,
     image_path,
     read_job,
-    read_json,
     read_jobs,
+    read_json,
     read_stage,
     stages_of,
     write_atomic,
@@ -43,7 +43,7 @@ def table_html(table: Table) -> str:
 
 
 def image_set(shown: Sequence[Shown]) -> str:
-    """One prompt: its images side by side as (label, PNG, record), framed by the strict verdict, with plan and defects."""
+    """One prompt: its images side by side as (label, PNG, record), framed by verdict, with plan and defects."""
     figures = []
     for label, png, record in shown:
         data = base64.b64encode(png.read_bytes()).decode()
@@ -52,14 +52,15 @@ def image_set(shown: Sequence[Shown]) -> str:
         defects = f'<br><span class="bad">{escape("; ".join(record["defects"]))}</span>' if record["defects"] else ""
         figures.append(
             f'<figure{" class=strict" if record["strict"] else ""}><img alt="{escape(record["prompt"])}" '
-            f'src="data:image/png;base64,{data}"><figcaption><b>{escape(label)}</b> {verdict}{plan}{defects}</figcaption></figure>'
+            f'src="data:image/png;base64,{data}">'
+            f"<figcaption><b>{escape(label)}</b> {verdict}{plan}{defects}</figcaption></figure>"
         )
     return f'<div class="set"><h3>{escape(shown[0][2]["prompt"])}</h3><div class="row">{"".join(figures)}</div></div>'
 
 
 def image_sets(sets: Sequence[Sequence[Shown]]) -> str:
     """Prompts below one another, or beside one another where their images are few."""
-    width = min(1100, 190 * max(len(shown) for shown in sets))
+    width = min(1100, 180 * max(len(shown) for shown in sets))
     return f'<div class="sets" style="--set: {width}px">{"".join(image_set(shown) for shown in sets)}</div>'
 
 
@@ -75,10 +76,12 @@ def image_sections(job: Job) -> str:
     records = {stage: read_stage(job.folder, stage) for stage in stages}
 
     def sets_of(keys: Sequence[Key], stages: Sequence[str]) -> str:
-        return image_sets([[(s, image_path(job.folder, s, records[s][k]), records[s][k]) for s in stages] for k in keys])
+        return image_sets(
+            [[(s, image_path(job.folder, s, records[s][k]), records[s][k]) for s in stages] for k in keys]
+        )
 
     keys = first_of_each_task(list(records[stages[0]].values()), PROMPTS_PER_TASK)
-    note = f"The first {PROMPTS_PER_TASK} prompts of each task, first sample, same seed at every stage; green frame: strictly right."
+    note = f"The first {PROMPTS_PER_TASK} prompts of each task, same seed in all stages; green frame: strictly right."
     html = section("Images", note, sets_of(keys, stages))
     comparison = headline_comparison(job.results)
     if comparison is None:
@@ -107,13 +110,15 @@ def curves_section(folder: Path) -> str:
     path = folder / "metrics.csv"
     drawn = charts(path) if path.is_file() else ""
     note = "By step; faint: as logged, strong: running mean. Every logged column is in metrics.csv."
-    return section("Training", note if drawn else "No training curves in this run.", f'<div class="charts">{drawn}</div>')
+    return section(
+        "Training", note if drawn else "No training curves in this run.", f'<div class="charts">{drawn}</div>'
+    )
 
 
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run folder and return its path. The page takes nothing from the network.
 
-    Reads results.json and the records and images of its stages; metrics.csv, provenance.json and config.yaml where present.
+    Reads results.json, its stages' records and images, and metrics.csv, provenance.json, config.yaml where present.
 
     Raises:
         UserError: results.json, a stage's records or an image is missing or malformed.
@@ -155,7 +160,10 @@ def sweep_images(jobs: Sequence[Job]) -> str:
     if not shared:
         return section("Images", "The jobs were evaluated on different prompts, so nothing can stand side by side.", "")
     sets = [
-        [(label, image_path(folder, stage, r[key]), r[key]) for (label, folder, stage), r in zip(columns, records, strict=True)]
+        [
+            (label, image_path(folder, stage, r[key]), r[key])
+            for (label, folder, stage), r in zip(columns, records, strict=True)
+        ]
         for key in first_of_each_task(shared, PROMPTS_PER_TASK)
     ]
     note = f"The first {PROMPTS_PER_TASK} prompts of each task. `base` is the first job's; green frame: strictly right."
@@ -172,7 +180,10 @@ def write_sweep_report(sweep_dir: Path) -> Path:
     findings = "".join(f"<dt>{escape(job.folder.name)}</dt><dd>{escape(headline(job.results))}</dd>" for job in jobs)
     body = [f"<h1>{len(jobs)} jobs</h1>"]
     body += [section(table.title, table.note, table_html(table)) for table in sweep_tables(jobs)]
-    body += [section("Findings", "One sentence per job, from its own numbers.", f"<dl>{findings}</dl>"), sweep_images(jobs)]
+    body += [
+        section("Findings", "One sentence per job, from its own numbers.", f"<dl>{findings}</dl>"),
+        sweep_images(jobs),
+    ]
     path = Path(sweep_dir) / "report.html"
     write_atomic(path, page(f"Sweep {Path(sweep_dir).name}", "\n".join(body)))
     return path

@@ -15,7 +15,7 @@ from t2i_rl.errors import UserError
 STAGES = ("base_direct", "base_plan", "trained_direct", "trained_plan")
 HEADLINE_PAIRS = (("base_plan", "trained_plan"), ("base_direct", "trained_direct"))
 RECORD_KEYS = (
-    *("prompt_id", "prompt", "tag", "seen", "sample_index", "seed", "plan"),
+    *("prompt_id", "prompt", "tag", "seen", "sample_index", "seed", "plan", "plan_length"),
     *("strict", "lenient", "score", "defects", "image"),
 )
 RESULT_KEYS = ("task", "method", "model", "reward", "seed", "steps", "benchmark", "stages", "comparisons", "headline")
@@ -25,7 +25,7 @@ DIFFERENCE_KEYS = ("difference", "low", "high", "p_value", "n_prompts")
 
 @dataclass(frozen=True)
 class Job:
-    """A finished run: its folder, its results.json, and its settings as text (results' own fields, then Hydra's overrides)."""
+    """A finished run: its folder, its results.json, and its settings as text (results', then Hydra's overrides)."""
 
     folder: Path
     results: dict
@@ -154,7 +154,7 @@ def stages_of(results: dict) -> list[str]:
 
 
 def headline_comparison(results: dict) -> dict | None:
-    """The comparison that a run is about: trained against base, with a plan if it has one; None if nothing was trained."""
+    """The comparison a run is about: trained against base, with a plan if it has one; None if nothing was trained."""
     for pair in HEADLINE_PAIRS:
         for comparison in results["comparisons"]:
             if (comparison["a"], comparison["b"]) == pair:

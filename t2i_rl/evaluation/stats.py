@@ -19,7 +19,7 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Columns:
-    """Records column by column, N images: prompt ids (N,), tags (N,), seen flags (N,) of True/False/None, values {name: (N,)}."""
+    """Records of N images by column: prompt ids (N,), tags (N,), seen (N,) of True/False/None, values {name: (N,)}."""
 
     prompts: np.ndarray
     tags: np.ndarray
@@ -28,9 +28,7 @@ class Columns:
 
 
 def columns_of(records: Sequence[dict]) -> Columns:
-    """The columns that metrics are made of: strict, lenient, score, malformed and, where every record has a plan, its words.
-
-    `plan: null` means that no plan was asked for; an empty plan counts as zero words.
+    """The columns that metrics are made of: strict, lenient, score, malformed; plan_length unless a record has null.
 
     Raises:
         UserError: there is no record.
@@ -39,8 +37,8 @@ def columns_of(records: Sequence[dict]) -> Columns:
         raise UserError("no records to evaluate")
     values = {name: np.array([float(r[name]) for r in records]) for name in ("strict", "lenient", "score")}
     values["malformed"] = np.array([float(any(d.startswith("malformed") for d in r["defects"])) for r in records])
-    if all(r["plan"] is not None for r in records):
-        values["plan_length"] = np.array([float(len(r["plan"].split())) for r in records])
+    if all(r["plan_length"] is not None for r in records):
+        values["plan_length"] = np.array([float(r["plan_length"]) for r in records])
     return Columns(
         prompts=np.array([r["prompt_id"] for r in records]),
         tags=np.array([r["tag"] for r in records]),
@@ -50,7 +48,7 @@ def columns_of(records: Sequence[dict]) -> Columns:
 
 
 def paired_columns(a: Sequence[dict], b: Sequence[dict]) -> Columns:
-    """Columns of `b - a`, image by image, matched by (prompt_id, sample_index). A value that one side lacks is left out.
+    """Columns of `b - a`, image by image, matched by (prompt_id, sample_index); only columns that both sides have.
 
     Raises:
         UserError: a key occurs twice in one list, or the two lists do not have the same keys.
@@ -59,19 +57,21 @@ def paired_columns(a: Sequence[dict], b: Sequence[dict]) -> Columns:
     for name, records in (("first", a), ("second", b)):
         keyed = {(r["prompt_id"], r["sample_index"]): r for r in records}
         if len(keyed) != len(records):
-            raise UserError(f"cannot pair: the {name} list repeats {len(records) - len(keyed)} (prompt_id, sample_index) keys")
+            raise UserError(
+                f"cannot pair: the {name} list repeats {len(records) - len(keyed)} prompt and sample indices"
+            )
         by_key.append(keyed)
     unmatched = by_key[0].keys() ^ by_key[1].keys()
     if unmatched:
         raise UserError(f"cannot pair: {len(unmatched)} images are in one list only, for example {min(unmatched)}")
     first = columns_of(a)
     second = columns_of([by_key[1][key] for key in by_key[0]])
-    shared = first.values.keys() & second.values.keys()
-    return Columns(first.prompts, first.tags, first.seen, {k: second.values[k] - first.values[k] for k in sorted(shared)})
+    changes = {name: second.values[name] - values for name, values in first.values.items() if name in second.values}
+    return Columns(first.prompts, first.tags, first.seen, changes)
 
 
 def metric_rows(columns: Columns, tasks: Sequence[str]) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Every metric as (name, the column it averages, mask (N,) of the images it covers). A metric without images is left out."""
+    """Every metric that has images, as (name, the column it averages, mask (N,) of the images it covers)."""
     in_tasks = np.isin(columns.tags, tasks)
     everything = np.ones(len(columns.tags), bool)
     present = set(columns.tags.tolist())
@@ -79,7 +79,8 @@ def metric_rows(columns: Columns, tasks: Sequence[str]) -> Iterator[tuple[str, s
     ordered = [task for task in tasks if task in present] + sorted(present - set(tasks))
     metrics += [(f"task/{tag}", "strict", columns.tags == tag) for tag in ordered]
     metrics += [("lenient", "lenient", in_tasks), ("score", "score", in_tasks)]
-    metrics += [(name, "strict", in_tasks & (columns.seen == flag)) for name, flag in (("seen", True), ("held_out", False))]
+    metrics += [("seen", "strict", in_tasks & (columns.seen == True))]  # noqa: E712 - elementwise
+    metrics += [("held_out", "strict", in_tasks & (columns.seen == False))]  # noqa: E712 - elementwise
     metrics += [("plan_length", "plan_length", everything), ("malformed", "malformed", everything)]
     for name, column, mask in metrics:
         if column in columns.values and mask.any():
@@ -142,7 +143,7 @@ def counts_of(name: str, columns: Columns, mask: np.ndarray, tasks: Sequence[str
 def bootstrap_metrics(
     runs: Sequence[Columns], tasks: Sequence[str], resamples: int, seed: int
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray, dict]]:
-    """(name, means (S,), draws (S, R), counts) of every metric of S runs on the same images. Each metric starts its own generator."""
+    """(name, means (S,), draws (S, R), counts) of every metric of S runs on the same images; one generator each."""
     first = runs[0]
     for name, column, mask in metric_rows(first, tasks):
         if any(column not in run.values for run in runs):
@@ -159,7 +160,7 @@ def aggregate(
     """The metrics of one stage, as in results.json: `{name: {mean, low, high, n_prompts, n_images}}`.
 
     `overall`, `lenient`, `score`, `seen` and `held_out` are unweighted means over those of `tasks` that are present
-    (`overall` lists them under `tasks`); `plan_length` (words) and `malformed` (share of images) over every tag present.
+    (`overall` lists them under `tasks`); `plan_length` (tokens) and `malformed` (share of images) over all tags.
     Tags outside `tasks` are reported as `task/<tag>` only.
 
     Raises:
@@ -170,7 +171,11 @@ def aggregate(
 
 
 def compare(
-    a: Sequence[dict], b: Sequence[dict], tasks: Sequence[str] = GENEVAL_TASKS, resamples: int = RESAMPLES, seed: int = 0
+    a: Sequence[dict],
+    b: Sequence[dict],
+    tasks: Sequence[str] = GENEVAL_TASKS,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
 ) -> dict[str, dict]:
     """Paired difference `b - a` of every metric: `{name: {difference, low, high, p_value, n_prompts, n_images}}`.
 
@@ -212,9 +217,11 @@ def compare_over_seeds(
     picks = rng.integers(0, len(runs), (resamples, len(runs)))
     table = {}
     for name, means, draws, counts in bootstrap_metrics(runs, tasks, resamples, seed + 1):
-        averaged = draws[picks, np.arange(resamples)[:, None]].mean(axis=1) if len(runs) > 1 else np.full(resamples, np.nan)
-        table[name] = {"difference": float(means.mean()), **percentile_interval(averaged), "p_value": two_sided_p(averaged)}
-        table[name] |= {**counts, "n_seeds": len(runs)}
+        averaged = draws[picks, np.arange(resamples)[:, None]].mean(axis=1)
+        if len(runs) == 1:
+            averaged[:] = np.nan
+        change = {"difference": float(means.mean()), **percentile_interval(averaged), "p_value": two_sided_p(averaged)}
+        table[name] = {**change, **counts, "n_seeds": len(runs)}
     return table
 
 

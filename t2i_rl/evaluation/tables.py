@@ -1,8 +1,9 @@
-"""The tables of one run and of a sweep, as plain text cells, for the terminal (rich), for Markdown and for the report."""
+"""The tables of one run and of a sweep as cells of text, for the terminal (rich), for Markdown and for the report."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
@@ -21,7 +22,7 @@ ROW_NAMES = {
     "held_out": "held-out pairs",
     "diversity": "diversity",
     "vendi": "Vendi score",
-    "plan_length": "plan length (words)",
+    "plan_length": "plan length (tokens)",
     "malformed": "malformed images",
 }
 
@@ -35,28 +36,36 @@ class Table:
     rows: list[list[str]]
     note: str
 
-    def rich(self) -> RichTable:
-        """The table for the terminal; cells that carry the mark of a real difference are bold."""
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """For the terminal: real differences in bold; in a narrow terminal, intervals on lines of their own."""
+        wide = self.rich(" [")
+        unwrapped = console.measure(wide, options=options.update(max_width=1000)).maximum
+        yield wide if unwrapped <= options.max_width else self.rich("\n[")
+
+    def rich(self, bracket: str) -> RichTable:
+        """The table with `bracket` between a value and its interval."""
         table = RichTable(title=self.title, caption=self.note, title_justify="left", caption_justify="left")
         for number, column in enumerate(self.columns):
             table.add_column(Text(column), justify="left" if number == 0 else "right")
         for row in self.rows:
-            table.add_row(*(Text(cell, style="bold" if cell.endswith(MARK) else "") for cell in row))
+            cells = [Text(cell.replace(" [", bracket), style="bold" if cell.endswith(MARK) else "") for cell in row]
+            table.add_row(*cells)
         return table
 
     def markdown(self) -> str:
         """The table as GitHub Markdown, with the title above and the note below."""
         header = ["---", *("--:" for _ in self.columns[1:])]
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [self.columns, header, *self.rows]]
+        rows = [self.columns, header, *self.rows]
+        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
         return "\n".join([f"**{self.title}**", "", *lines, "", self.note, ""])
 
 
 def number(metric: str, value: float, signed: bool = False) -> str:
-    """One value as text: accuracies and shares in percent (differences in points), the other metrics in their own unit."""
+    """One value as text: accuracies and shares in percent (differences in points), others in their own unit."""
     sign = "+" if signed else ""
     if metric in PLAIN_FORMATS:
-        return f"{value:{sign}{PLAIN_FORMATS[metric]}}"
-    return f"{100 * value:{sign}.1f}"
+        return f"{value:{sign}z{PLAIN_FORMATS[metric]}}"
+    return f"{100 * value:{sign}z.1f}"
 
 
 def with_interval(metric: str, cell: dict | None, key: str) -> str:
@@ -94,7 +103,7 @@ def before_after_table(results: dict) -> Table:
         cells += [with_interval(name, comparison["metrics"].get(name), "difference") for comparison in comparisons]
         rows.append([ROW_NAMES.get(name, name.removeprefix("task/")), *cells])
     columns = ["", *stages, *(f"{comparison['b']} - {comparison['a']}" for comparison in comparisons)]
-    note = "Percent, with 95 % bootstrap intervals over prompts. Differences are paired, image by image; * excludes zero."
+    note = "Percent, with 95 % bootstrap intervals over prompts. Paired differences; * excludes zero."
     return Table("Before and after", columns, rows, note)
 
 
@@ -109,14 +118,17 @@ def headline(results: dict) -> str:
         ]
         return f"Overall on {benchmark}: {', '.join(parts)}. Nothing was trained, so there is no before and after."
     cell = comparison["metrics"]["overall"]
-    before, after = (number("overall", results["stages"][comparison[side]]["metrics"]["overall"]["mean"]) for side in "ab")
+    means = [results["stages"][comparison[side]]["metrics"]["overall"]["mean"] for side in "ab"]
+    before, after = (number("overall", mean) for mean in means)
     basis = f"({cell['n_prompts']} prompts, paired)"
     if cell["low"] is None:
-        return f"Overall on {benchmark} went from {before} % to {after} %; too few prompts for an interval, so this shows nothing."
+        return (
+            f"Too few prompts for an interval on {benchmark}: {before} % before, {after} % after, which shows nothing."
+        )
     low, high = number("overall", cell["low"], True), number("overall", cell["high"], True)
     difference = f"{number('overall', cell['difference'], True)} points, 95 % interval [{low}, {high}] {basis}"
     if not excludes_zero(cell):
-        return f"No measurable change on {benchmark}: {before} % before, {after} % after; {difference}, which includes zero."
+        return f"No measurable change on {benchmark}: {before} % before, {after} % after; {difference}: includes zero."
     verb = "rose" if cell["difference"] > 0 else "fell"
     return f"Overall on {benchmark} {verb} from {before} % to {after} %: {difference}."
 
@@ -129,7 +141,7 @@ def differing_settings(jobs: Sequence[Job]) -> list[str]:
 
 
 def headline_cells(job: Job, metric: str) -> tuple[dict | None, dict | None, dict | None]:
-    """(before, after, difference) of one metric in a job's headline comparison; None for each that the job does not have."""
+    """(before, after, difference) of one metric in a job's headline comparison; None where the job does not have it."""
     comparison = headline_comparison(job.results)
     if comparison is None:
         return None, None, None
@@ -173,7 +185,8 @@ def seeds_table(jobs: Sequence[Job], metric: str = "overall") -> Table | None:
         return None
     rows = []
     for settings, group in groups.items():
-        columns = [[cells[part][key] for cells in group.values()] for part, key in enumerate(("mean", "mean", "difference"))]
+        keys_of_parts = enumerate(("mean", "mean", "difference"))
+        columns = [[cells[part][key] for cells in group.values()] for part, key in keys_of_parts]
         before, after, difference = (seed_interval(values) for values in columns)
         cells = [with_interval(metric, before, "mean"), with_interval(metric, after, "mean")]
         change = with_interval(metric, {**difference, "difference": difference["mean"]}, "difference")
