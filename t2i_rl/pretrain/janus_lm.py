@@ -46,7 +46,8 @@ class PretrainRows(IterableDataset):
         while True:
             rng = np.random.default_rng((self.seed, 2, self.position))
             self.position += 1
-            yield {"draw": self._draw(rng), "plan": self._plan(rng), "look": self._look(rng)}
+            makers = {"draw": self._draw, "plan": self._plan, "look": self._look}
+            yield {name: make(rng) for name, make in makers.items() if self.sizes.get(name)}
 
     def _draw(self, rng) -> Rows:
         texts, images = [], []
@@ -163,6 +164,26 @@ class JanusLMStage(L.LightningModule):
         return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate) for optimizer in optimizers]
 
     def _rate(self, step: int) -> float:
-        total = self.trainer.max_steps // 2
+        total = self.trainer.max_steps // len(self.trainer.optimizers)
         left = (total - step) / (self.cooldown * total)
         return min(1.0, (step + 1) / self.warmup, max(left, 0.0))
+
+
+class JanusLookStage(JanusLMStage):
+    """A last stage for the eyes: only the understanding tower and its aligner learn, so that drawing and writing stay as they are."""
+
+    def training_step(self, batch: dict[str, Rows], index: int) -> None:
+        look = batch["look"]
+        loss = self._text_loss(look, self._look_embeds(look))
+        self.manual_backward(loss)
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
+        self.optimizers().step()
+        self.optimizers().zero_grad()
+        self.lr_schedulers().step()
+        self.log("look_nll", float(loss.detach()), prog_bar=True)
+
+    def configure_optimizers(self):
+        self.model.requires_grad_(False)
+        eyes = [*self.model.model.vision_model.parameters(), *self.model.model.aligner.parameters()]
+        optimizer = torch.optim.AdamW([p.requires_grad_(True) for p in eyes], lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)]

@@ -1,9 +1,11 @@
-"""`task=pretrain`: make janus_tiny from nothing: VQ autoencoder, then the language model on plans, images and looking; then measure it."""
+"""`task=pretrain`: make janus_tiny from nothing: VQ autoencoder, then the language model on plans, images and looking,
+then its eyes alone; and measure it."""
 
 import json
 import platform
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import lightning as L
@@ -18,14 +20,14 @@ from t2i_rl.evaluation.results import write_atomic
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.models.janus import Chat
 from t2i_rl.models.janus_tiny import build_model, build_processor
-from t2i_rl.pretrain.janus_lm import JanusLMStage, PretrainRows
+from t2i_rl.pretrain.janus_lm import JanusLMStage, JanusLookStage, PretrainRows
 from t2i_rl.pretrain.measure import card, look_figures, plan_figures, vq_figures
 from t2i_rl.pretrain.vq import SceneImages, VQStage
 
 
 def run(cfg) -> dict:
-    """Train both stages, resuming whatever the output folder already holds; save the checkpoint, its figures and its card."""
-    recipe, out, started = cfg.model.pretrain, Path(cfg.paths.output_dir), time.time()
+    """Train every stage, resuming whatever the output folder already holds; save the checkpoint, its figures and its card."""
+    recipe, out, started = cfg.task.recipe, Path(cfg.paths.output_dir), time.time()
     L.seed_everything(cfg.seed, verbose=False)
     model, processor = build_model(**recipe.architecture), build_processor(recipe.architecture.image_size)
     vq = VQStage(model.model.vqmodel, lr=recipe.vq.lr)
@@ -36,16 +38,17 @@ def run(cfg) -> dict:
     chat = Chat(cfg.model.chat.system, cfg.model.chat.instruction)
     lm = JanusLMStage(model, **recipe.lm.optimizer)
 
-    def rows(first: int) -> PretrainRows:
-        return PretrainRows(processor.tokenizer, chat, dict(recipe.lm.batch), cfg.seed, first)
+    def rows(first: int, stage: str) -> PretrainRows:
+        return PretrainRows(processor.tokenizer, chat, dict(recipe[stage].batch), cfg.seed, first)
 
-    minutes += fit(lm, rows, recipe.lm.steps, out / "lm", recipe.lm.precision, optimizers=2)
+    minutes += fit(lm, partial(rows, stage="lm"), recipe.lm.steps, out / "lm", recipe.lm.precision, optimizers=2)
+    look = JanusLookStage(model, **recipe.look.optimizer)
+    minutes += fit(look, partial(rows, stage="look"), recipe.look.steps, out / "look", recipe.look.precision)
     folder = out / "janus_tiny"
     model.eval().half().save_pretrained(folder)
     processor.save_pretrained(folder)
 
-    settings = OmegaConf.merge(cfg.model, {"path": str(folder)})
-    janus = instantiate(OmegaConf.masked_copy(settings, [key for key in settings if key != "pretrain"]))
+    janus = instantiate(cfg.model, path=str(folder))
     figures = {"vq": vq_figures(janus), "plan": plan_figures(janus), "look": look_figures(janus)}
     trainer = instantiate(cfg.trainer, logger=False)
     stages = Stages(trainer, janus, instantiate(cfg.benchmark), out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size)
@@ -90,7 +93,7 @@ def fit(module: L.LightningModule, stream, steps: int, folder: Path, precision: 
         callbacks=[ModelCheckpoint(folder, filename="last", every_n_train_steps=200, enable_version_counter=False)],
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(stream(done), batch_size=None), ckpt_path=last if last.exists() else None)
+    trainer.fit(module, DataLoader(stream(done), batch_size=None), ckpt_path=last if last.exists() else None, weights_only=True)
     trainer.save_checkpoint(last)
     spent += (time.time() - started) / 60
     write_atomic(clock, json.dumps(spent))

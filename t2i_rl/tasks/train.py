@@ -23,7 +23,7 @@ def run(cfg) -> dict:
     for stage in cfg.evaluation.stages:
         if stage.startswith("base"):
             stages.draw(stage)
-    trainer.fit(method, data, ckpt_path=cfg.ckpt_path)
+    trainer.fit(method, data, ckpt_path=cfg.ckpt_path, weights_only=True)
     steps = trainer.global_step
     for stage in cfg.evaluation.stages:
         if stage.startswith("trained"):

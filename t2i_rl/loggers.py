@@ -1,0 +1,54 @@
+"""Loggers that survive a resume: metrics.csv keeps its rows, W&B keeps its run."""
+
+import csv
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+
+def build_loggers(cfg: DictConfig) -> list[Logger] | bool:
+    """The loggers that the config names; False for none. W&B gets the resolved config."""
+    loggers = list(instantiate(cfg.logger).values())
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            settings = OmegaConf.to_container(cfg, resolve=True)
+            _write_config(logger, settings)
+    return loggers or False
+
+
+@rank_zero_only
+def _write_config(logger: WandbLogger, settings: dict) -> None:
+    logger.experiment.config.update(settings, allow_val_change=True)
+    logger.experiment.define_metric("*", step_metric="trainer/global_step")
+
+
+def csv_logger(folder: str, ckpt_path: str | None) -> CSVLogger:
+    """metrics.csv in `folder`. Upon a resume the rows up to the checkpoint stay; later ones, from before the kill, are logged anew."""
+    kept = _rows_before(Path(folder) / "metrics.csv", ckpt_path) if ckpt_path else []
+    logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    if kept and rank_zero_only.rank == 0:
+        logger.experiment.metrics.extend(kept)
+        logger.experiment.save()
+    return logger
+
+
+def _rows_before(path: Path, ckpt_path: str) -> list[dict]:
+    if not path.is_file():
+        return []
+    loop = torch.load(ckpt_path, map_location="cpu", weights_only=True)["loops"]["fit_loop"]["epoch_loop.state_dict"]
+    with path.open(newline="") as rows:
+        return [row for row in csv.DictReader(rows) if int(row["step"]) < loop["_batches_that_stepped"]]
+
+
+def wandb_logger(folder: str, ckpt_path: str | None, **settings) -> WandbLogger:
+    """A W&B run whose id is kept in `folder`, and taken up again when a checkpoint is resumed."""
+    place = Path(folder) / "wandb_run_id.txt"
+    resumed = {"id": place.read_text().strip(), "resume": "must"} if ckpt_path and place.is_file() else {}
+    logger = WandbLogger(save_dir=folder, **settings, **resumed)
+    if rank_zero_only.rank == 0:
+        place.write_text(str(logger.experiment.id))
+    return logger

@@ -1,0 +1,61 @@
+"""`python run.py --help`: a manual page made from the configs themselves."""
+
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+GROUPS = ("task", "method", "model", "reward", "benchmark", "data", "trainer", "logger", "callbacks", "experiment", "debug", "hparams_search", "paths")
+INTRODUCTION = """\
+t2i_rl: post-training of text-to-image models, one command for model x method x reward x benchmark.
+
+usage: python run.py [group=choice ...] [setting=value ...]
+       python run.py -m group=a,b seed=0,1,2          a sweep: one job after another, one table at the end
+
+common commands
+  python run.py                                       IRIS on janus_tiny: evaluate, train, evaluate; CPU, minutes
+  python run.py reward=oracle trainer.max_steps=100   another reward, more steps
+  python run.py task=generate prompt="three red circles"
+  python run.py task=evaluate ckpt_path=<run>/checkpoints/last.ckpt
+  python run.py ckpt_path=last                        go on where the newest run with these settings stopped
+  python run.py debug=fdr                             two steps of everything
+  python run.py --cfg job                             print the composed config and stop
+  python run.py --hydra-help                          Hydra's own options
+
+Every run has its own folder below outputs/: config.yaml, provenance.json, metrics.csv, results.json, report.html, checkpoints/.
+"""
+
+
+def manual(conf: Path) -> str:
+    """The whole page."""
+    defaults = {key: value for item in OmegaConf.load(conf / "config.yaml").defaults if not isinstance(item, str) for key, value in item.items()}
+    parts = [INTRODUCTION]
+    for group in GROUPS:
+        default = defaults.get(group)
+        parts.append(f"{group}" + (f" (default: {default})" if default else ""))
+        for path in sorted((conf / group).glob("*.yaml")):
+            parts.append(f"  {path.stem:<18}{summary(path)}")
+        parts.append("")
+    return "\n".join([*parts, *_what_goes_with_what(conf)])
+
+
+def summary(path: Path) -> str:
+    """What a config is: its first line of comment."""
+    lines = [line[1:].strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    return next(line for line in lines if not line.startswith("@"))
+
+
+def _what_goes_with_what(conf: Path) -> list[str]:
+    from hydra.utils import get_class
+
+    from t2i_rl.checks import models_of
+
+    lines = ["what goes with what"]
+    for path in sorted((conf / "method").glob("*.yaml")):
+        config = OmegaConf.load(path)
+        base = config if "_target_" in config else OmegaConf.load(path.with_name(f"{config.defaults[0]}.yaml"))
+        trains = get_class(base._target_).trains
+        lines.append(f"  method={path.stem:<16} trains {', '.join(sorted(trains))} models: {', '.join(models_of(trains))}")
+    lines.append("  reward=oracle           needs prompts of shapes (data=shapes) and a model that draws 32 px")
+    lines.append("  benchmark=shapes        judges models that draw benchmark.size pixels (janus_tiny: 32)")
+    lines.append("  task=pretrain           makes model=janus_tiny")
+    return lines
