@@ -19,7 +19,9 @@ def check(cfg: DictConfig) -> None:
     task = cfg.task._target_.split(".")[-2]
     missing = sorted(OmegaConf.missing_keys(cfg))
     if missing:
-        raise UserError(f"these settings have no default and must be given: {', '.join(f'{key}=...' for key in missing)}")
+        raise UserError(
+            f"these settings have no default and must be given: {', '.join(f'{key}=...' for key in missing)}"
+        )
     _check_method_and_model(cfg)
     _check_trainer(cfg)
     if task == "generate" and bool(cfg.prompt) == bool(cfg.prompts_file):
@@ -31,7 +33,9 @@ def check(cfg: DictConfig) -> None:
     if task == "pretrain" and Path(cfg.model.path).name != "janus_tiny":
         raise UserError("task=pretrain makes model=janus_tiny; the other models are loaded, not made")
     if cfg.ckpt_path and cfg.ckpt_path != "last" and not Path(cfg.ckpt_path).is_file():
-        raise UserError(f"ckpt_path={cfg.ckpt_path}: there is no such file (ckpt_path=last takes the newest run with these settings)")
+        raise UserError(
+            f"ckpt_path={cfg.ckpt_path}: there is no such file (ckpt_path=last takes the newest run with these settings)"
+        )
 
 
 def _check_method_and_model(cfg: DictConfig) -> None:
@@ -57,9 +61,13 @@ def models_of(families: frozenset[str]) -> list[str]:
 
 def _check_trainer(cfg: DictConfig) -> None:
     if cfg.trainer.get("gradient_clip_val") is not None:
-        raise UserError("set method.max_grad_norm instead of trainer.gradient_clip_val: the method clips its own gradients")
+        raise UserError(
+            "set method.max_grad_norm instead of trainer.gradient_clip_val: the method clips its own gradients"
+        )
     if cfg.trainer.get("accumulate_grad_batches", 1) != 1:
-        raise UserError("set method.micro_batch_size instead of trainer.accumulate_grad_batches: it splits a rollout without changing the gradient")
+        raise UserError(
+            "set method.micro_batch_size instead of trainer.accumulate_grad_batches: it splits a rollout without changing the gradient"
+        )
     if str(cfg.trainer.precision) not in PRECISIONS:
         raise UserError(f"trainer.precision must be one of {', '.join(PRECISIONS)}, not {cfg.trainer.precision!r}")
     if cfg.trainer.accelerator == "gpu":

@@ -120,7 +120,9 @@ def _as_single_run(hydra_config: DictConfig, out: Path) -> None:
 def _announce(hydra_config: DictConfig, cfg: DictConfig, out: Path) -> None:
     if is_main_process():
         chosen = hydra_config.runtime.choices
-        names = " ".join(f"{group}={chosen[group]}" for group in ("task", "method", "model", "reward", "benchmark", "trainer"))
+        names = " ".join(
+            f"{group}={chosen[group]}" for group in ("task", "method", "model", "reward", "benchmark", "trainer")
+        )
         print(f"{names} seed={cfg.seed}\n-> {out}", flush=True)
 
 
@@ -159,12 +161,16 @@ def complain(error: Exception) -> int:
 def one_line(error: Exception) -> str:
     """The message on one line; an unknown key or choice is followed by those that come close."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(line for line in lines if not line.startswith(("full_key:", "object_type=", "Check available", "Set the env")))
+    text = " ".join(
+        line for line in lines if not line.startswith(("full_key:", "object_type=", "Check available", "Set the env"))
+    )
     missing = next((line for line in lines if line.startswith("Key '")), None)
     if missing and "is not in struct" in missing and lines[0].startswith("Could not override"):
         key = lines[0].split("'")[1]
         near = get_close_matches(key, known_keys(), n=3, cutoff=0.5)
-        return f"there is no setting {key}" + (f"; did you mean {' or '.join(near)}?" if near else f" (to add it: +{key}=...)")
+        return f"there is no setting {key}" + (
+            f"; did you mean {' or '.join(near)}?" if near else f" (to add it: +{key}=...)"
+        )
     return text.replace(" Available options in", "; available options in")
 
 

@@ -4,7 +4,21 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-GROUPS = ("task", "method", "model", "reward", "benchmark", "data", "trainer", "logger", "callbacks", "experiment", "debug", "hparams_search", "paths")
+GROUPS = (
+    "task",
+    "method",
+    "model",
+    "reward",
+    "benchmark",
+    "data",
+    "trainer",
+    "logger",
+    "callbacks",
+    "experiment",
+    "debug",
+    "hparams_search",
+    "paths",
+)
 INTRODUCTION = """\
 t2i_rl: post-training of text-to-image models, one command for model x method x reward x benchmark.
 
@@ -27,7 +41,12 @@ Every run has its own folder below outputs/: config.yaml, provenance.json, metri
 
 def manual(conf: Path) -> str:
     """The whole page."""
-    defaults = {key: value for item in OmegaConf.load(conf / "config.yaml").defaults if not isinstance(item, str) for key, value in item.items()}
+    defaults = {
+        key: value
+        for item in OmegaConf.load(conf / "config.yaml").defaults
+        if not isinstance(item, str)
+        for key, value in item.items()
+    }
     parts = [INTRODUCTION]
     for group in GROUPS:
         default = defaults.get(group)
@@ -54,7 +73,9 @@ def _what_goes_with_what(conf: Path) -> list[str]:
         config = OmegaConf.load(path)
         base = config if "_target_" in config else OmegaConf.load(path.with_name(f"{config.defaults[0]}.yaml"))
         trains = get_class(base._target_).trains
-        lines.append(f"  method={path.stem:<16} trains {', '.join(sorted(trains))} models: {', '.join(models_of(trains))}")
+        lines.append(
+            f"  method={path.stem:<16} trains {', '.join(sorted(trains))} models: {', '.join(models_of(trains))}"
+        )
     lines.append("  reward=oracle           needs prompts of shapes (data=shapes) and a model that draws 32 px")
     lines.append("  benchmark=shapes        judges models that draw benchmark.size pixels (janus_tiny: 32)")
     lines.append("  task=pretrain           makes model=janus_tiny")

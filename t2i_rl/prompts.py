@@ -45,7 +45,9 @@ def read_prompts(path: Path) -> list[Prompt]:
             text = row.pop("prompt")
         except (json.JSONDecodeError, KeyError) as error:
             raise UserError(f"{path}:{number}: not a JSON object with a 'prompt' field ({error})") from error
-        prompts.append(Prompt(id=str(row.pop("id", f"{path.stem}/{number:05d}")), text=text, tag=row.pop("tag", ""), meta=row))
+        prompts.append(
+            Prompt(id=str(row.pop("id", f"{path.stem}/{number:05d}")), text=text, tag=row.pop("tag", ""), meta=row)
+        )
     if not prompts:
         raise UserError(f"prompt file {path} holds no prompt")
     return prompts

@@ -6,7 +6,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import distributions
 from pathlib import Path
 
@@ -53,7 +53,9 @@ def finish(out: Path, facts: dict | None, status: str) -> None:
     if "torch" in sys.modules:
         import torch
 
-        facts["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        facts["device"] = (
+            torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+        )
     write_atomic(out / "provenance.json", json.dumps({**facts, "finished": _now(), "status": status}, indent=1))
 
 
@@ -65,4 +67,4 @@ def _git(*arguments: str) -> str:
 
 
 def _now() -> str:
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -30,7 +30,9 @@ def continue_in_place(arguments: list[str], conf: Path) -> list[str]:
         if all(_plain(saved, key) == _plain(wanted, key) for key in COMPARED):
             print(f"going on in {checkpoint.parents[1]}")
             return [*arguments, f"hydra.run.dir={checkpoint.parents[1]}"]
-    raise UserError(f"no run below {outputs / 'train'} with these settings has a checkpoint; give ckpt_path=<file> or run without it")
+    raise UserError(
+        f"no run below {outputs / 'train'} with these settings has a checkpoint; give ckpt_path=<file> or run without it"
+    )
 
 
 def _plain(cfg: DictConfig, key: str):

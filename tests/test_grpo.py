@@ -6,7 +6,6 @@ from functools import partial
 import lightning as L
 import pytest
 import torch
-from tests.tiny import PROMPTS, load_tiny_janus, save_tiny_janus, tiny_rollout
 
 from t2i_rl.data.prompt_stream import PromptBatches
 from t2i_rl.errors import UserError
@@ -15,6 +14,7 @@ from t2i_rl.methods.grpo_loss import group_advantages
 from t2i_rl.rewards.length import Length
 from t2i_rl.rewards.random import Random
 from t2i_rl.rewards.self_certainty import SelfCertainty
+from tests.tiny import PROMPTS, load_tiny_janus, save_tiny_janus, tiny_rollout
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,12 @@ def build(folder, reward=None, **settings) -> GRPO:
 
 def train(module: GRPO, steps: int, prompts=PROMPTS, batch_size=2) -> L.Trainer:
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=steps, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False
+        accelerator="cpu",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     stream = torch.utils.data.DataLoader(PromptBatches(prompts, batch_size, seed=0), batch_size=None)
     trainer.fit(module, stream)
@@ -97,7 +102,9 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base(folder):
     rollout = tiny_rollout(module)
     reference = module.score(rollout)
     expected, _ = module.stats(base.model, rollout), None
-    torch.testing.assert_close(reference, torch.cat([expected[0].logprobs, expected[1].logprobs], dim=1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        reference, torch.cat([expected[0].logprobs, expected[1].logprobs], dim=1), rtol=1e-5, atol=1e-5
+    )
     assert (rollout.image_stats.logprobs - expected[1].logprobs).abs().max() > 1e-4
 
 
@@ -167,7 +174,12 @@ def test_without_plans_nothing_textual_is_trained(folder):
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"logprob": "x"}, "conditional, guided"), ({"loss_reduction": "x"}, "token, sequence"), ({"group_size": 1}, "2 or more"), ({"trainable": ["nothing"]}, "nothing")],
+    [
+        ({"logprob": "x"}, "conditional, guided"),
+        ({"loss_reduction": "x"}, "token, sequence"),
+        ({"group_size": 1}, "2 or more"),
+        ({"trainable": ["nothing"]}, "nothing"),
+    ],
 )
 def test_options_outside_their_choices_are_refused_in_one_line(folder, settings, named):
     with pytest.raises(UserError, match=named) as error:
@@ -181,7 +193,8 @@ def test_nsc_reward_by_hand_and_its_sign(folder):
     module.score(rollout)
     text, image = rollout.text_stats, rollout.image_stats
     by_hand = [
-        -(text.self_certainty[i][text.mask[i]].double().mean() + image.self_certainty[i].double().mean()).item() for i in range(6)
+        -(text.self_certainty[i][text.mask[i]].double().mean() + image.self_certainty[i].double().mean()).item()
+        for i in range(6)
     ]
     torch.testing.assert_close(SelfCertainty()(rollout).total, torch.tensor(by_hand, dtype=torch.float64))
     assert (SelfCertainty()(rollout).total < 0).all() and (SelfCertainty(1, 1)(rollout).total > 0).all()

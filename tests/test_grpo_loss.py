@@ -21,7 +21,9 @@ def test_advantages_of_a_group_sum_to_zero_and_ignore_shift_and_scale():
     rewards = torch.randn(64, generator=torch.Generator().manual_seed(0))
     advantages = group_advantages(rewards, 8)
     assert advantages.view(8, 8).sum(1).abs().max() < 1e-5
-    torch.testing.assert_close(group_advantages(rewards * 1000 + 7, 8, eps=0), group_advantages(rewards, 8, eps=0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        group_advantages(rewards * 1000 + 7, 8, eps=0), group_advantages(rewards, 8, eps=0), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_loss_and_gradient_by_hand():
@@ -33,7 +35,9 @@ def test_loss_and_gradient_by_hand():
     mask = torch.tensor([[1, 1, 0], [1, 1, 1]], dtype=torch.bool)
     beta, clip = 0.1, 0.2
     weights = token_weights(mask, "token").double()
-    loss = ((policy_loss(logprobs, old, advantages, clip) + beta * k3(logprobs, reference)) * weights).sum() / weights.sum()
+    loss = (
+        (policy_loss(logprobs, old, advantages, clip) + beta * k3(logprobs, reference)) * weights
+    ).sum() / weights.sum()
     loss.backward()
 
     expected_loss, expected_gradient = 0.0, np.zeros((2, 3))
@@ -59,7 +63,9 @@ def test_the_kl_penalty_has_a_gradient_and_it_pulls_back():
 
 def test_k3_estimates_the_kl():
     """Expectation of k3 under the policy is KL(policy || reference), by enumeration."""
-    p, q = (torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).log_softmax(-1) for i in (1, 2))
+    p, q = (
+        torch.randn(11, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).log_softmax(-1) for i in (1, 2)
+    )
     assert (k3(p, q) >= 0).all()
     torch.testing.assert_close((p.exp() * k3(p, q)).sum(), (p.exp() * (p - q)).sum())
 
@@ -81,7 +87,8 @@ class ToyPolicy:
         generator = torch.Generator().manual_seed(5)
         shapes = {"first": (2, 3), "second": (2, 3, 3), "shared": (3,)}
         self.parameters = {
-            name: torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True) for name, shape in shapes.items()
+            name: torch.randn(shape, dtype=torch.float64, generator=generator, requires_grad=True)
+            for name, shape in shapes.items()
         }
         self.reward = torch.randn(3, 3, dtype=torch.float64, generator=generator)
 
@@ -89,7 +96,10 @@ class ToyPolicy:
         """Log-prob of every sequence, `(3, 3)`, under a convention of `t2i_rl.rollout.score`."""
         first, second, shared = (self.parameters[name] for name in ("first", "second", "shared"))
         steps = []
-        for conditional, unconditional in ((first[0] + shared, first[1] - shared), (second[0] + shared, second[1] - shared)):
+        for conditional, unconditional in (
+            (first[0] + shared, first[1] - shared),
+            (second[0] + shared, second[1] - shared),
+        ):
             if convention == "conditional":
                 logits = conditional
             else:
@@ -100,12 +110,17 @@ class ToyPolicy:
 
     def gradient(self, value: torch.Tensor) -> torch.Tensor:
         parts = torch.autograd.grad(value, list(self.parameters.values()), allow_unused=True)
-        return torch.cat([
-            (torch.zeros_like(p) if part is None else part).flatten() for part, p in zip(parts, self.parameters.values(), strict=True)
-        ])
+        return torch.cat(
+            [
+                (torch.zeros_like(p) if part is None else part).flatten()
+                for part, p in zip(parts, self.parameters.values(), strict=True)
+            ]
+        )
 
 
-@pytest.mark.parametrize(("convention", "unbiased"), [("guided", True), ("conditional", False), ("guided_detach_uncond", False)])
+@pytest.mark.parametrize(
+    ("convention", "unbiased"), [("guided", True), ("conditional", False), ("guided_detach_uncond", False)]
+)
 def test_which_logprob_gives_the_gradient_of_the_expected_reward(convention, unbiased):
     """Images are drawn from the guided distribution. The expected GRPO gradient, sum over sequences of p_guided R grad log p, is
     compared with finite differences of the expected reward itself: only the sampler's own log-prob agrees."""

@@ -37,7 +37,9 @@ def test_prompt_files(tmp_path):
     assert [prompt.text for prompt in read_prompts(tmp_path / "b.txt")] == ["a cat", "a dog"]
 
 
-@pytest.mark.parametrize(("content", "named"), [(None, "does not exist"), ("", "no prompt"), ('{"text": 1}', ":1:"), ("ok\n{broken", ":2:")])
+@pytest.mark.parametrize(
+    ("content", "named"), [(None, "does not exist"), ("", "no prompt"), ('{"text": 1}', ":1:"), ("ok\n{broken", ":2:")]
+)
 def test_a_broken_prompt_file_is_named_with_its_line(tmp_path, content, named):
     path = tmp_path / "prompts.jsonl"
     if content is not None:

@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tests.tiny import CHAT, load_tiny_janus, save_tiny_janus
 
 from t2i_rl.errors import UserError
 from t2i_rl.models.janus import Chat, Janus
 from t2i_rl.rollout.decode import Decoder, decode_image, decode_text, unconditional
 from t2i_rl.rollout.score import score_image, score_text
 from t2i_rl.rollout.stats import self_certainty
+from tests.tiny import CHAT, load_tiny_janus, save_tiny_janus
 
 TEXTS = ["a red circle", "a drawing of a green cross left of a black triangle", "three blue squares"]
 SEEDS = [11, 12, 13]
@@ -45,7 +45,9 @@ def test_conversations_are_worded_as_the_paper_has_them():
 
 
 def test_our_conversation_is_the_tokenizers_chat_template(janus):
-    text = janus.tokenizer.apply_chat_template([{"role": "user", "content": TEXTS[0]}], tokenize=False, add_generation_prompt=True)
+    text = janus.tokenizer.apply_chat_template(
+        [{"role": "user", "content": TEXTS[0]}], tokenize=False, add_generation_prompt=True
+    )
     assert text == janus.chat.image(TEXTS[0])
 
 
@@ -53,7 +55,12 @@ def test_our_conversation_is_the_tokenizers_chat_template(janus):
 def test_greedy_tokens_are_transformers_own(janus, guidance_scale):
     ids, mask = image_rows(janus)
     expected = janus.model.generate(
-        inputs=ids, attention_mask=mask, generation_mode="image", do_sample=False, guidance_scale=guidance_scale, use_cache=True
+        inputs=ids,
+        attention_mask=mask,
+        generation_mode="image",
+        do_sample=False,
+        guidance_scale=guidance_scale,
+        use_cache=True,
     )
     drawn, _ = draw(janus, ids, mask, SEEDS, guidance_scale, temperature=0)
     assert drawn.unique().numel() > 5
@@ -141,18 +148,28 @@ def test_image_scores_come_from_the_image_head_at_the_right_positions(janus):
     ids, mask = image_rows(janus, TEXTS[:1])
     tokens, _ = draw(janus, ids, mask, SEEDS[:1], guidance_scale=1.0)
     with torch.no_grad():
-        hidden = janus.model.model.language_model(inputs_embeds=janus.model.get_input_embeddings()(ids), attention_mask=mask)
+        hidden = janus.model.model.language_model(
+            inputs_embeds=janus.model.get_input_embeddings()(ids), attention_mask=mask
+        )
         logits = janus.model.model.generation_head(hidden.last_hidden_state[:, -1])
-    stats = score_image(janus.model, ids, mask, tokens, special=janus.special, distribution="conditional", guidance_scale=3.0)
+    stats = score_image(
+        janus.model, ids, mask, tokens, special=janus.special, distribution="conditional", guidance_scale=3.0
+    )
     assert logits.shape[-1] == 48
     torch.testing.assert_close(stats.self_certainty[:, 0], self_certainty(logits), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(stats.logprobs[:, 0], logits.log_softmax(-1)[0, tokens[0, 0]][None], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        stats.logprobs[:, 0], logits.log_softmax(-1)[0, tokens[0, 0]][None], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_unconditional_prompt_keeps_only_bos_and_begin_of_image(janus):
     ids, _ = image_rows(janus, TEXTS[:1])
     bare = unconditional(ids, janus.special)[0].tolist()
-    assert bare[0] == janus.special["bos"] and bare[-1] == janus.special["boi"] and set(bare[1:-1]) == {janus.special["pad"]}
+    assert (
+        bare[0] == janus.special["bos"]
+        and bare[-1] == janus.special["boi"]
+        and set(bare[1:-1]) == {janus.special["pad"]}
+    )
 
 
 def test_images_are_the_models_own_decoding(janus):

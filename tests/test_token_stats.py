@@ -53,7 +53,11 @@ def test_masked_tokens_count_for_nothing():
     logits, tokens = torch.randn(2, 4, 9), torch.zeros(2, 4, dtype=torch.long)
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]], dtype=torch.bool)
     stats = token_stats(logits, tokens, mask)
-    assert (stats.logprobs[0, 2:] == 0).all() and (stats.self_certainty[0, 2:] == 0).all() and (stats.entropy[0, 2:] == 0).all()
+    assert (
+        (stats.logprobs[0, 2:] == 0).all()
+        and (stats.self_certainty[0, 2:] == 0).all()
+        and (stats.entropy[0, 2:] == 0).all()
+    )
 
 
 def test_sampling_follows_the_distribution_and_the_temperature():

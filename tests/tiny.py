@@ -11,7 +11,12 @@ CHAT = {"system": "", "instruction": "describe the picture: {prompt}"}
 PROMPTS = [
     Prompt("0", "a red circle", "colors", {"include": [{"class": "circle", "count": 1, "color": "red"}]}),
     Prompt("1", "three blue squares", "counting", {"include": [{"class": "square", "count": 3, "color": "blue"}]}),
-    Prompt("2", "a drawing of a green cross left of a black triangle", "position", {"include": [{"class": "cross", "count": 1}]}),
+    Prompt(
+        "2",
+        "a drawing of a green cross left of a black triangle",
+        "position",
+        {"include": [{"class": "cross", "count": 1}]},
+    ),
 ]
 
 

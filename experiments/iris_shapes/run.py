@@ -22,14 +22,30 @@ from t2i_rl.evaluation.results import read_results, read_stage, write_atomic
 from t2i_rl.evaluation.stats import compare_over_seeds, seed_interval
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 REWARDS = ("nsc", "sc", "entropy", "oracle", "random", "length")
 SEEDS = (0, 1, 2)
 OUTPUTS = ROOT / "outputs" / "iris_shapes"
-TASKS = ("overall", "task/single_object", "task/two_object", "task/counting", "task/colors", "task/position", "task/color_attr", "held_out")
-LOGGED = ("text/plan_length", "text/self_certainty", "image/self_certainty", "image/codes_used", "train/kl", "watch/oracle")
+TASKS = (
+    "overall",
+    "task/single_object",
+    "task/two_object",
+    "task/counting",
+    "task/colors",
+    "task/position",
+    "task/color_attr",
+    "held_out",
+)
+LOGGED = (
+    "text/plan_length",
+    "text/self_certainty",
+    "image/self_certainty",
+    "image/codes_used",
+    "train/kl",
+    "watch/oracle",
+)
 
 
 def folder(reward: str, seed: int) -> Path:
@@ -44,7 +60,14 @@ def run_job(job: tuple[str, int]) -> None:
         print(f"{reward} seed {seed}: done before", flush=True)
         return
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "run.py", "experiment=iris_shapes", f"reward={reward}", f"seed={seed}", f"hydra.run.dir={out}"]
+    command = [
+        sys.executable,
+        "run.py",
+        "experiment=iris_shapes",
+        f"reward={reward}",
+        f"seed={seed}",
+        f"hydra.run.dir={out}",
+    ]
     if (out / "checkpoints" / "last.ckpt").exists():
         command.append("ckpt_path=last")
     with (out / "job.log").open("a") as log:
@@ -73,9 +96,14 @@ def effects() -> tuple[dict, dict]:
     """Paired differences, trained minus base and trained minus the random control, for every reward."""
     base = {seed: {reward: read_stage(folder(reward, seed), "base_plan") for reward in REWARDS} for seed in SEEDS}
     trained = {seed: {reward: read_stage(folder(reward, seed), "trained_plan") for reward in REWARDS} for seed in SEEDS}
-    against_base = {reward: compare_over_seeds([(base[seed][reward], trained[seed][reward]) for seed in SEEDS]) for reward in REWARDS}
+    against_base = {
+        reward: compare_over_seeds([(base[seed][reward], trained[seed][reward]) for seed in SEEDS])
+        for reward in REWARDS
+    }
     against_random = {
-        reward: compare_over_seeds([(trained[seed]["random"], trained[seed][reward]) for seed in SEEDS]) for reward in REWARDS if reward != "random"
+        reward: compare_over_seeds([(trained[seed]["random"], trained[seed][reward]) for seed in SEEDS])
+        for reward in REWARDS
+        if reward != "random"
     }
     return against_base, against_random
 
@@ -86,7 +114,9 @@ def diversity_change(reward: str) -> dict:
     for seed in SEEDS:
         ids = [record["prompt_id"] for record in read_stage(folder(reward, seed), "base_plan")]
         spread = [
-            diversity_by_prompt(np.load(folder(reward, seed) / "evaluation" / stage / "features.npy"), ids)["diversity"].mean()
+            diversity_by_prompt(np.load(folder(reward, seed) / "evaluation" / stage / "features.npy"), ids)[
+                "diversity"
+            ].mean()
             for stage in ("base_plan", "trained_plan")
         ]
         changes.append(spread[1] - spread[0])
@@ -119,13 +149,19 @@ def write_table() -> None:
         "",
         "| reward | " + " | ".join(short) + " |",
         "|---" * (len(TASKS) + 1) + "|",
-        *(f"| {reward} | " + " | ".join(cell(against_base[reward][name]) for name in TASKS) + " |" for reward in REWARDS),
+        *(
+            f"| {reward} | " + " | ".join(cell(against_base[reward][name]) for name in TASKS) + " |"
+            for reward in REWARDS
+        ),
         "",
         "## Trained minus the random control (same seeds, same prompts)",
         "",
         "| reward | " + " | ".join(short) + " |",
         "|---" * (len(TASKS) + 1) + "|",
-        *(f"| {reward} | " + " | ".join(cell(row[name]) for name in TASKS) + " |" for reward, row in against_random.items()),
+        *(
+            f"| {reward} | " + " | ".join(cell(row[name]) for name in TASKS) + " |"
+            for reward, row in against_random.items()
+        ),
         "",
         "## What moves inside",
         "",
@@ -146,7 +182,14 @@ def write_table() -> None:
 
 
 def write_figure() -> None:
-    panels = ("watch/oracle", "reward/plan_length_correlation", "text/plan_length", "text/self_certainty", "image/self_certainty", "train/kl")
+    panels = (
+        "watch/oracle",
+        "reward/plan_length_correlation",
+        "text/plan_length",
+        "text/self_certainty",
+        "image/self_certainty",
+        "train/kl",
+    )
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
     for axis, name in zip(axes.flat, panels, strict=True):
         for reward in REWARDS:

@@ -27,11 +27,22 @@ class Shapes:
     version = 1
 
     def __init__(
-        self, tasks: tuple[str, ...] = GENEVAL_TASKS, prompts_per_task: int = 40, samples_per_prompt: int = 2, split: str = "test", size: int = 32
+        self,
+        tasks: tuple[str, ...] = GENEVAL_TASKS,
+        prompts_per_task: int = 40,
+        samples_per_prompt: int = 2,
+        split: str = "test",
+        size: int = 32,
     ):
         if size not in CANVASES:
             raise UserError(f"benchmark.size must be one of {CANVASES}, not {size}")
-        self.tasks, self.prompts_per_task, self.samples_per_prompt, self.split, self.size = tuple(tasks), prompts_per_task, samples_per_prompt, split, size
+        self.tasks, self.prompts_per_task, self.samples_per_prompt, self.split, self.size = (
+            tuple(tasks),
+            prompts_per_task,
+            samples_per_prompt,
+            split,
+            size,
+        )
 
     def prompts(self) -> list[Prompt]:
         return select_prompts(self.split, self.prompts_per_task, self.tasks, self.size)
@@ -43,7 +54,9 @@ class Shapes:
             UserError: images of a size that the judge was not made for.
         """
         if images.shape[1:3] != (self.size, self.size):
-            raise UserError(f"benchmark=shapes judges {self.size}x{self.size} images, the model drew {images.shape[2]}x{images.shape[1]}")
+            raise UserError(
+                f"benchmark=shapes judges {self.size}x{self.size} images, the model drew {images.shape[2]}x{images.shape[1]}"
+            )
         return [judge(prompt.meta, found) for prompt, found in zip(prompts, detect(images), strict=True)]
 
     def features(self, images: np.ndarray) -> np.ndarray:

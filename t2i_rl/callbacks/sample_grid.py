@@ -18,7 +18,12 @@ class SampleGrid(L.Callback):
     """
 
     def __init__(self, folder: str, every_n_steps: int = 20, prompts: list[str] | None = None, columns: int = 4):
-        self.folder, self.every_n_steps, self.prompts, self.columns = Path(folder) / "samples", every_n_steps, prompts, columns
+        self.folder, self.every_n_steps, self.prompts, self.columns = (
+            Path(folder) / "samples",
+            every_n_steps,
+            prompts,
+            columns,
+        )
         self.drawn_at = -1
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -37,8 +42,12 @@ class SampleGrid(L.Callback):
             return
         seeds = [derive_seed("sample_grid", number) for number in range(len(self.prompts))]
         drawn = module.model.generate(self.prompts, seeds, mode="plan" if module.plan else "direct")
-        captions = [f"{prompt} | {plan}" if plan else prompt for prompt, plan in zip(self.prompts, drawn.plans, strict=True)]
-        grid = caption_grid(list(drawn.images), captions, columns=self.columns, scale=max(1, 192 // drawn.images.shape[1]))
+        captions = [
+            f"{prompt} | {plan}" if plan else prompt for prompt, plan in zip(self.prompts, drawn.plans, strict=True)
+        ]
+        grid = caption_grid(
+            list(drawn.images), captions, columns=self.columns, scale=max(1, 192 // drawn.images.shape[1])
+        )
         self.folder.mkdir(parents=True, exist_ok=True)
         grid.save(self.folder / f"step_{trainer.global_step:06d}.png")
         for logger in trainer.loggers:

@@ -17,7 +17,9 @@ class PromptBatches(IterableDataset):
     `updates_per_rollout` is the method's affair: one batch is one rollout.
     """
 
-    def __init__(self, prompts: list[Prompt], batch_size: int, seed: int, first: int = 0, rank: int = 0, world_size: int = 1):
+    def __init__(
+        self, prompts: list[Prompt], batch_size: int, seed: int, first: int = 0, rank: int = 0, world_size: int = 1
+    ):
         self.prompts, self.batch_size, self.seed, self.first = prompts, batch_size, seed, first
         self.rank, self.world_size = rank, world_size
 
@@ -26,7 +28,9 @@ class PromptBatches(IterableDataset):
         share = self.batch_size // self.world_size
         while True:
             start = number * self.batch_size + self.rank * share
-            yield [(index, self.prompts[index]) for index in (self._index(place) for place in range(start, start + share))]
+            yield [
+                (index, self.prompts[index]) for index in (self._index(place) for place in range(start, start + share))
+            ]
             number += 1
 
     def _index(self, place: int) -> int:
@@ -61,11 +65,17 @@ class PromptData(L.LightningDataModule):
         self.prompts = read_prompts(path) if path else select_prompts("train", prompts_per_task, tuple(tasks))
         self.batch_size, self.seed = batch_size, seed
         if len(self.prompts) < batch_size:
-            raise UserError(f"data.batch_size={batch_size} prompts a rollout, but there are only {len(self.prompts)} prompts")
+            raise UserError(
+                f"data.batch_size={batch_size} prompts a rollout, but there are only {len(self.prompts)} prompts"
+            )
 
     def train_dataloader(self) -> DataLoader:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.batch_size % world_size:
-            raise UserError(f"data.batch_size={self.batch_size} prompts do not split over {world_size} ranks: take a multiple")
+            raise UserError(
+                f"data.batch_size={self.batch_size} prompts do not split over {world_size} ranks: take a multiple"
+            )
         first = self.trainer.lightning_module.rollouts_done
-        return DataLoader(PromptBatches(self.prompts, self.batch_size, self.seed, first, rank, world_size), batch_size=None)
+        return DataLoader(
+            PromptBatches(self.prompts, self.batch_size, self.seed, first, rank, world_size), batch_size=None
+        )

@@ -59,7 +59,7 @@ class Evaluator(L.LightningModule):
                 "sample_index": sample,
                 "seed": seeds[row],
                 "plan": drawn.plans[row],
-                "plan_length": drawn.plan_lengths[row],
+                "plan_length": drawn.plan_lengths[row] if self.mode == "plan" else None,
                 "strict": verdicts[row].strict,
                 "lenient": verdicts[row].lenient,
                 "score": verdicts[row].score,

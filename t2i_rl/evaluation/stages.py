@@ -12,7 +12,12 @@ from t2i_rl.evaluation.evaluator import Evaluator, evaluate
 from t2i_rl.evaluation.results import STAGES, headline_comparison, write_results
 from t2i_rl.evaluation.stats import aggregate, compare
 
-COMPARED = (("base_direct", "base_plan"), ("base_plan", "trained_plan"), ("base_direct", "trained_direct"), ("base_direct", "trained_plan"))
+COMPARED = (
+    ("base_direct", "base_plan"),
+    ("base_plan", "trained_plan"),
+    ("base_direct", "trained_direct"),
+    ("base_direct", "trained_plan"),
+)
 
 
 class Stages:
@@ -32,15 +37,23 @@ class Stages:
         if stage not in STAGES:
             raise UserError(f"evaluation.stages holds {stage!r}; choose from {', '.join(STAGES)}")
         mode = stage.split("_")[1]
+        if self.trainer.is_global_zero:
+            print(
+                f"{stage}: {len(self.benchmark.prompts())} prompts x {self.benchmark.samples_per_prompt} images",
+                flush=True,
+            )
         evaluator = Evaluator(self.model, self.benchmark, mode, self.folder / stage, self.seed, self.batch_size)
         self.records[stage] = evaluate(self.trainer, evaluator)
 
     def summary(self) -> dict:
         """`stages` and `comparisons` as in results.json."""
-        stages = {stage: {"metrics": aggregate(records) | self._diversity(stage)} for stage, records in self.records.items()}
+        stages = {
+            stage: {"metrics": aggregate(records) | self._diversity(stage)} for stage, records in self.records.items()
+        }
         pairs = [pair for pair in COMPARED if set(pair) <= set(self.records)]
         comparisons = [
-            {"a": a, "b": b, "metrics": compare(self.records[a], self.records[b]) | self._diversity_change(a, b)} for a, b in pairs
+            {"a": a, "b": b, "metrics": compare(self.records[a], self.records[b]) | self._diversity_change(a, b)}
+            for a, b in pairs
         ]
         return {"stages": stages, "comparisons": comparisons}
 
@@ -55,7 +68,9 @@ class Stages:
     def _diversity_change(self, a: str, b: str) -> dict:
         if self.benchmark.samples_per_prompt < 2:
             return {}
-        return compare_diversity(self._features(a), self._features(b), [record["prompt_id"] for record in self.records[a]])
+        return compare_diversity(
+            self._features(a), self._features(b), [record["prompt_id"] for record in self.records[a]]
+        )
 
 
 def write_summary(cfg, stages: Stages, steps: int, extra: dict | None = None) -> dict:
@@ -76,6 +91,8 @@ def write_summary(cfg, stages: Stages, steps: int, extra: dict | None = None) ->
         **(extra or {}),
     }
     comparison = headline_comparison(results)
-    results["headline"] = {"a": comparison["a"], "b": comparison["b"], **comparison["metrics"]["overall"]} if comparison else None
+    results["headline"] = (
+        {"a": comparison["a"], "b": comparison["b"], **comparison["metrics"]["overall"]} if comparison else None
+    )
     write_results(Path(cfg.paths.output_dir) / "results.json", results)
     return results

@@ -94,9 +94,10 @@ def metric_order(results: dict) -> list[str]:
 
 
 def before_after_table(results: dict) -> Table:
-    """One run: a row per metric, a column per stage and per paired comparison."""
+    """One run: a row per metric, a column per stage, and the paired comparison that the run is about (all, where nothing was trained)."""
     stages = stages_of(results)
-    comparisons = results["comparisons"]
+    about = headline_comparison(results)
+    comparisons = [about] if about else results["comparisons"]
     rows = []
     for name in metric_order(results):
         cells = [with_interval(name, results["stages"][stage]["metrics"].get(name), "mean") for stage in stages]

@@ -34,6 +34,7 @@ class GRPO(L.LightningModule):
         clip_range: PPO's clip on the importance ratio; it binds only when `updates_per_rollout > 1`.
         kl_coef: weight of the k3 KL to the frozen initial model; 0 keeps no reference.
         loss_reduction: `token` or `sequence`, see `grpo_loss.token_weights`.
+        text_loss_weight, image_loss_weight: weight of a plan token and of an image token; 0 trains one of the two alone (T2I-R1 section 4.3).
         micro_batch_size: rows with a live graph at a time; changes memory, not the gradient.
         trainable: regular expressions on parameter names; the default trains trunk, embeddings and language head, not the image head.
         lora: arguments of peft's LoraConfig, or None to train the weights themselves.
@@ -50,6 +51,7 @@ class GRPO(L.LightningModule):
         self,
         model: torch.nn.Module,
         reward,
+        optimizer: partial,
         watch: dict | None = None,
         group_size: int = 8,
         plan: bool = True,
@@ -58,11 +60,12 @@ class GRPO(L.LightningModule):
         clip_range: float = 0.2,
         kl_coef: float = 0.01,
         loss_reduction: str = "token",
+        text_loss_weight: float = 1.0,
+        image_loss_weight: float = 1.0,
         micro_batch_size: int = 32,
         max_grad_norm: float = 1.0,
         trainable: tuple[str, ...] = (r"model\.language_model\.", r"lm_head\."),
         lora: dict | None = None,
-        optimizer: partial = partial(torch.optim.AdamW, lr=1e-6, weight_decay=0.0),
         scheduler: partial | None = None,
         seed: int = 0,
     ):
@@ -72,12 +75,15 @@ class GRPO(L.LightningModule):
         if loss_reduction not in REDUCTIONS:
             raise UserError(f"method.loss_reduction must be one of {', '.join(REDUCTIONS)}, not {loss_reduction!r}")
         if group_size < 2:
-            raise UserError(f"method.group_size must be 2 or more (advantages compare within a group), not {group_size}")
+            raise UserError(
+                f"method.group_size must be 2 or more (advantages compare within a group), not {group_size}"
+            )
         self.automatic_optimization = False
         self.strict_loading = False
         self.model, self.reward, self.watch = model, reward, watch or {}
         self.group_size, self.plan, self.logprob = group_size, plan, logprob
         self.updates_per_rollout, self.clip_range, self.kl_coef = updates_per_rollout, clip_range, kl_coef
+        self.text_loss_weight, self.image_loss_weight = text_loss_weight, image_loss_weight
         self.loss_reduction, self.micro_batch_size, self.max_grad_norm = loss_reduction, micro_batch_size, max_grad_norm
         self.optimizer_partial, self.scheduler_partial, self.seed = optimizer, scheduler, seed
         patterns = [pattern for pattern in trainable if plan or not pattern.startswith("lm_head")]
@@ -151,7 +157,9 @@ class GRPO(L.LightningModule):
         temperature = self.model.temperature
         text = None
         if self.plan:
-            text = score_text(model, rollout.plan_ids, rollout.plan_mask, rollout.plan_tokens, rollout.plan_token_mask, temperature)
+            text = score_text(
+                model, rollout.plan_ids, rollout.plan_mask, rollout.plan_tokens, rollout.plan_token_mask, temperature
+            )
         image = score_image(
             model,
             rollout.image_ids,
@@ -170,17 +178,25 @@ class GRPO(L.LightningModule):
         wanted = self.reward.distribution
         if wanted is not None and wanted != self.logprob.removesuffix("_detach_uncond"):
             with torch.no_grad():
-                images = [self.stats(self.model.model, rollout.rows(part), wanted)[1] for part in self.micro_batches(len(rollout))]
+                images = [
+                    self.stats(self.model.model, rollout.rows(part), wanted)[1]
+                    for part in self.micro_batches(len(rollout))
+                ]
             seen = rollout.rows(slice(None))
             seen.image_stats = _concatenate(images)
         reward = checked(self.reward(seen), len(rollout), type(self.reward).__name__)
         return reward, {name: checked(watched(rollout), len(rollout), name) for name, watched in self.watch.items()}
 
-    def update(self, rollout: Rollout, reference: torch.Tensor | None, advantages: torch.Tensor) -> dict[str, torch.Tensor]:
+    def update(
+        self, rollout: Rollout, reference: torch.Tensor | None, advantages: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
         """One optimizer step on the whole rollout; micro-batches accumulate, and ranks are weighted by their tokens."""
         optimizer = self.optimizers()
         old, mask = _joined(rollout.text_stats, rollout.image_stats)
         weights = token_weights(mask, self.loss_reduction)
+        text_tokens = mask.shape[1] - rollout.image_tokens.shape[1]
+        weights[:, :text_tokens] *= self.text_loss_weight
+        weights[:, text_tokens:] *= self.image_loss_weight
         total = weights.sum()
         if dist.is_initialized():
             dist.all_reduce(total)
@@ -205,10 +221,17 @@ class GRPO(L.LightningModule):
         optimizer.zero_grad(set_to_none=True)
         if self.scheduler_partial is not None:
             self.lr_schedulers().step()
-        return {"norm": norm, "clip_range": self.clip_range, "parts": collected, "plan_length": old.shape[1] - rollout.image_tokens.shape[1]}
+        return {
+            "norm": norm,
+            "clip_range": self.clip_range,
+            "parts": collected,
+            "plan_length": text_tokens,
+        }
 
     def micro_batches(self, rows: int) -> list[slice]:
-        return [slice(first, min(first + self.micro_batch_size, rows)) for first in range(0, rows, self.micro_batch_size)]
+        return [
+            slice(first, min(first + self.micro_batch_size, rows)) for first in range(0, rows, self.micro_batch_size)
+        ]
 
     def configure_optimizers(self):
         optimizer = self.optimizer_partial([p for p in self.parameters() if p.requires_grad])
@@ -220,12 +243,17 @@ class GRPO(L.LightningModule):
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in learning}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["grpo"] = {"rollouts_done": self.rollouts_done, "reference_sha256": self.reference.sha256 if self.reference else None}
+        checkpoint["grpo"] = {
+            "rollouts_done": self.rollouts_done,
+            "reference_sha256": self.reference.sha256 if self.reference else None,
+        }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved = checkpoint["grpo"]
         if self.reference is not None and saved["reference_sha256"] not in (None, self.reference.sha256):
-            raise UserError("this checkpoint was trained from other weights than model.path holds: give the model that its run started from")
+            raise UserError(
+                "this checkpoint was trained from other weights than model.path holds: give the model that its run started from"
+            )
         self.rollouts_done = saved["rollouts_done"]
 
 

@@ -18,7 +18,9 @@ def group_advantages(rewards: torch.Tensor, group_size: int, eps: float = 1e-4) 
     return (centered / (groups.std(dim=1, keepdim=True) + eps)).flatten().to(torch.float32)
 
 
-def policy_loss(logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip_range: float) -> torch.Tensor:
+def policy_loss(
+    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip_range: float
+) -> torch.Tensor:
     """Per-token clipped surrogate, `(B, T)`: `-min(ratio A, clip(ratio, 1 - c, 1 + c) A)` (PPO eq. 7), `ratio = exp(logp - old)`."""
     ratio = (logprobs - old_logprobs).exp()
     gain = advantages.unsqueeze(-1)

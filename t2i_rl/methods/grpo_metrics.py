@@ -9,7 +9,11 @@ from t2i_rl.rollout.buffer import Rollout
 
 
 def rollout_metrics(
-    rollout: Rollout, reward: RewardOutput, watched: dict[str, RewardOutput], advantages: torch.Tensor, times: dict[str, float]
+    rollout: Rollout,
+    reward: RewardOutput,
+    watched: dict[str, RewardOutput],
+    advantages: torch.Tensor,
+    times: dict[str, float],
 ) -> dict[str, float]:
     """Numbers about what was sampled, how it was judged, and how long it took. Under DDP each is averaged over ranks."""
     group_std = reward.total.double().view(-1, rollout.group_size).std(dim=1)

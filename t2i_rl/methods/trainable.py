@@ -27,11 +27,17 @@ def select_trainable(model: nn.Module, patterns: list[str], lora: dict | None) -
         if not any(re.match(pattern, name) for name in names):
             raise UserError(f"method.trainable: {pattern!r} matches no parameter; names look like {names[0]}")
     if lora is not None:
-        targets = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and _matches(patterns, f"{name}.weight")]
+        targets = [
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and _matches(patterns, f"{name}.weight")
+        ]
         wanted = lora.get("target_modules") or [r".*"]
         targets = [name for name in targets if any(re.search(pattern, name) for pattern in wanted)]
         if not targets:
-            raise UserError(f"method.lora.target_modules: {list(wanted)} matches no linear layer among the trainable parts")
+            raise UserError(
+                f"method.lora.target_modules: {list(wanted)} matches no linear layer among the trainable parts"
+            )
         inject_adapter_in_model(LoraConfig(**{**lora, "target_modules": targets}), model)
         return
     for name, parameter in model.named_parameters():

@@ -57,7 +57,9 @@ class Janus(nn.Module):
     ):
         super().__init__()
         self.path, self.revision = str(path), revision
-        self.model, self.tokenizer = load_pretrained(path, dtype=dtype, revision=revision, attn_implementation=attn_implementation)
+        self.model, self.tokenizer = load_pretrained(
+            path, dtype=dtype, revision=revision, attn_implementation=attn_implementation
+        )
         self.model.eval()
         self.chat = Chat(chat["system"], chat["instruction"])
         self.guidance_scale, self.temperature, self.max_plan_tokens = guidance_scale, temperature, max_plan_tokens
@@ -89,15 +91,35 @@ class Janus(nn.Module):
         """Phase 1: `(ids, mask)` of the conversations, `(tokens, mask)` of the plans, and the plans as text."""
         ids, mask = self.encode([self.chat.plan(prompt) for prompt in prompts])
         tokens, token_mask = decode_text(
-            self.model, ids, mask, seeds, max_tokens=self.max_plan_tokens, eos=self.special["eos"], temperature=self.temperature
+            self.model,
+            ids,
+            mask,
+            seeds,
+            max_tokens=self.max_plan_tokens,
+            eos=self.special["eos"],
+            temperature=self.temperature,
         )
-        return (ids, mask), (tokens, token_mask), [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        return (
+            (ids, mask),
+            (tokens, token_mask),
+            [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)],
+        )
 
-    def draw_images(self, prompts: list[str], plans: list[str], seeds: list[int]) -> tuple[tuple, torch.Tensor, torch.Tensor]:
+    def draw_images(
+        self, prompts: list[str], plans: list[str], seeds: list[int]
+    ) -> tuple[tuple, torch.Tensor, torch.Tensor]:
         """Phase 2: `(ids, mask)` of the conversations, image tokens `(B, N)`, and the log-probs they were drawn with."""
-        ids, mask = self.encode([self.chat.image(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)], boi=True)
+        ids, mask = self.encode(
+            [self.chat.image(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)], boi=True
+        )
         tokens, logprobs = decode_image(
-            self.model, ids, mask, seeds, special=self.special, guidance_scale=self.guidance_scale, temperature=self.temperature
+            self.model,
+            ids,
+            mask,
+            seeds,
+            special=self.special,
+            guidance_scale=self.guidance_scale,
+            temperature=self.temperature,
         )
         return (ids, mask), tokens, logprobs
 
@@ -125,7 +147,13 @@ def special_ids(tokenizer) -> dict[str, int]:
     Raises:
         UserError: a tag is not one token of this tokenizer (Janus-Pro needs `<|User|>` and `<|Assistant|>` as single ids).
     """
-    names = {"boi": "<begin_of_image>", "eoi": "<end_of_image>", "image": "<image_placeholder>", "user": "<|User|>", "assistant": "<|Assistant|>"}
+    names = {
+        "boi": "<begin_of_image>",
+        "eoi": "<end_of_image>",
+        "image": "<image_placeholder>",
+        "user": "<|User|>",
+        "assistant": "<|Assistant|>",
+    }
     found = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     for name, text in names.items():
         ids = tokenizer(text, add_special_tokens=False).input_ids
@@ -133,7 +161,9 @@ def special_ids(tokenizer) -> dict[str, int]:
             raise UserError(f"the tokenizer has no single token for {text!r}: this is not a Janus-Pro tokenizer")
         found[name] = ids[0]
     if None in found.values():
-        raise UserError(f"the tokenizer lacks {[name for name, value in found.items() if value is None]}: this is not a Janus-Pro tokenizer")
+        raise UserError(
+            f"the tokenizer lacks {[name for name, value in found.items() if value is None]}: this is not a Janus-Pro tokenizer"
+        )
     return found
 
 
@@ -154,17 +184,29 @@ def load_pretrained(path: str, *, dtype: str, revision: str | None, attn_impleme
         if config.model_type != "janus":
             raise UserError(f"{path} holds a {config.model_type!r} model, not a janus one")
         model, info = JanusForConditionalGeneration.from_pretrained(
-            path, revision=revision, dtype=getattr(torch, dtype), attn_implementation=attn_implementation, output_loading_info=True
+            path,
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
-        fix = "check that the folder is whole" if local else f"download it where there is a network (hf download {path}), or give model.path=<folder>"
+        fix = (
+            "check that the folder is whole"
+            if local
+            else f"download it where there is a network (hf download {path}), or give model.path=<folder>"
+        )
         raise UserError(f"cannot load {path}: {reason} -- {fix}") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
-        raise UserError(f"cannot load {path}: a weight file is truncated or broken ({error}); fetch it again") from error
+        raise UserError(
+            f"cannot load {path}: a weight file is truncated or broken ({error}); fetch it again"
+        ) from error
     if info["missing_keys"]:
-        raise UserError(f"{path} lacks {len(info['missing_keys'])} weights, first {sorted(info['missing_keys'])[0]}; the checkpoint is not whole")
+        raise UserError(
+            f"{path} lacks {len(info['missing_keys'])} weights, first {sorted(info['missing_keys'])[0]}; the checkpoint is not whole"
+        )
     return model, tokenizer

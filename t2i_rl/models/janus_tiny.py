@@ -33,7 +33,23 @@ CHAT_TEMPLATE = (
 
 def vocabulary() -> list[str]:
     """Every token of the world, special tokens first: prompts of all tasks, plans, chat punctuation."""
-    words = {"\n\n", ".", ":", ",", '"', "?", "the", "at", "object", "objects", "describe", "picture", "center", "middle", "one"}
+    words = {
+        "\n\n",
+        ".",
+        ":",
+        ",",
+        '"',
+        "?",
+        "the",
+        "at",
+        "object",
+        "objects",
+        "describe",
+        "picture",
+        "center",
+        "middle",
+        "one",
+    }
     words |= {*TEXTURES, *SIZES, "top", "bottom", "left", "right"}
     splitter = pre_tokenizers.Split(_WORDS, behavior="removed", invert=True)
     for tag in GENEVAL_TASKS + EXTRA_TASKS:
@@ -60,7 +76,13 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=512,
         chat_template=CHAT_TEMPLATE,
-        extra_special_tokens={"boi_token": BOI, "eoi_token": EOI, "image_token": IMAGE, "user_token": USER, "assistant_token": ASSISTANT},
+        extra_special_tokens={
+            "boi_token": BOI,
+            "eoi_token": EOI,
+            "image_token": IMAGE,
+            "user_token": USER,
+            "assistant_token": ASSISTANT,
+        },
     )
 
 
@@ -72,10 +94,14 @@ def build_processor(image_size: int = 32) -> JanusProcessor:
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    return JanusProcessor(image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE, num_image_tokens=(image_size // 4) ** 2)
+    return JanusProcessor(
+        image_processor, build_tokenizer(), chat_template=CHAT_TEMPLATE, num_image_tokens=(image_size // 4) ** 2
+    )
 
 
-def build_model(width: int = 192, layers: int = 6, codes: int = 512, image_size: int = 32) -> JanusForConditionalGeneration:
+def build_model(
+    width: int = 192, layers: int = 6, codes: int = 512, image_size: int = 32
+) -> JanusForConditionalGeneration:
     """A randomly initialised `JanusForConditionalGeneration`, every part present; `width` and `layers` are the dials.
 
     Images are `image_size` pixels, 4 pixels a token: 64 tokens at 32. The global torch generator seeds the weights.
@@ -119,6 +145,9 @@ def build_model(width: int = 192, layers: int = 6, codes: int = 512, image_size:
     )
     model = JanusForConditionalGeneration(config)
     model.generation_config = GenerationConfig(
-        bos_token_id=ids(BOS), eos_token_id=ids(EOS), pad_token_id=ids(PAD), generation_kwargs={"boi_token_id": ids(BOI)}
+        bos_token_id=ids(BOS),
+        eos_token_id=ids(EOS),
+        pad_token_id=ids(PAD),
+        generation_kwargs={"boi_token_id": ids(BOI)},
     )
     return model

@@ -28,7 +28,9 @@ class Rows:
     pixels: torch.Tensor | None = None
 
     def to(self, device):
-        return Rows(*(None if part is None else part.to(device) for part in (self.ids, self.mask, self.targets, self.pixels)))
+        return Rows(
+            *(None if part is None else part.to(device) for part in (self.ids, self.mask, self.targets, self.pixels))
+        )
 
 
 class PretrainRows(IterableDataset):
@@ -37,7 +39,16 @@ class PretrainRows(IterableDataset):
     Of the images to draw, `direct_share` come without a plan and `dropped_share` with the unconditional prompt.
     """
 
-    def __init__(self, tokenizer, chat: Chat, sizes: dict[str, int], seed: int, first: int = 0, direct_share=0.3, dropped_share=0.1):
+    def __init__(
+        self,
+        tokenizer,
+        chat: Chat,
+        sizes: dict[str, int],
+        seed: int,
+        first: int = 0,
+        direct_share=0.3,
+        dropped_share=0.1,
+    ):
         self.tokenizer, self.chat, self.sizes, self.seed, self.position = tokenizer, chat, sizes, seed, first
         self.direct_share, self.dropped_share = direct_share, dropped_share
         self.special = special_ids(tokenizer)
@@ -75,7 +86,9 @@ class PretrainRows(IterableDataset):
             images.append(render(scene))
             answers.append(self._answer(plan(scene)))
         asked = look_ids(self.tokenizer, self.special, (images[0].shape[0] // 4) ** 2)
-        return Rows(*self._left([asked] * len(images)), targets=self._right(answers), pixels=to_pixels(np.stack(images)))
+        return Rows(
+            *self._left([asked] * len(images)), targets=self._right(answers), pixels=to_pixels(np.stack(images))
+        )
 
     def _answer(self, text: str) -> list[int]:
         return [*self.tokenizer(text, add_special_tokens=False).input_ids, self.special["eos"]]
@@ -101,6 +114,8 @@ class JanusLMStage(L.LightningModule):
 
     Matrices of the language trunk are trained by Muon, everything else by AdamW; the rate is flat, then falls linearly to zero.
     """
+
+    optimizer_count = 2  # Lightning counts a step for each
 
     def __init__(self, model, lr: float = 3e-3, muon_lr: float = 3e-3, cooldown: float = 0.4, warmup: int = 100):
         super().__init__()
@@ -141,7 +156,9 @@ class JanusLMStage(L.LightningModule):
         answer = self.model.get_input_embeddings()(inputs.clamp(min=0))
         mask = torch.cat([rows.mask, (inputs >= 0).long()], dim=1)
         hidden = self._trunk(torch.cat([embeds, answer], dim=1), mask, rows.targets.shape[1])
-        return F.cross_entropy(self.model.lm_head(hidden).float().flatten(0, 1), rows.targets.flatten(), ignore_index=-100)
+        return F.cross_entropy(
+            self.model.lm_head(hidden).float().flatten(0, 1), rows.targets.flatten(), ignore_index=-100
+        )
 
     def _look_embeds(self, rows: Rows) -> torch.Tensor:
         embeds = self.model.get_input_embeddings()(rows.ids)
@@ -149,7 +166,9 @@ class JanusLMStage(L.LightningModule):
         return embeds.masked_scatter((rows.ids == self.model.config.image_token_id).unsqueeze(-1), seen)
 
     def _trunk(self, embeds: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
-        output = self.model.model.language_model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions(mask), use_cache=False)
+        output = self.model.model.language_model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions(mask), use_cache=False
+        )
         return output.last_hidden_state[:, -length:]
 
     def configure_optimizers(self):
@@ -164,13 +183,15 @@ class JanusLMStage(L.LightningModule):
         return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate) for optimizer in optimizers]
 
     def _rate(self, step: int) -> float:
-        total = self.trainer.max_steps // len(self.trainer.optimizers)
+        total = self.trainer.max_steps // self.optimizer_count
         left = (total - step) / (self.cooldown * total)
         return min(1.0, (step + 1) / self.warmup, max(left, 0.0))
 
 
 class JanusLookStage(JanusLMStage):
     """A last stage for the eyes: only the understanding tower and its aligner learn, so that drawing and writing stay as they are."""
+
+    optimizer_count = 1
 
     def training_step(self, batch: dict[str, Rows], index: int) -> None:
         look = batch["look"]
@@ -185,5 +206,7 @@ class JanusLookStage(JanusLMStage):
     def configure_optimizers(self):
         self.model.requires_grad_(False)
         eyes = [*self.model.model.vision_model.parameters(), *self.model.model.aligner.parameters()]
-        optimizer = torch.optim.AdamW([p.requires_grad_(True) for p in eyes], lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0)
+        optimizer = torch.optim.AdamW(
+            [p.requires_grad_(True) for p in eyes], lr=self.lr, betas=(0.9, 0.95), weight_decay=0.0
+        )
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)]

@@ -39,7 +39,9 @@ def vq_figures(janus: Janus, count: int = 1000, seed: int = 1) -> dict:
     """Reconstruction: PSNR in dB, share of scenes that the oracle reads back unchanged, codes in use."""
     scenes = held_back_scenes(count, seed)
     images = np.stack([render(scene) for scene in scenes])
-    codes = torch.cat([nearest_codes(janus.model.model.vqmodel, to_pixels(part)) for part in np.array_split(images, 10)])
+    codes = torch.cat(
+        [nearest_codes(janus.model.model.vqmodel, to_pixels(part)) for part in np.array_split(images, 10)]
+    )
     back = np.concatenate([janus.decode(part) for part in codes.chunk(10)])
     error = ((back.astype(float) - images) ** 2).mean(axis=(1, 2, 3))
     agree = sum(contents(found) == contents(scene.objects) for found, scene in zip(detect(back), scenes, strict=True))
@@ -53,7 +55,9 @@ def vq_figures(janus: Janus, count: int = 1000, seed: int = 1) -> dict:
 
 def contents(objects) -> list[str]:
     """What a scene holds, regardless of place; a malformed blob is never equal to an object."""
-    return sorted("malformed" if getattr(item, "malformed", False) else f"{item.color} {item.shape}" for item in objects)
+    return sorted(
+        "malformed" if getattr(item, "malformed", False) else f"{item.color} {item.shape}" for item in objects
+    )
 
 
 def plan_holds(text: str, include: list[dict]) -> bool:
@@ -94,7 +98,9 @@ def look_figures(janus: Janus, count: int = 500, seed: int = 1) -> dict:
         texts = describe(janus, ids[part], embeds)
         for text, scene in zip(texts, scenes[part], strict=True):
             exact += text == plan(scene)
-            objects += sorted(f"{color} {shape}" for _, color, shape, _ in _PLAN_ITEM.findall(text)) == contents(scene.objects)
+            objects += sorted(f"{color} {shape}" for _, color, shape, _ in _PLAN_ITEM.findall(text)) == contents(
+                scene.objects
+            )
     return {"description_exact": wilson(exact, count), "objects_exact": wilson(objects, count)}
 
 
@@ -103,7 +109,14 @@ def describe(janus: Janus, ids: torch.Tensor, image_embeds: torch.Tensor) -> lis
     embeds = janus.model.get_input_embeddings()(ids)
     embeds = embeds.masked_scatter((ids == janus.special["image"]).unsqueeze(-1), image_embeds.to(embeds.dtype))
     tokens, _ = decode_text(
-        janus.model, ids, torch.ones_like(ids), [0] * len(ids), max_tokens=64, eos=janus.special["eos"], temperature=0, embeds=embeds
+        janus.model,
+        ids,
+        torch.ones_like(ids),
+        [0] * len(ids),
+        max_tokens=64,
+        eos=janus.special["eos"],
+        temperature=0,
+        embeds=embeds,
     )
     return [text.strip() for text in janus.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
 
@@ -116,10 +129,22 @@ def card(figures: dict, results: dict, recipe: dict, facts: dict) -> str:
 
     vq, plans, look = figures["vq"], figures["plan"], figures["look"]
     stages = [stage for stage in ("base_direct", "base_plan") if stage in results["stages"]]
-    names = ["overall", *(name for name in results["stages"][stages[0]]["metrics"] if name.startswith("task/")), "seen", "held_out", "lenient"]
-    rows = ["| " + name.removeprefix("task/") + " | " + " | ".join(
-        interval(results["stages"][stage]["metrics"][name]) for stage in stages
-    ) + " |" for name in names if name in results["stages"][stages[0]]["metrics"]]
+    names = [
+        "overall",
+        *(name for name in results["stages"][stages[0]]["metrics"] if name.startswith("task/")),
+        "seen",
+        "held_out",
+        "lenient",
+    ]
+    rows = [
+        "| "
+        + name.removeprefix("task/")
+        + " | "
+        + " | ".join(interval(results["stages"][stage]["metrics"][name]) for stage in stages)
+        + " |"
+        for name in names
+        if name in results["stages"][stages[0]]["metrics"]
+    ]
     benchmark = results["benchmark"]
     return "\n".join([
         "---", "license: apache-2.0", "library_name: transformers", "---", "# janus_tiny", "",

@@ -32,7 +32,11 @@ def to_pixels(images: np.ndarray) -> torch.Tensor:
 def nearest_codes(vqmodel, pixels: torch.Tensor) -> torch.Tensor:
     """Code ids `(B, N)` by cosine, as the original Janus encoder does; the codebook holds unit vectors."""
     z = F.normalize(vqmodel.quant_conv(vqmodel.encoder(pixels)).float(), dim=1)
-    return torch.einsum("bdhw,vd->bhwv", z, F.normalize(vqmodel.quantize.embedding.weight.float(), dim=1)).argmax(-1).flatten(1)
+    return (
+        torch.einsum("bdhw,vd->bhwv", z, F.normalize(vqmodel.quantize.embedding.weight.float(), dim=1))
+        .argmax(-1)
+        .flatten(1)
+    )
 
 
 class VQStage(L.LightningModule):
@@ -40,7 +44,9 @@ class VQStage(L.LightningModule):
     and a code that nobody uses is moved onto a random encoding (van den Oord et al. 2017, appendix A.1; ViT-VQGAN's normalisation).
     """
 
-    def __init__(self, vqmodel, lr: float = 2e-3, decay: float = 0.97, commitment: float = 0.25, revive_every: int = 50):
+    def __init__(
+        self, vqmodel, lr: float = 2e-3, decay: float = 0.97, commitment: float = 0.25, revive_every: int = 50
+    ):
         super().__init__()
         self.vqmodel = vqmodel.train()
         self.lr, self.decay, self.commitment, self.revive_every = lr, decay, commitment, revive_every
@@ -76,5 +82,7 @@ class VQStage(L.LightningModule):
 
     def configure_optimizers(self):
         optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=self.lr, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=self.trainer.max_steps, pct_start=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, self.lr, total_steps=self.trainer.max_steps, pct_start=0.05
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

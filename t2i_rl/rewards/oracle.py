@@ -26,7 +26,9 @@ class Oracle:
         from t2i_rl.shapes.judge import judge
         from t2i_rl.shapes.oracle import detect
 
-        verdicts = [judge(prompt.meta, found) for prompt, found in zip(rollout.prompts, detect(rollout.images), strict=True)]
+        verdicts = [
+            judge(prompt.meta, found) for prompt, found in zip(rollout.prompts, detect(rollout.images), strict=True)
+        ]
         strict = torch.tensor([float(verdict.strict) for verdict in verdicts], dtype=torch.float64)
         score = torch.tensor([verdict.score for verdict in verdicts], dtype=torch.float64)
         total = {"strict": strict, "score": score, "mixed": (strict + score) / 2}[self.kind]

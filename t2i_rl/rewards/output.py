@@ -23,5 +23,7 @@ def checked(output: RewardOutput, rows: int, name: str) -> RewardOutput:
         if value.shape != (rows,):
             raise ValueError(f"reward {name}: {key} has shape {tuple(value.shape)}, expected ({rows},)")
         if not torch.isfinite(value).all():
-            raise ValueError(f"reward {name}: {key} is not finite in {int((~torch.isfinite(value)).sum())} of {rows} rows")
+            raise ValueError(
+                f"reward {name}: {key} is not finite in {int((~torch.isfinite(value)).sum())} of {rows} rows"
+            )
     return output

@@ -70,5 +70,9 @@ class SelfCertainty:
     def _certainty(self, stats: TokenStats, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum over a row's tokens and their number, float64 `(B,)`."""
         mask = stats.mask.double()
-        values = stats.self_certainty.double() if self.divergence == "forward" else math.log(vocabulary) - stats.entropy.double()
+        values = (
+            stats.self_certainty.double()
+            if self.divergence == "forward"
+            else math.log(vocabulary) - stats.entropy.double()
+        )
         return (values * mask).sum(-1), mask.sum(-1)

@@ -48,7 +48,9 @@ class Rollout:
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, part in parts.items():
             if isinstance(part, TokenStats):
-                parts[name] = TokenStats(part.logprobs[chosen], part.self_certainty[chosen], part.entropy[chosen], part.mask[chosen])
+                parts[name] = TokenStats(
+                    part.logprobs[chosen], part.self_certainty[chosen], part.entropy[chosen], part.mask[chosen]
+                )
             elif isinstance(part, (list, torch.Tensor, np.ndarray)):
                 parts[name] = part[chosen]
         return Rollout(**parts)

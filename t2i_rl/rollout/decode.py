@@ -26,14 +26,25 @@ class Decoder:
 
     def _forward(self, embeds: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         output = self.model(
-            inputs_embeds=embeds, attention_mask=self.mask, position_ids=position_ids, past_key_values=self.cache, use_cache=True
+            inputs_embeds=embeds,
+            attention_mask=self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
         )
         return output.last_hidden_state[:, -1]
 
 
 @torch.no_grad()
 def decode_text(
-    model, ids: torch.Tensor, mask: torch.Tensor, seeds: list[int], *, max_tokens: int, eos: int, temperature: float = 1.0,
+    model,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    seeds: list[int],
+    *,
+    max_tokens: int,
+    eos: int,
+    temperature: float = 1.0,
     embeds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample a continuation of each left-padded row; `embeds` `(B, L, D)` stand in for those of `ids` where images were put in.
@@ -59,7 +70,14 @@ def decode_text(
 
 @torch.no_grad()
 def decode_image(
-    model, ids: torch.Tensor, mask: torch.Tensor, seeds: list[int], *, special: dict[str, int], guidance_scale: float, temperature: float = 1.0
+    model,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    seeds: list[int],
+    *,
+    special: dict[str, int],
+    guidance_scale: float,
+    temperature: float = 1.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sample the image tokens that follow rows ending in the begin-of-image token.
 

@@ -1,6 +1,6 @@
 """An endless, seeded stream of (prompt, scene) examples from the training side of the world."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -21,7 +21,7 @@ TASK_WEIGHTS = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _pool(tag: str) -> tuple[Prompt, ...]:
     return tuple(train_prompts(tag))
 

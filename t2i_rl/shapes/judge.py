@@ -42,7 +42,9 @@ def lenient(meta: dict, found: Sequence[Detection]) -> bool:
     matched: list[list[Detection] | None] = []
     passed = True
     for clause in meta["include"]:
-        best = sorted((item for item in found if item.shape == clause["class"]), key=lambda item: -item.score)[: clause["count"]]
+        best = sorted((item for item in found if item.shape == clause["class"]), key=lambda item: -item.score)[
+            : clause["count"]
+        ]
         fits = len(best) == clause["count"] and all(_has(item, clause) for item in best)
         if fits and "position" in clause:
             relation, target = clause["position"]
@@ -115,7 +117,9 @@ def _best_matching(asked: list[Slot], whole: list[Detection]) -> tuple[Detection
 
 def _credit(asked: list[Slot], match: Sequence[Detection | None]) -> tuple[float, int]:
     gained = sum(slot.credit(item) for slot, item in zip(asked, match, strict=True))
-    related = [(item, slot.relation, match[slot.relation[1]]) for slot, item in zip(asked, match, strict=True) if slot.relation]
+    related = [
+        (item, slot.relation, match[slot.relation[1]]) for slot, item in zip(asked, match, strict=True) if slot.relation
+    ]
     gained += sum(a is not None and b is not None and relation[0] in relations(a, b) for a, relation, b in related)
     return gained, len(asked) + len(related)
 
@@ -131,7 +135,9 @@ def _defects(asked, match, extra, blobs) -> list[str]:
             words.append(f"wrong shape: {item.shape}, not {slot.clause['class']}")
         for name in ATTRIBUTES:
             if name in slot.clause and getattr(item, name) != slot.clause[name]:
-                words.append(f"wrong {name}: the {item.shape} is {getattr(item, name) or 'of usual size'}, not {slot.clause[name]}")
+                words.append(
+                    f"wrong {name}: the {item.shape} is {getattr(item, name) or 'of usual size'}, not {slot.clause[name]}"
+                )
         if slot.relation:
             relation, target = slot.relation
             if match[target] is not None and relation not in relations(item, match[target]):

@@ -6,7 +6,7 @@ every palette colour, or of mixed colour is `malformed`; one of fewer than `MIN_
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -55,7 +55,7 @@ class Bank:
     boxes: np.ndarray  # (K, 3): centre offset from the patch's centre, and half-extent
 
 
-@lru_cache(maxsize=None)
+@cache
 def template_bank(size: int) -> Bank:
     """Every stamp that a canvas of `size` pixels can hold, moved by up to a pixel in quarter steps (above 32 px: two pixels, half steps)."""
     kinds = [(shape, "solid", r, None) for shape in (BASE_SHAPES if size == 32 else LARGE_SHAPES) for r in radii(size)]
@@ -105,7 +105,9 @@ def detect(images: np.ndarray) -> list[list[Detection]]:
     """
     size = images.shape[1]
     if images.ndim != 4 or images.shape[2:] != (size, 3) or size not in CANVASES:
-        raise UserError(f"the shapes oracle reads {' or '.join(map(str, CANVASES))} pixel square images, not {images.shape[1:]}")
+        raise UserError(
+            f"the shapes oracle reads {' or '.join(map(str, CANVASES))} pixel square images, not {images.shape[1:]}"
+        )
     bank = template_bank(size)
     pixels = images.astype(np.float32)
     border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
@@ -120,7 +122,7 @@ def detect(images: np.ndarray) -> list[list[Detection]]:
             if member.sum() < MIN_PIXELS:
                 continue
             core = offset[number][_core(distance[number], member)]
-            color, clean = _color(core, _PALETTE - background[number], faintest=1.0 if size == 32 else 0.55)
+            color, clean = _color(core, _PALETTE - background[number], faintest=1.0 if size == 32 else 0.3)
             full = core.mean(axis=0) if size == 32 else _PALETTE[color] - background[number]
             patch, center = _patch(offset[number], full, member, bank.side // 2)
             patches.append(patch)

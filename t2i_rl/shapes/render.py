@@ -1,6 +1,6 @@
 """Scene -> image. Anti-aliased by supersampling; since centres lie on a half-pixel grid, each stamp is made once and kept."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 
@@ -9,7 +9,7 @@ from t2i_rl.shapes.scene import COLORS, Object, Scene
 SUPERSAMPLING = 8
 
 
-@lru_cache(maxsize=None)
+@cache
 def stamp(shape: str, r: float, fx: float, fy: float, texture: str = "solid") -> np.ndarray:
     """Coverage in [0, 1] of one object, float32 `(S, S)` with `S = 2 * reach(r) + 1`.
 

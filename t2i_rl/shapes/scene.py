@@ -83,7 +83,9 @@ def relation_holds(relation: str, subject: Object, reference: Object, threshold:
     offset = np.array([subject.x - reference.x, subject.y - reference.y])
     shrunk = np.sign(offset) * np.maximum(np.abs(offset) - 0.2 * (subject.r + reference.r), 0.0)
     dx, dy = shrunk / max(float(np.linalg.norm(offset)), 1e-9)
-    return {"left of": dx < -threshold, "right of": dx > threshold, "above": dy < -threshold, "below": dy > threshold}[relation]
+    return {"left of": dx < -threshold, "right of": dx > threshold, "above": dy < -threshold, "below": dy > threshold}[
+        relation
+    ]
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,9 @@ def sample_scene(wishes: Sequence[Wish], rng: np.random.Generator, size: int = 3
             return Scene(tuple(objects), size, int(rng.choice(BACKGROUNDS)))
 
 
-def _place(wish: Wish, placed: list[Object], rng: np.random.Generator, size: int, colors: tuple[str, ...]) -> Object | None:
+def _place(
+    wish: Wish, placed: list[Object], rng: np.random.Generator, size: int, colors: tuple[str, ...]
+) -> Object | None:
     r = float(rng.choice(radii(size, wish.size)))
     color = wish.color or colors[rng.integers(len(colors))]
     low, high = int(np.ceil(2 * (r + 1))), int(np.floor(2 * (size - r - 1)))

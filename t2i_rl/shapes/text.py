@@ -9,7 +9,16 @@ from t2i_rl.prompts import Prompt
 from t2i_rl.shapes.scene import BASE_SHAPES, COLORS, LARGE_SHAPES, RELATIONS, SIZES, TEXTURES, Object, Scene
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
-FRAMES = ("{}", "a picture of {}", "an image of {}", "a drawing of {}", "draw {}", "show {}", "{} on a light background", "just {}")
+FRAMES = (
+    "{}",
+    "a picture of {}",
+    "an image of {}",
+    "a drawing of {}",
+    "draw {}",
+    "show {}",
+    "{} on a light background",
+    "just {}",
+)
 COLOR_FACTS = {
     "ripe lemons": "yellow",
     "fresh grass": "green",
@@ -22,7 +31,13 @@ COLOR_FACTS = {
     "the stop signal": "red",
     "a banana": "yellow",
 }
-NUMBER_FACTS = {"wheels on a bicycle": 2, "wheels on a tricycle": 3, "wheels on a car": 4, "legs of a cat": 4, "eyes of a cat": 2}
+NUMBER_FACTS = {
+    "wheels on a bicycle": 2,
+    "wheels on a tricycle": 3,
+    "wheels on a car": 4,
+    "legs of a cat": 4,
+    "eyes of a cat": 2,
+}
 _GRID_ROWS, _GRID_COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 
 
@@ -122,13 +137,17 @@ def _complex(shapes):
             chosen = [colors[(j + shift) % len(colors)] for shift in (0, k, m + i)]
             if len(set(chosen)) < 3:
                 continue
-            subject, reference, third = (clause(shape, color=color) for shape, color in zip((a, b, c), chosen, strict=True))
+            subject, reference, third = (
+                clause(shape, color=color) for shape, color in zip((a, b, c), chosen, strict=True)
+            )
             body = f"{article(_name(subject))} {relation} {article(_name(reference))} and {article(_name(third))}"
             yield from _prompt("complex", body, [reference, {**subject, "position": [relation, 0]}, third])
 
 
 def _negation(shapes):
-    for (shape, absent), count, color in itertools.product(itertools.permutations(shapes, 2), (1, 2, 3), (None, *COLORS)):
+    for (shape, absent), count, color in itertools.product(
+        itertools.permutations(shapes, 2), (1, 2, 3), (None, *COLORS)
+    ):
         words = " ".join(filter(None, (color, shape if count == 1 else plural(shape))))
         body = f"{article(words) if count == 1 else f'{NUMBERS[count]} {words}'} and no {absent}"
         yield from _prompt("negation", body, [clause(shape, count, color=color)], [{"class": absent, "count": 1}])
@@ -137,7 +156,9 @@ def _negation(shapes):
 def _knowledge(shapes):
     for shape, (thing, color) in itertools.product(shapes, COLOR_FACTS.items()):
         body, rewrite = f"{article(shape)} in the color of {thing}", article(f"{color} {shape}")
-        yield from _prompt("knowledge", body, [clause(shape, color=color)], rewrite=rewrite, explanation=f"{thing}: {color}")
+        yield from _prompt(
+            "knowledge", body, [clause(shape, color=color)], rewrite=rewrite, explanation=f"{thing}: {color}"
+        )
     for shape, (thing, count) in itertools.product(shapes, NUMBER_FACTS.items()):
         body, rewrite = f"as many {plural(shape)} as {thing}", f"{NUMBERS[count]} {plural(shape)}"
         exclude = [{"class": shape, "count": count + 1}]

@@ -33,12 +33,16 @@ def run(cfg) -> dict:
         for row, (prompt, sample) in enumerate(batch):
             name = f"images/{len(rows):05d}.png"
             Image.fromarray(drawn.images[row]).save(out / name)
-            rows.append({"prompt": prompt.text, "sample": sample, "seed": seeds[row], "plan": drawn.plans[row], "image": name})
+            rows.append(
+                {"prompt": prompt.text, "sample": sample, "seed": seeds[row], "plan": drawn.plans[row], "image": name}
+            )
             images.append(drawn.images[row])
     write_atomic(out / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     shown = rows[:64]
     captions = [f"{row['prompt']} | {row['plan']}" if row["plan"] else row["prompt"] for row in shown]
-    grid = caption_grid(images[: len(shown)], captions, columns=min(4, len(shown)), scale=max(1, 192 // images[0].shape[0]))
+    grid = caption_grid(
+        images[: len(shown)], captions, columns=min(4, len(shown)), scale=max(1, 192 // images[0].shape[0])
+    )
     grid.save(out / "grid.png")
     Console().print(f"{len(rows)} images in {out / 'images'}, a grid in {out / 'grid.png'}", soft_wrap=True)
     return {"images": len(rows), "folder": str(out)}

@@ -23,7 +23,9 @@ def run(cfg) -> dict:
     found = detect(image[None])[0]
     verdict = judge(prompt.meta, found)
     console = Console()
-    console.print(f"{prompt.text!r} ({prompt.tag}): strict {verdict.strict}, lenient {verdict.lenient}, score {verdict.score:.2f}")
+    console.print(
+        f"{prompt.text!r} ({prompt.tag}): strict {verdict.strict}, lenient {verdict.lenient}, score {verdict.score:.2f}"
+    )
     for item in found:
         console.print(f"  sees a {item.color} {item.shape} at ({item.center[0]:.1f}, {item.center[1]:.1f}), match {item.score:.2f}"
                       + (", malformed" if item.malformed else ""))  # fmt: skip
@@ -46,7 +48,9 @@ def read_image(path: str) -> np.ndarray:
     except (OSError, UnidentifiedImageError) as error:
         raise UserError(f"image={path}: {error}") from error
     if image.shape[0] != image.shape[1] or image.shape[0] not in CANVASES:
-        raise UserError(f"image={path} is {image.shape[1]}x{image.shape[0]}; the oracle reads squares of {', '.join(map(str, CANVASES))} pixels")
+        raise UserError(
+            f"image={path} is {image.shape[1]}x{image.shape[0]}; the oracle reads squares of {', '.join(map(str, CANVASES))} pixels"
+        )
     return image
 
 
@@ -58,8 +62,13 @@ def find_prompt(text: str) -> Prompt:
     """
     known = {prompt.text: prompt for tag in GENEVAL_TASKS + EXTRA_TASKS for prompt in enumerate_prompts(tag, size=48)}
     if text.strip() not in known:
-        near = get_close_matches(text, [known_text for known_text in known if abs(len(known_text) - len(text)) < 8], n=3, cutoff=0.5)
-        raise UserError(f"the judge does not know the prompt {text!r}" + (f"; did you mean {' or '.join(map(repr, near))}?" if near else ""))
+        near = get_close_matches(
+            text, [known_text for known_text in known if abs(len(known_text) - len(text)) < 8], n=3, cutoff=0.5
+        )
+        raise UserError(
+            f"the judge does not know the prompt {text!r}"
+            + (f"; did you mean {' or '.join(map(repr, near))}?" if near else "")
+        )
     return known[text.strip()]
 
 
@@ -70,5 +79,9 @@ def draw_boxes(image: np.ndarray, found: list[Detection]) -> Image.Image:
     for item in found:
         color = "#cf222e" if item.malformed else "#1a7f37"
         draw.rectangle([SCALE * edge for edge in item.box], outline=color, width=2)
-        draw.text((SCALE * item.box[0] + 3, SCALE * item.box[1] + 1), f"{item.color} {item.shape}" if not item.malformed else "malformed", fill=color)
+        draw.text(
+            (SCALE * item.box[0] + 3, SCALE * item.box[1] + 1),
+            f"{item.color} {item.shape}" if not item.malformed else "malformed",
+            fill=color,
+        )
     return picture

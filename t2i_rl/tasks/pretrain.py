@@ -31,7 +31,9 @@ def run(cfg) -> dict:
     L.seed_everything(cfg.seed, verbose=False)
     model, processor = build_model(**recipe.architecture), build_processor(recipe.architecture.image_size)
     vq = VQStage(model.model.vqmodel, lr=recipe.vq.lr)
-    minutes = fit(vq, lambda first: SceneImages(recipe.vq.batch_size, cfg.seed, first), recipe.vq.steps, out / "vq", "32-true")
+    minutes = fit(
+        vq, lambda first: SceneImages(recipe.vq.batch_size, cfg.seed, first), recipe.vq.steps, out / "vq", "32-true"
+    )
 
     L.seed_everything(cfg.seed, verbose=False)
     model.model.language_model.set_attn_implementation("eager")
@@ -41,7 +43,7 @@ def run(cfg) -> dict:
     def rows(first: int, stage: str) -> PretrainRows:
         return PretrainRows(processor.tokenizer, chat, dict(recipe[stage].batch), cfg.seed, first)
 
-    minutes += fit(lm, partial(rows, stage="lm"), recipe.lm.steps, out / "lm", recipe.lm.precision, optimizers=2)
+    minutes += fit(lm, partial(rows, stage="lm"), recipe.lm.steps, out / "lm", recipe.lm.precision, lm.optimizer_count)
     look = JanusLookStage(model, **recipe.look.optimizer)
     minutes += fit(look, partial(rows, stage="look"), recipe.look.steps, out / "look", recipe.look.precision)
     folder = out / "janus_tiny"
@@ -51,7 +53,9 @@ def run(cfg) -> dict:
     janus = instantiate(cfg.model, path=str(folder))
     figures = {"vq": vq_figures(janus), "plan": plan_figures(janus), "look": look_figures(janus)}
     trainer = instantiate(cfg.trainer, logger=False)
-    stages = Stages(trainer, janus, instantiate(cfg.benchmark), out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size)
+    stages = Stages(
+        trainer, janus, instantiate(cfg.benchmark), out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size
+    )
     for stage in ("base_direct", "base_plan"):
         stages.draw(stage)
     results = write_summary(cfg, stages, steps=0, extra={"figures": figures})
@@ -69,7 +73,9 @@ def run(cfg) -> dict:
     }
     write_atomic(folder / "README.md", card(figures, results, {"yaml": OmegaConf.to_yaml(recipe)}, facts))
     Console().print(json.dumps(figures, indent=1))
-    Console().print(f"checkpoint and card: {folder} ({(time.time() - started) / 60:.0f} minutes in this session)", soft_wrap=True)
+    Console().print(
+        f"checkpoint and card: {folder} ({(time.time() - started) / 60:.0f} minutes in this session)", soft_wrap=True
+    )
     return results
 
 
@@ -93,7 +99,9 @@ def fit(module: L.LightningModule, stream, steps: int, folder: Path, precision: 
         callbacks=[ModelCheckpoint(folder, filename="last", every_n_train_steps=200, enable_version_counter=False)],
         enable_model_summary=False,
     )
-    trainer.fit(module, DataLoader(stream(done), batch_size=None), ckpt_path=last if last.exists() else None, weights_only=True)
+    trainer.fit(
+        module, DataLoader(stream(done), batch_size=None), ckpt_path=last if last.exists() else None, weights_only=True
+    )
     trainer.save_checkpoint(last)
     spent += (time.time() - started) / 60
     write_atomic(clock, json.dumps(spent))
@@ -101,5 +109,7 @@ def fit(module: L.LightningModule, stream, steps: int, folder: Path, precision: 
 
 
 def git_commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     return done.stdout.strip() or "unknown"

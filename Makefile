@@ -1,0 +1,39 @@
+# make demo: see it learn. make test: the fast suite. Both set everything up first.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo test test-all lint clean
+
+help:
+	@echo "make demo      set up, train janus_tiny by its own certainty and by the judge, compare (minutes, no GPU)"
+	@echo "make test      set up, run the fast tests"
+	@echo "make test-all  the slow ones too"
+	@echo "make lint      ruff"
+	@echo "make clean     remove the virtual environment and caches; outputs/ stays"
+
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: Python 3.11 or newer is needed; make $(MAKECMDGOALS) PYTHON=python3.12, say" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/python run.py -m reward=nsc,oracle
+
+test: $(READY)
+	$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -q
+
+lint: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

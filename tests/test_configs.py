@@ -1,0 +1,83 @@
+"""Every shipped YAML: it opens by saying what it is and how to use it, composes, resolves, and names classes that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+from t2i_rl.cli import CONF, one_line
+from t2i_rl.manual import GROUPS, summary
+
+FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
+NEEDS_AN_EXTRA = {"hparams_search/iris_optuna"}
+
+
+def composed(*overrides: str):
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("config", overrides=["hydra.runtime.output_dir=out", *overrides], return_hydra_config=True)
+    HydraConfig.instance().set_config(config)
+    return config
+
+
+def targets(node) -> list[str]:
+    if isinstance(node, dict):
+        own = [node["_target_"]] if "_target_" in node else []
+        return own + [name for value in node.values() for name in targets(value)]
+    return [name for value in node for name in targets(value)] if isinstance(node, list) else []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_config_opens_with_what_it_is_and_how_to_use_it(path):
+    header = [line for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line]
+    assert len(header) >= 2 and summary(path)[0].isupper() or summary(path)[0].islower(), path
+    assert any(re.search(r"python (run\.py|experiments)", line) for line in header), f"{path}: no command in its header"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_a_config_composes_resolves_and_names_what_exists(path):
+    name = f"{path.parent.name}/{path.stem}"
+    if name in NEEDS_AN_EXTRA:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    extra = ["data.path=prompts.jsonl"] if "prompts" in path.read_text() and "data" in name + path.read_text() and ("data/prompts" in name or "override /data: prompts" in path.read_text()) else []
+    config = composed(f"{path.parent.name}={path.stem}", *extra)
+    own = {key: value for key, value in config.items() if key != "hydra"}
+    container = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_container(config, resolve=True)), resolve=True)
+    for target in targets({key: container[key] for key in own}):
+        get_object(target)
+
+
+def test_the_root_is_what_the_issue_asks_for():
+    config = composed()
+    choices = config.hydra.runtime.choices
+    assert {group: choices[group] for group in ("task", "method", "model", "reward", "benchmark", "trainer", "logger")} == {
+        "task": "train",
+        "method": "iris",
+        "model": "janus_tiny",
+        "reward": "nsc",
+        "benchmark": "shapes",
+        "trainer": "auto",
+        "logger": "csv",
+    }
+    assert set(GROUPS) == {path.name for path in CONF.iterdir() if path.is_dir()}
+
+
+@pytest.mark.parametrize("override", ["method.nonsense=1", "nonsense=1", "reward=nonsense", "trainer.max_step=3"])
+def test_unknown_keys_and_choices_fail_in_one_line(override):
+    with pytest.raises(Exception) as error:
+        composed(override)
+    assert "\n" not in one_line(error.value)
+
+
+def test_removing_and_adding_works_as_typed():
+    config = composed("~callbacks.sample_grid", "++trainer.limit_test_batches=1", "+method.extra=1", "tags=[a,b]")
+    assert "sample_grid" not in config.callbacks and config.trainer.limit_test_batches == 1 and config.method.extra == 1
+
+
+def test_the_conf_folder_is_the_repositorys():
+    assert CONF == Path(__file__).parents[1] / "conf"
