@@ -11,7 +11,7 @@ from torch.utils.data import IterableDataset
 from t2i_rl.models.janus import Chat, special_ids
 from t2i_rl.pretrain.vq import nearest_codes, to_pixels
 from t2i_rl.rollout.decode import positions, unconditional
-from t2i_rl.shapes.examples import sample_example
+from t2i_rl.shapes.examples import misremembered, sample_example
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.text import plan
 
@@ -36,29 +36,31 @@ class Rows:
 class PretrainRows(IterableDataset):
     """Endless batches `{draw, plan, look}`; batch `i` is a function of `(seed, i)`, so a resumed run continues the stream.
 
-    Of the images to draw, `direct_share` come without a plan and `dropped_share` with the unconditional prompt.
+    Of the images to draw, `direct_share` come without a plan and `dropped_share` with the unconditional prompt; of the plans to write,
+    `slip_share` get one object wrong. `sizes` says how many rows of each kind a batch has.
     """
 
     def __init__(
         self,
         tokenizer,
         chat: Chat,
+        seed: tuple[int, ...],
+        first: int,
         sizes: dict[str, int],
-        seed: int,
-        first: int = 0,
-        direct_share=0.3,
-        dropped_share=0.1,
+        direct_share: float = 0.3,
+        dropped_share: float = 0.1,
+        slip_share: float = 0.0,
     ):
-        self.tokenizer, self.chat, self.sizes, self.seed, self.position = tokenizer, chat, sizes, seed, first
-        self.direct_share, self.dropped_share = direct_share, dropped_share
+        self.tokenizer, self.chat, self.seed, self.position, self.sizes = tokenizer, chat, seed, first, sizes
+        self.direct_share, self.dropped_share, self.slip_share = direct_share, dropped_share, slip_share
         self.special = special_ids(tokenizer)
 
     def __iter__(self):
+        makers = {"draw": self._draw, "plan": self._plan, "look": self._look}
         while True:
-            rng = np.random.default_rng((self.seed, 2, self.position))
+            rng = np.random.default_rng((*self.seed, self.position))
             self.position += 1
-            makers = {"draw": self._draw, "plan": self._plan, "look": self._look}
-            yield {name: make(rng) for name, make in makers.items() if self.sizes.get(name)}
+            yield {name: makers[name](rng) for name in self.sizes}
 
     def _draw(self, rng) -> Rows:
         texts, images = [], []
@@ -76,7 +78,8 @@ class PretrainRows(IterableDataset):
         for _ in range(self.sizes["plan"]):
             prompt, scene = sample_example(rng)
             asked.append(self.tokenizer(self.chat.plan(prompt.text)).input_ids)
-            answers.append(self._answer(plan(scene, rng)))
+            written = misremembered(scene, rng) if rng.random() < self.slip_share else scene
+            answers.append(self._answer(plan(written, rng)))
         return Rows(*self._left(asked), targets=self._right(answers))
 
     def _look(self, rng) -> Rows:
@@ -124,17 +127,16 @@ class JanusLMStage(L.LightningModule):
         self.lr, self.muon_lr, self.cooldown, self.warmup = lr, muon_lr, cooldown, warmup
         model.train()
         model.model.vqmodel.eval().requires_grad_(False)
-        with torch.no_grad():
-            model.model.generation_embeddings.weight.copy_(model.model.vqmodel.quantize.embedding.weight)
 
     def training_step(self, batch: dict[str, Rows], index: int) -> None:
-        draw, plans, look = batch["draw"], batch["plan"], batch["look"]
-        losses = {
-            "image_nll": self._image_loss(draw),
-            "plan_nll": self._text_loss(plans, self.model.get_input_embeddings()(plans.ids)),
-            "look_nll": self._text_loss(look, self._look_embeds(look)),
-        }
-        self.manual_backward(losses["image_nll"] + 0.3 * losses["plan_nll"] + 0.3 * losses["look_nll"])
+        losses = {}
+        if "draw" in batch:
+            losses["image_nll"] = self._image_loss(batch["draw"])
+        if "plan" in batch:
+            losses["plan_nll"] = self._text_loss(batch["plan"], self.model.get_input_embeddings()(batch["plan"].ids))
+        if "look" in batch:
+            losses["look_nll"] = self._text_loss(batch["look"], self._look_embeds(batch["look"]))
+        self.manual_backward(sum(value * (1.0 if name == "image_nll" else 0.3) for name, value in losses.items()))
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         for optimizer, schedule in zip(self.optimizers(), self.lr_schedulers(), strict=True):
             optimizer.step()

@@ -1,11 +1,12 @@
 """An endless, seeded stream of (prompt, scene) examples from the training side of the world."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
 
 from t2i_rl.prompts import Prompt
-from t2i_rl.shapes.scene import Scene, sample_scene
+from t2i_rl.shapes.scene import BASE_SHAPES, COLORS, Scene, sample_scene
 from t2i_rl.shapes.suites import pair_held_out, train_prompts, wishes
 
 TASK_WEIGHTS = {
@@ -35,6 +36,20 @@ def sample_example(rng: np.random.Generator, weights: dict[str, float] = TASK_WE
         scene = sample_scene(wishes(prompt), rng)
         if not any(pair_held_out(pair) for pair in scene_pairs(scene)):
             return prompt, scene
+
+
+def misremembered(scene: Scene, rng: np.random.Generator) -> Scene:
+    """A scene with one slip: an object of another colour, of another shape, or (of several) left out. For writing about, not for drawing."""
+    items = list(scene.objects)
+    slipped = int(rng.integers(len(items)))
+    kind = rng.integers(3 if len(items) > 1 else 2)
+    if kind == 2:
+        del items[slipped]
+    else:
+        name, choices = (("color", tuple(COLORS)), ("shape", BASE_SHAPES))[kind]
+        others = [choice for choice in choices if choice != getattr(items[slipped], name)]
+        items[slipped] = replace(items[slipped], **{name: others[rng.integers(len(others))]})
+    return replace(scene, objects=tuple(items))
 
 
 def scene_pairs(scene: Scene) -> list[str]:

@@ -1,5 +1,5 @@
 """`task=pretrain`: make janus_tiny from nothing: VQ autoencoder, then the language model on plans, images and looking,
-then its eyes alone; and measure it."""
+then its habits (slips in plans) and its eyes; and measure it."""
 
 import json
 import platform
@@ -38,14 +38,13 @@ def run(cfg) -> dict:
     L.seed_everything(cfg.seed, verbose=False)
     model.model.language_model.set_attn_implementation("eager")
     chat = Chat(cfg.model.chat.system, cfg.model.chat.instruction)
-    lm = JanusLMStage(model, **recipe.lm.optimizer)
-
-    def rows(first: int, stage: str) -> PretrainRows:
-        return PretrainRows(processor.tokenizer, chat, dict(recipe[stage].batch), cfg.seed, first)
-
-    minutes += fit(lm, partial(rows, stage="lm"), recipe.lm.steps, out / "lm", recipe.lm.precision, lm.optimizer_count)
-    look = JanusLookStage(model, **recipe.look.optimizer)
-    minutes += fit(look, partial(rows, stage="look"), recipe.look.steps, out / "look", recipe.look.precision)
+    with torch.no_grad():
+        model.model.generation_embeddings.weight.copy_(model.model.vqmodel.quantize.embedding.weight)
+    for number, name in enumerate(("lm", "habits", "look"), start=2):
+        part = recipe[name]
+        stage = (JanusLookStage if name == "look" else JanusLMStage)(model, **part.optimizer)
+        rows = partial(PretrainRows, processor.tokenizer, chat, (cfg.seed, number), **OmegaConf.to_container(part.rows))
+        minutes += fit(stage, rows, part.steps, out / name, part.precision, stage.optimizer_count)
     folder = out / "janus_tiny"
     model.eval().half().save_pretrained(folder)
     processor.save_pretrained(folder)
