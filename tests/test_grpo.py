@@ -136,6 +136,20 @@ def test_the_gradient_is_that_of_the_written_objective(folder):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-7)
 
 
+def test_a_modality_of_weight_zero_has_no_part_in_the_gradient(folder):
+    """Plans alone, images alone: the two gradients, each times its share of the tokens, add up to that of both."""
+    both, text, image = (
+        build(folder, kl_coef=0.0, **weights) for weights in ({}, {"image_loss_weight": 0}, {"text_loss_weight": 0})
+    )
+    rollout = tiny_rollout(both)
+    counts = [float(rollout.plan_token_mask.sum()), float(rollout.image_tokens.numel())]
+    whole, parts = gradient(both, rollout), [gradient(module, tiny_rollout(module)) for module in (text, image)]
+    assert not any("lm_head" in name for name in parts[1])
+    for name, value in whole.items():
+        shares = [part[name] * count / sum(counts) for part, count in zip(parts, counts, strict=True) if name in part]
+        torch.testing.assert_close(sum(shares), value, rtol=1e-3, atol=1e-6)
+
+
 def test_the_clip_can_bind_with_several_updates_per_rollout(folder):
     module = build(folder, updates_per_rollout=4, clip_range=0.01, optimizer=partial(torch.optim.AdamW, lr=3e-3))
     trainer = train(module, steps=4)
@@ -178,6 +192,7 @@ def test_without_plans_nothing_textual_is_trained(folder):
         ({"logprob": "x"}, "conditional, guided"),
         ({"loss_reduction": "x"}, "token, sequence"),
         ({"group_size": 1}, "2 or more"),
+        ({"text_loss_weight": 0, "image_loss_weight": 0}, "nothing would be trained"),
         ({"trainable": ["nothing"]}, "nothing"),
     ],
 )

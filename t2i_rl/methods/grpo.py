@@ -86,7 +86,12 @@ class GRPO(L.LightningModule):
         self.text_loss_weight, self.image_loss_weight = text_loss_weight, image_loss_weight
         self.loss_reduction, self.micro_batch_size, self.max_grad_norm = loss_reduction, micro_batch_size, max_grad_norm
         self.optimizer_partial, self.scheduler_partial, self.seed = optimizer, scheduler, seed
-        patterns = [pattern for pattern in trainable if plan or not pattern.startswith("lm_head")]
+        if not (plan and text_loss_weight) and not image_loss_weight:
+            raise UserError(
+                "nothing would be trained: give method.image_loss_weight, or method.text_loss_weight with method.plan=true"
+            )
+        writes = plan and text_loss_weight != 0
+        patterns = [pattern for pattern in trainable if writes or not pattern.startswith("lm_head")]
         select_trainable(model.model, patterns, lora)
         self.reference = Reference(model.model) if kl_coef else None
         self.rollouts_done = 0
@@ -154,22 +159,29 @@ class GRPO(L.LightningModule):
 
     def stats(self, model, rollout: Rollout, distribution: str | None = None) -> tuple[TokenStats | None, TokenStats]:
         """Teacher-forced statistics of plan and image tokens under `model`, with gradient where grad mode is on."""
-        temperature = self.model.temperature
+        temperature, grad = self.model.temperature, torch.is_grad_enabled()
         text = None
         if self.plan:
-            text = score_text(
-                model, rollout.plan_ids, rollout.plan_mask, rollout.plan_tokens, rollout.plan_token_mask, temperature
+            with torch.set_grad_enabled(grad and self.text_loss_weight != 0):
+                text = score_text(
+                    model,
+                    rollout.plan_ids,
+                    rollout.plan_mask,
+                    rollout.plan_tokens,
+                    rollout.plan_token_mask,
+                    temperature,
+                )
+        with torch.set_grad_enabled(grad and self.image_loss_weight != 0):
+            image = score_image(
+                model,
+                rollout.image_ids,
+                rollout.image_mask,
+                rollout.image_tokens,
+                special=self.model.special,
+                distribution=distribution or self.logprob,
+                guidance_scale=self.model.guidance_scale,
+                temperature=temperature,
             )
-        image = score_image(
-            model,
-            rollout.image_ids,
-            rollout.image_mask,
-            rollout.image_tokens,
-            special=self.model.special,
-            distribution=distribution or self.logprob,
-            guidance_scale=self.model.guidance_scale,
-            temperature=temperature,
-        )
         return text, image
 
     def judge(self, rollout: Rollout) -> tuple[RewardOutput, dict[str, RewardOutput]]:

@@ -1,6 +1,5 @@
 """The control that knows nothing: what moves under it is not due to the reward."""
 
-
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rollout.buffer import Rollout
 from t2i_rl.seeding import row_uniforms
