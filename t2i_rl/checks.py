@@ -1,11 +1,16 @@
 """What goes with what, refused in one line before any weight loads."""
 
+import ast
+from importlib.util import find_spec
 from pathlib import Path
 
+from hydra._internal.utils import _locate
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 
+from t2i_rl.complaints import choices
 from t2i_rl.errors import UserError
+from t2i_rl.evaluation.results import STAGES
 
 PRECISIONS = ("16-mixed", "16-true", "32-true", "64-true", "bf16-mixed", "bf16-true", "32", "64")
 
@@ -22,10 +27,16 @@ def check(cfg: DictConfig) -> None:
         raise UserError(
             f"these settings have no default and must be given: {', '.join(f'{key}=...' for key in missing)}"
         )
-    _check_method_and_model(cfg)
-    _check_trainer(cfg)
+    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
+        raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, not {cfg.seed!r}")
+    unknown = [stage for stage in cfg.evaluation.stages if stage not in STAGES]
+    if unknown:
+        raise UserError(f"evaluation.stages holds {unknown[0]!r}; choose from {', '.join(STAGES)}")
     if task == "generate" and bool(cfg.prompt) == bool(cfg.prompts_file):
         raise UserError('task=generate takes one of prompt="three red circles" or prompts_file=<file>')
+    for key, file in (("prompts_file", cfg.prompts_file), ("data.path", cfg.data.get("path"))):
+        if file and not Path(file).is_file():
+            raise UserError(f"{key}={file}: there is no such file")
     if task == "generate" and cfg.mode not in ("plan", "direct"):
         raise UserError(f"mode must be plan or direct, not {cfg.mode!r}")
     if task == "judge" and not (cfg.image and cfg.prompt):
@@ -36,6 +47,22 @@ def check(cfg: DictConfig) -> None:
         raise UserError(
             f"ckpt_path={cfg.ckpt_path}: there is no such file (ckpt_path=last takes the newest run with these settings)"
         )
+    _check_trainer(cfg)
+    _check_classes(cfg)
+    _check_method_and_model(cfg)
+
+
+def _check_classes(cfg: DictConfig) -> None:
+    for group in ("method", "model", "reward", "benchmark", "data", "trainer"):
+        target = cfg[group].get("_target_") if cfg.get(group) else None
+        if target is None:
+            raise UserError(f"{group} names no class; choose from {group}={', '.join(choices(group))}")
+        try:
+            _locate(target)
+        except ImportError as error:
+            raise UserError(
+                f"{group}._target_={target}: there is no such class; shipped are {group}={', '.join(choices(group))}"
+            ) from error
 
 
 def _check_method_and_model(cfg: DictConfig) -> None:
@@ -51,12 +78,20 @@ def models_of(families: frozenset[str]) -> list[str]:
     """Names of the model configs whose class is of one of these families."""
     from t2i_rl.cli import CONF
 
-    names = []
-    for path in sorted((CONF / "model").glob("*.yaml")):
-        target = OmegaConf.load(path).get("_target_")
-        if target and get_class(target).family in families:
-            names.append(path.stem)
-    return names
+    targets = {path.stem: OmegaConf.load(path).get("_target_") for path in sorted((CONF / "model").glob("*.yaml"))}
+    return [name for name, target in targets.items() if target and class_attribute(target, "family") in families]
+
+
+def class_attribute(target: str, name: str):
+    """A constant of a class, read from its source: importing every model for the sake of a name would take seconds."""
+    module, _, class_name = target.rpartition(".")
+    tree = ast.parse(Path(find_spec(module).origin).read_text(encoding="utf-8"))
+    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
+    for node in found.body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == name:
+            value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value  # frozenset({...})
+            return ast.literal_eval(value)
+    return getattr(get_class(target), name)  # inherited
 
 
 def _check_trainer(cfg: DictConfig) -> None:

@@ -1,107 +1,149 @@
 """The command line: help, composition, one-line errors, and the call of the task."""
 
 import gc
+import hashlib
 import os
-import random
 import sys
-from difflib import get_close_matches
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+from t2i_rl.complaints import complain
+from t2i_rl.complaints import one_line as one_line
 from t2i_rl.errors import UserError
 from t2i_rl.provenance import finish, is_main_process, record
 
 PACKAGE = Path(__file__).parent
-CONF = next(folder for folder in (PACKAGE.parent / "conf", PACKAGE / "conf") if (folder / "config.yaml").is_file())
+CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if (folder / "config.yaml").is_file())
+REFUSALS = (UserError, HydraException, OmegaConfBaseException)
+SIGTERM_EXIT_CODE = 143
 
-OmegaConf.register_new_resolver("slashless", lambda text: str(text).replace("/", "-") or "job", replace=True)
+
+def folder_name(text: str) -> str:
+    """A sweep job's folder: its overrides, without slashes, and short enough for a file system."""
+    name = str(text).replace("/", "-") or "job"
+    return name if len(name) <= 160 else f"{name[:150]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver("package_dir", lambda name: str(PACKAGE / name), replace=True)
 
 failures: list[str] = []
+refusals: list[Exception] = []
+command: list[str] = []
+tracebacks = False
 
 
 def main() -> None:
     """Entry point of `python run.py` and of the console command `t2i-rl`."""
+    global command, tracebacks
     if {"--help", "-h"} & set(sys.argv[1:]):
         from t2i_rl.manual import manual
 
         print(manual(CONF))
         return
-    full_error = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+    command, tracebacks = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR") == "1"
+    failures.clear()
+    refusals.clear()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra hands its exceptions on instead of printing them
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         if "ckpt_path=last" in sys.argv:
             from t2i_rl.resume import continue_in_place
 
             sys.argv[1:] = continue_in_place(sys.argv[1:], CONF)
+        sys.argv[1:] = name_jobs_by_what_differs(sys.argv[1:])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-    except (UserError, HydraException, OmegaConfBaseException) as error:
-        if full_error:
+        if refusals:
+            raise refusals[0]
+    except REFUSALS as error:
+        if tracebacks:
             raise
         sys.exit(complain(error))
     finally:
         GlobalHydra.instance().clear()
+        sys.argv[:] = command
+        os.environ["HYDRA_FULL_ERROR"] = str(int(tracebacks))
     if failures:
         sys.exit(1)
+
+
+def name_jobs_by_what_differs(arguments: list[str]) -> list[str]:
+    """The arguments, options first, and what is the same in every job of a sweep kept out of the names of its folders.
+
+    Overrides come last because Lightning appends some for the processes that it launches.
+    """
+    given = get_args_parser().parse_args(arguments).overrides
+    overrides = OverridesParser.create().parse_overrides(given)
+    same = [f"'{override.key_or_group}'" for override in overrides if not override.is_sweep_override()]
+    excluded = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(same)}]"
+    return [*(item for item in arguments if item not in [*given, "--"]), "--", *given, excluded]
 
 
 def job(cfg: DictConfig) -> float | None:
     """One job: check, seed, run the task, leave nothing behind. Returns the value that a sweeper optimises."""
     hydra_config = HydraConfig.get()
-    multirun = hydra_config.mode == RunMode.MULTIRUN
     out = Path(hydra_config.runtime.output_dir)
-    if multirun:
-        _as_single_run(hydra_config, out)
-    started = record(cfg, out)
-    status = "failed"
-    try:
-        from t2i_rl.checks import check
-
-        check(cfg)
-        if cfg.ckpt_path == "last":
-            cfg.ckpt_path = str(out / "checkpoints" / "last.ckpt")
-        _announce(hydra_config, cfg, out)
-        result = _run(cfg)
-        status = "finished"
-        return result
-    except Exception as error:
-        if not multirun or not isinstance(error, UserError):
-            if not multirun:
-                raise
-            import traceback
-
-            traceback.print_exc()
-        else:
-            complain(error)
-        failures.append(out.name)
-        if not hydra_config.sweeper._target_.endswith("BasicSweeper"):
+    started, status = None, "failed"
+    with _nothing_left_behind(), _as_single_run(hydra_config, out):
+        try:
+            started = record(cfg, out, command, list(hydra_config.overrides.task))
+            result = _run(cfg, hydra_config, out)
+            status = "finished"
+            return result
+        except SystemExit:
+            status = "stopped"
             raise
-        return None
-    finally:
-        finish(out, started, status)
-        _leave_nothing_behind()
+        except Exception as error:
+            _take_note(error, hydra_config, out)
+            return None
+        finally:
+            finish(out, started, status)
 
 
-def _run(cfg: DictConfig) -> float | None:
+def _take_note(error: Exception, hydra_config: DictConfig, out: Path) -> None:
+    """A refused run ends in one line; a job of a plain sweep does not take the others with it; the rest is raised."""
+    refused = isinstance(error, REFUSALS) and not tracebacks
+    if hydra_config.mode == RunMode.RUN and refused:
+        refusals.append(error)
+        return
+    if hydra_config.mode == RunMode.RUN or not hydra_config.sweeper._target_.endswith("BasicSweeper"):
+        raise error
+    if refused:
+        complain(error)
+    else:
+        sys.excepthook(type(error), error, error.__traceback__)
+    failures.append(out.name)
+
+
+def _run(cfg: DictConfig, hydra_config: DictConfig, out: Path) -> float | None:
+    from t2i_rl.checks import check
+
+    check(cfg)
+    if cfg.ckpt_path == "last":
+        cfg.ckpt_path = str(out / "checkpoints" / "last.ckpt")
+    _announce(hydra_config, cfg, out)
+
     import lightning as L
-    import torch
     from hydra.utils import get_method
+    from lightning.pytorch.utilities.exceptions import SIGTERMException
 
     _quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    threads = torch.get_num_threads()
     try:
         results = get_method(cfg.task._target_)(cfg)
-    finally:
-        torch.set_num_threads(threads)
+    except SIGTERMException as stop:
+        raise SystemExit(SIGTERM_EXIT_CODE if is_main_process() else 0) from stop
     if "stages" not in results or cfg.optimized_metric is None:
         return None
     stage = list(results["stages"].values())[-1]["metrics"]
@@ -110,11 +152,49 @@ def _run(cfg: DictConfig) -> float | None:
     return stage[cfg.optimized_metric]["mean"]
 
 
-def _as_single_run(hydra_config: DictConfig, out: Path) -> None:
-    """Let this job look like a single run, so that processes which DDP launches repeat this job and not the whole sweep."""
-    with open_dict(hydra_config):
+@contextmanager
+def _as_single_run(hydra_config: DictConfig, out: Path) -> Iterator[None]:
+    """A sweep's job looks like a single run, so that the processes which DDP launches repeat this job and not the sweep."""
+    if hydra_config.mode == RunMode.RUN:
+        yield
+        return
+    given = get_args_parser().parse_args(command[1:])
+    options = [["--config-dir", given.config_dir], ["--config-name", given.config_name]]
+    searchpath = [override for override in hydra_config.overrides.hydra if override.startswith("hydra.searchpath=")]
+    with flag_override(hydra_config, ["readonly", "struct"], False):
         hydra_config.run.dir = str(out)
-    sys.argv[1:] = list(hydra_config.overrides.task)
+    before = list(sys.argv)
+    sys.argv[1:] = [part for option in options if option[1] for part in option]
+    sys.argv += [*hydra_config.overrides.task, *searchpath, "hydra.mode=RUN"]
+    try:
+        yield
+    finally:
+        sys.argv[:] = before
+
+
+@contextmanager
+def _nothing_left_behind() -> Iterator[None]:
+    """The next job of a sweep starts as the first one did (it seeds every generator itself)."""
+    import torch
+
+    environment, threads, dtype = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    os.environ["HYDRA_FULL_ERROR"] = str(int(tracebacks))  # for the processes that DDP launches
+    try:
+        yield
+    finally:
+        if "wandb" in sys.modules:
+            sys.modules["wandb"].finish()
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        os.environ.clear()
+        os.environ.update(environment)  # LOCAL_RANK, left behind by DDP, would keep the next job from launching its own
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(deterministic)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _announce(hydra_config: DictConfig, cfg: DictConfig, out: Path) -> None:
@@ -136,56 +216,3 @@ def _quiet() -> None:
     for noise in (".*isinstance\\(treespec.*", ".*does not have many workers.*", ".*in eval mode at the start.*", ".*Experiment logs directory.*",
                   ".*overridden `transfer_batch_to_device`.*", ".*IterableDataset.*__len__.*", ".*find_unused_parameters.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message=noise)
-
-
-def _leave_nothing_behind() -> None:
-    """The next job of a sweep starts as the first one did."""
-    if "wandb" in sys.modules:
-        sys.modules["wandb"].finish()
-    if "torch" in sys.modules:
-        import torch
-
-        torch.manual_seed(0)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    random.seed(0)
-    gc.collect()
-
-
-def complain(error: Exception) -> int:
-    """Print an error as one line on stderr; returns the exit code 2."""
-    print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-    return 2
-
-
-def one_line(error: Exception) -> str:
-    """The message on one line; an unknown key or choice is followed by those that come close."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = " ".join(
-        line for line in lines if not line.startswith(("full_key:", "object_type=", "Check available", "Set the env"))
-    )
-    missing = next((line for line in lines if line.startswith("Key '")), None)
-    if missing and "is not in struct" in missing and lines[0].startswith("Could not override"):
-        key = lines[0].split("'")[1]
-        near = get_close_matches(key, known_keys(), n=3, cutoff=0.5)
-        return f"there is no setting {key}" + (
-            f"; did you mean {' or '.join(near)}?" if near else f" (to add it: +{key}=...)"
-        )
-    return text.replace(" Available options in", "; available options in")
-
-
-def known_keys() -> list[str]:
-    """Dotted names of all settings of the default composition."""
-    from hydra import compose, initialize_config_dir
-
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = OmegaConf.to_container(compose("config"), resolve=False)
-
-    def walk(node: dict, prefix: str = ""):
-        for key, value in node.items():
-            yield prefix + str(key)
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-
-    return list(walk(config))

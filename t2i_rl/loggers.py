@@ -39,9 +39,10 @@ def csv_logger(folder: str, ckpt_path: str | None) -> CSVLogger:
 def _rows_before(path: Path, ckpt_path: str) -> list[dict]:
     if not path.is_file():
         return []
-    loop = torch.load(ckpt_path, map_location="cpu", weights_only=True)["loops"]["fit_loop"]["epoch_loop.state_dict"]
+    loop = torch.load(ckpt_path, map_location="cpu", weights_only=True)["loops"]["fit_loop"]
+    batches = loop["epoch_loop.batch_progress"]["total"]["processed"]
     with path.open(newline="") as rows:
-        return [row for row in csv.DictReader(rows) if int(row["step"]) < loop["_batches_that_stepped"]]
+        return [row for row in csv.DictReader(rows) if int(row["step"]) < batches]
 
 
 def wandb_logger(folder: str, ckpt_path: str | None, **settings) -> WandbLogger:

@@ -64,15 +64,13 @@ def summary(path: Path) -> str:
 
 
 def _what_goes_with_what(conf: Path) -> list[str]:
-    from hydra.utils import get_class
-
-    from t2i_rl.checks import models_of
+    from t2i_rl.checks import class_attribute, models_of
 
     lines = ["what goes with what"]
     for path in sorted((conf / "method").glob("*.yaml")):
         config = OmegaConf.load(path)
         base = config if "_target_" in config else OmegaConf.load(path.with_name(f"{config.defaults[0]}.yaml"))
-        trains = get_class(base._target_).trains
+        trains = class_attribute(base._target_, "trains")
         lines.append(
             f"  method={path.stem:<16} trains {', '.join(sorted(trains))} models: {', '.join(models_of(trains))}"
         )

@@ -1,7 +1,8 @@
-"""`ckpt_path=last`: find the newest run with the same settings and go on in its own folder."""
+"""`ckpt_path=last`: find the newest run with the same settings and go on in its own folder, or evaluate it in another."""
 
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig, OmegaConf
 
 from t2i_rl.errors import UserError
@@ -10,28 +11,41 @@ COMPARED = ("method", "model", "reward", "data", "seed", "watch")
 
 
 def continue_in_place(arguments: list[str], conf: Path) -> list[str]:
-    """The arguments with the run folder of the newest matching run added (unless one is given).
+    """The arguments, with what `last` stands for spelled out.
+
+    task=train goes on in the folder of the newest run with these settings, unless hydra.run.dir names one. Every other task
+    reads that run's checkpoint and writes into a folder of its own: the run keeps its results.
 
     Raises:
         UserError: no run with these settings has a checkpoint, or a sweep was asked to resume.
     """
-    if {"-m", "--multirun"} & set(arguments):
+    given = get_args_parser().parse_args(arguments)
+    if given.multirun:
         raise UserError("ckpt_path=last goes on with one run: give one job's settings without -m")
-    given = next((argument.split("=", 1)[1] for argument in arguments if argument.startswith("hydra.run.dir=")), None)
-    if given is not None:
-        if not (Path(given) / "checkpoints" / "last.ckpt").is_file():
-            raise UserError(f"{given} holds no checkpoints/last.ckpt to go on from")
-        return arguments
-    wanted = _compose([argument for argument in arguments if not argument.startswith("-")], conf)
-    outputs = Path.cwd() / "outputs"
-    runs = sorted(outputs.glob("train/*/checkpoints/last.ckpt"), key=lambda path: -path.stat().st_mtime)
-    for checkpoint in runs:
+    cfg = _compose(given, conf)
+    folders = [item.split("=", 1)[1].strip("'\"") for item in arguments if item.startswith("hydra.run.dir=")]
+    if cfg.hydra.runtime.choices.task != "train":
+        found = _newest_run(cfg) / "checkpoints" / "last.ckpt"
+        print(f"last checkpoint: {found}")
+        return [f"ckpt_path={_quoted(found)}" if item == "ckpt_path=last" else item for item in arguments]
+    if not folders:
+        found = _newest_run(cfg)
+        print(f"going on in {found}")
+        place = arguments.index("ckpt_path=last")
+        return [*arguments[:place], f"hydra.run.dir={_quoted(found)}", *arguments[place:]]
+    if not (Path(folders[0]) / "checkpoints" / "last.ckpt").is_file():
+        raise UserError(f"{folders[0]} holds no checkpoints/last.ckpt to go on from")
+    return arguments
+
+
+def _newest_run(cfg: DictConfig) -> Path:
+    outputs = Path(cfg.paths.root_dir) / "outputs" / "train"
+    for checkpoint in sorted(outputs.glob("*/checkpoints/last.ckpt"), key=lambda path: -path.stat().st_mtime):
         saved = OmegaConf.load(checkpoint.parents[1] / "config.yaml")
-        if all(_plain(saved, key) == _plain(wanted, key) for key in COMPARED):
-            print(f"going on in {checkpoint.parents[1]}")
-            return [*arguments, f"hydra.run.dir={checkpoint.parents[1]}"]
+        if all(_plain(saved, key) == _plain(cfg, key) for key in COMPARED):
+            return checkpoint.parents[1]
     raise UserError(
-        f"no run below {outputs / 'train'} with these settings has a checkpoint; give ckpt_path=<file> or run without it"
+        f"no run below {outputs} with these settings has a checkpoint; give ckpt_path=<file> or run without it"
     )
 
 
@@ -39,11 +53,18 @@ def _plain(cfg: DictConfig, key: str):
     return OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
 
 
-def _compose(overrides: list[str], conf: Path) -> DictConfig:
+def _quoted(path: Path) -> str:
+    return "'" + str(path).replace("'", "\\'") + "'"
+
+
+def _compose(given, conf: Path) -> DictConfig:
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    with initialize_config_dir(str(conf), version_base="1.3"):
-        config = compose("config", overrides=overrides)
+    place = f"hydra.searchpath=[{_quoted(Path(given.config_dir).absolute().as_uri())}]" if given.config_dir else None
     GlobalHydra.instance().clear()
-    return config
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        overrides = [*given.overrides, *([place] if place else [])]
+        cfg = compose(given.config_name or "config", overrides=overrides, return_hydra_config=True)
+    GlobalHydra.instance().clear()
+    return cfg

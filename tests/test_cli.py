@@ -12,7 +12,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-QUICK = ["debug=fdr", "benchmark.prompts_per_task=1", "evaluation.stages=[base_plan,trained_plan]", "~callbacks.progress"]
+QUICK = [
+    "debug=fdr",
+    "benchmark.prompts_per_task=1",
+    "evaluation.stages=[base_plan,trained_plan]",
+    "~callbacks.progress",
+]
 VOLATILE = ("time/", "throughput/", "memory/")
 
 
@@ -71,7 +76,11 @@ def test_a_run_leaves_everything_behind_and_no_secret(tmp_path):
     assert set(results["stages"]) == {"base_plan", "trained_plan"} and results["steps"] == 2
     assert results["comparisons"][0]["metrics"]["overall"]["n_prompts"] == 6
     provenance = json.loads((out / "provenance.json").read_text())
-    assert provenance["status"] == "finished" and provenance["packages"]["torch"].startswith("2.") and "debug=fdr" in provenance["command"]
+    assert (
+        provenance["status"] == "finished"
+        and provenance["packages"]["torch"].startswith("2.")
+        and "debug=fdr" in provenance["command"]
+    )
     assert len(metrics(out)) == 2 and (out / "report.html").stat().st_size > 10_000
     assert list((out / "samples").glob("step_*.png")) and (out / "checkpoints" / "last.ckpt").is_file()
     for path in out.rglob("*"):
@@ -103,7 +112,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, how):
     whole = run(*settings, "hydra.run.dir=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command(*settings), cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.Popen(
+        command(*settings), cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
     deadline = time.time() + 300
     while time.time() < deadline and process.poll() is None:
         found = list(tmp_path.glob("outputs/train/*/metrics.csv"))
@@ -119,7 +130,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, how):
     assert resumed.returncode == 0, resumed.stderr
     assert metrics(folder) == metrics(tmp_path / "whole")
     for stage in ("base_plan", "trained_plan"):
-        records = [(tmp_path / place / "evaluation" / stage / "records.jsonl").read_text() for place in (folder, "whole")]
+        records = [
+            (tmp_path / place / "evaluation" / stage / "records.jsonl").read_text() for place in (folder, "whole")
+        ]
         assert records[0] == records[1]
 
 
@@ -131,7 +144,10 @@ def test_two_cpu_processes_give_what_one_gives(tmp_path):
     assert [path.name for path in tmp_path.iterdir()].count("outputs") == 0, "a second run folder was written"
     for stage in ("base_plan", "trained_plan"):
         one, two = (
-            [json.loads(line) for line in (tmp_path / place / "evaluation" / stage / "records.jsonl").read_text().splitlines()]
+            [
+                json.loads(line)
+                for line in (tmp_path / place / "evaluation" / stage / "records.jsonl").read_text().splitlines()
+            ]
             for place in ("one", "two")
         )
         assert [row["prompt_id"] for row in one] == [row["prompt_id"] for row in two]
@@ -145,7 +161,9 @@ def test_images_are_generated_and_judged(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
     assert len(rows) == 2 and rows[0]["plan"] and (tmp_path / "out" / "grid.png").is_file()
-    judged = run("task=judge", "prompt=three red circles", "image=out/images/00000.png", "hydra.run.dir=out", cwd=tmp_path)
+    judged = run(
+        "task=judge", "prompt=three red circles", "image=out/images/00000.png", "hydra.run.dir=out", cwd=tmp_path
+    )
     assert judged.returncode == 0 and "strict" in judged.stdout and (tmp_path / "out" / "judged.png").is_file()
     unknown = run("task=judge", "prompt=three red circle", "image=out/images/00000.png", cwd=tmp_path)
     assert unknown.returncode == 2 and "three red circles" in unknown.stderr

@@ -44,7 +44,13 @@ def test_a_config_composes_resolves_and_names_what_exists(path):
     name = f"{path.parent.name}/{path.stem}"
     if name in NEEDS_AN_EXTRA:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    extra = ["data.path=prompts.jsonl"] if "prompts" in path.read_text() and "data" in name + path.read_text() and ("data/prompts" in name or "override /data: prompts" in path.read_text()) else []
+    extra = (
+        ["data.path=prompts.jsonl"]
+        if "prompts" in path.read_text()
+        and "data" in name + path.read_text()
+        and ("data/prompts" in name or "override /data: prompts" in path.read_text())
+        else []
+    )
     config = composed(f"{path.parent.name}={path.stem}", *extra)
     own = {key: value for key, value in config.items() if key != "hydra"}
     container = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_container(config, resolve=True)), resolve=True)
@@ -55,7 +61,9 @@ def test_a_config_composes_resolves_and_names_what_exists(path):
 def test_the_root_is_what_the_issue_asks_for():
     config = composed()
     choices = config.hydra.runtime.choices
-    assert {group: choices[group] for group in ("task", "method", "model", "reward", "benchmark", "trainer", "logger")} == {
+    assert {
+        group: choices[group] for group in ("task", "method", "model", "reward", "benchmark", "trainer", "logger")
+    } == {
         "task": "train",
         "method": "iris",
         "model": "janus_tiny",

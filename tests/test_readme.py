@@ -20,7 +20,13 @@ def test_the_reward_that_the_readme_adds_runs_as_printed(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
     command = re.search(r"```bash\n(.*?)\n```", section, flags=re.S)[1]
-    arguments = [sys.executable, str(ROOT / "run.py"), *shlex.split(command)[2:], "benchmark.prompts_per_task=1", "hydra.run.dir=out"]
+    arguments = [
+        sys.executable,
+        str(ROOT / "run.py"),
+        *shlex.split(command)[2:],
+        "benchmark.prompts_per_task=1",
+        "hydra.run.dir=out",
+    ]
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -94,8 +94,8 @@ def cell(values: dict, points: bool = True) -> str:
 
 def effects() -> tuple[dict, dict]:
     """Paired differences, trained minus base and trained minus the random control, for every reward."""
-    base = {seed: {reward: read_stage(folder(reward, seed), "base_plan") for reward in REWARDS} for seed in SEEDS}
-    trained = {seed: {reward: read_stage(folder(reward, seed), "trained_plan") for reward in REWARDS} for seed in SEEDS}
+    base = {seed: {reward: list(read_stage(folder(reward, seed), "base_plan").values()) for reward in REWARDS} for seed in SEEDS}
+    trained = {seed: {reward: list(read_stage(folder(reward, seed), "trained_plan").values()) for reward in REWARDS} for seed in SEEDS}
     against_base = {
         reward: compare_over_seeds([(base[seed][reward], trained[seed][reward]) for seed in SEEDS])
         for reward in REWARDS
@@ -112,7 +112,7 @@ def diversity_change(reward: str) -> dict:
     """Change of the within-prompt spread, mean over prompts, with Student's interval over seeds."""
     changes = []
     for seed in SEEDS:
-        ids = [record["prompt_id"] for record in read_stage(folder(reward, seed), "base_plan")]
+        ids = [record["prompt_id"] for record in read_stage(folder(reward, seed), "base_plan").values()]
         spread = [
             diversity_by_prompt(np.load(folder(reward, seed) / "evaluation" / stage / "features.npy"), ids)[
                 "diversity"

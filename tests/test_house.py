@@ -1,0 +1,133 @@
+"""The command line from within: folder names of sweeps, what `last` stands for, one-line errors, classes read from source."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from t2i_rl import cli
+from t2i_rl.checks import class_attribute
+from t2i_rl.errors import UserError
+from t2i_rl.methods.grpo import GRPO
+from t2i_rl.models.janus import Janus
+from t2i_rl.provenance import record
+from t2i_rl.resume import COMPARED, continue_in_place
+
+FAKE_TASK = "task._target_=tests.test_house.fake_task"
+seen: list[tuple[str, float, str]] = []
+
+
+def fake_task(cfg) -> dict:
+    """Stands in for training: leaves as much behind as it can, and fails where the seed is 1."""
+    import os
+
+    seen.append((Path(cfg.paths.output_dir).name, float(torch.rand(())), os.environ.get("LOCAL_RANK", "none")))
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    os.environ["LOCAL_RANK"] = "0"
+    if cfg.seed == 1:
+        raise RuntimeError("a bug")
+    return {"stages": {"trained_plan": {"metrics": {"overall": {"mean": 0.5}}}}}
+
+
+def call(monkeypatch, folder: Path, *arguments: str) -> int:
+    """Exit code of `python run.py <arguments>` in `folder`, within this process."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    try:
+        cli.main()
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+def test_a_sweep_names_its_folders_by_what_differs_and_leaks_nothing(tmp_path, monkeypatch, capsys):
+    seen.clear()
+    threads = torch.get_num_threads()
+    code = call(monkeypatch, tmp_path, "-m", FAKE_TASK, "method.kl_coef=0", "seed=0,1,2", "trainer=cpu,auto")
+    names, draws, ranks = zip(*seen)
+    assert code == 1 and set(names) == {f"seed={seed},trainer={name}" for seed in range(3) for name in ("cpu", "auto")}
+    assert draws[0] == draws[1] and draws[4] == draws[5] != draws[0] and set(ranks) == {"none"}
+    assert torch.get_default_dtype() == torch.float32 and torch.get_num_threads() == threads
+    captured = capsys.readouterr()
+    assert captured.out.count("failed:") == 2 and "RuntimeError: a bug" in captured.err
+    assert len(list(tmp_path.rglob("provenance.json"))) == 6
+    assert sys.argv == ["run.py", "-m", FAKE_TASK, "method.kl_coef=0", "seed=0,1,2", "trainer=cpu,auto"]
+
+
+def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
+    with pytest.raises(RuntimeError, match="a bug"):
+        call(monkeypatch, tmp_path, FAKE_TASK, "seed=1", "hydra.run.dir=out")
+    assert '"status": "failed"' in (tmp_path / "out" / "provenance.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["methd=iris"], "method"),
+        (["-m", "reward=nsq,nsc"], "choose from entropy"),
+        (["~reward"], "choose from entropy"),
+        (["seed=abc"], "whole number"),
+        (["reward._target_=t2i_rl.rewards.nope.Nope"], "there is no such class"),
+        (["data=prompts", "data.path=nowhere.txt"], "nowhere.txt"),
+        (["evaluation.stages=[trained]"], "trained_plan"),
+        ([FAKE_TASK, "optimized_metric=nonsense"], "choose from overall"),
+    ],
+)
+def test_refusals_are_exactly_one_line(tmp_path, monkeypatch, capfd, arguments, named):
+    assert call(monkeypatch, tmp_path, *arguments) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
+
+
+def test_options_may_stand_anywhere():
+    excluded = "hydra.job.config.override_dirname.exclude_keys=['model']"
+    arranged = cli.name_jobs_by_what_differs(["seed=0,1", "model=janus_tiny", "-m", "--config-dir", "mine"])
+    assert arranged == ["-m", "--config-dir", "mine", "--", "seed=0,1", "model=janus_tiny", excluded]
+    assert cli.name_jobs_by_what_differs(arranged)[:-2] == arranged[:-1]  # a process that DDP launches does so again
+
+
+def test_a_long_folder_name_is_cut_and_stays_its_own():
+    first, second = (cli.folder_name(f"experiment=a/b,x={'y' * 300}{tail}") for tail in "12")
+    assert len(first) < 200 and first != second and "/" not in first and cli.folder_name("") == "job"
+
+
+def finished_run(folder: Path) -> Path:
+    """A run folder as task=train leaves it, as far as a resume reads it."""
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        cfg = compose("config", overrides=["reward=oracle"])
+    run = folder / "outputs" / "train" / "it's a run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "checkpoints" / "last.ckpt").touch()
+    kept = {key: OmegaConf.to_container(cfg, resolve=False)[key] for key in ("paths", "seed", *COMPARED)}
+    kept["paths"].pop("output_dir")
+    OmegaConf.save(OmegaConf.create(kept), run / "config.yaml", resolve=True)
+    return run.relative_to(folder)
+
+
+def test_last_goes_on_in_the_run_and_evaluates_it_elsewhere(tmp_path, monkeypatch):
+    run = finished_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    quoted = str(run).replace("'", "\\'")
+    train = continue_in_place(["reward=oracle", "ckpt_path=last", "trainer.max_steps=9"], cli.CONF)
+    assert train == ["reward=oracle", f"hydra.run.dir='{quoted}'", "ckpt_path=last", "trainer.max_steps=9"]
+    evaluated = continue_in_place(["task=evaluate", "reward=oracle", "ckpt_path=last"], cli.CONF)
+    assert evaluated == ["task=evaluate", "reward=oracle", f"ckpt_path='{quoted}/checkpoints/last.ckpt'"]
+    for other in (["reward=nsc"], ["reward=oracle", "seed=5"], ["-m", "reward=oracle"]):
+        with pytest.raises(UserError):
+            continue_in_place([*other, "ckpt_path=last"], cli.CONF)
+
+
+def test_a_folder_run_in_again_keeps_where_it_came_from(tmp_path):
+    for number in range(3):
+        facts = record(OmegaConf.create({"seed": 0}), tmp_path, ["run.py", f"seed={number}"], [])
+    assert [entry["command"][-6:] for entry in facts["earlier"]] == ["seed=0", "seed=1"]
+
+
+def test_class_attributes_are_read_as_python_reads_them():
+    assert class_attribute("t2i_rl.methods.grpo.GRPO", "trains") == GRPO.trains
+    assert class_attribute("t2i_rl.models.janus.Janus", "family") == Janus.family
