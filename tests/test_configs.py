@@ -88,4 +88,4 @@ def test_removing_and_adding_works_as_typed():
 
 
 def test_the_conf_folder_is_the_repositorys():
-    assert CONF == Path(__file__).parents[1] / "conf"
+    assert Path(__file__).parents[1] / "conf" == CONF

@@ -94,8 +94,14 @@ def cell(values: dict, points: bool = True) -> str:
 
 def effects() -> tuple[dict, dict]:
     """Paired differences, trained minus base and trained minus the random control, for every reward."""
-    base = {seed: {reward: list(read_stage(folder(reward, seed), "base_plan").values()) for reward in REWARDS} for seed in SEEDS}
-    trained = {seed: {reward: list(read_stage(folder(reward, seed), "trained_plan").values()) for reward in REWARDS} for seed in SEEDS}
+    base = {
+        seed: {reward: list(read_stage(folder(reward, seed), "base_plan").values()) for reward in REWARDS}
+        for seed in SEEDS
+    }
+    trained = {
+        seed: {reward: list(read_stage(folder(reward, seed), "trained_plan").values()) for reward in REWARDS}
+        for seed in SEEDS
+    }
     against_base = {
         reward: compare_over_seeds([(base[seed][reward], trained[seed][reward]) for seed in SEEDS])
         for reward in REWARDS

@@ -41,13 +41,17 @@ def hits(prompts, images) -> int:
 
 
 def noise(sigma: float):
-    return lambda images: np.clip(images + np.random.default_rng(SEED).normal(0, sigma, images.shape), 0, 255).astype(np.uint8)
+    return lambda images: np.clip(images + np.random.default_rng(SEED).normal(0, sigma, images.shape), 0, 255).astype(
+        np.uint8
+    )
 
 
 def blur(images: np.ndarray) -> np.ndarray:
     padded = np.pad(images.astype(float), ((0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     height, width = images.shape[1:3]
-    return np.rint(sum(padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)) / 9).astype(np.uint8)
+    return np.rint(sum(padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)) / 9).astype(
+        np.uint8
+    )
 
 
 def jpeg(quality: int):
@@ -65,7 +69,9 @@ def vq_reconstruction():
 
     def reconstruct(images: np.ndarray) -> np.ndarray:
         with torch.no_grad():
-            codes = torch.cat([nearest_codes(janus.model.model.vqmodel, to_pixels(part)) for part in np.array_split(images, 8)])
+            codes = torch.cat(
+                [nearest_codes(janus.model.model.vqmodel, to_pixels(part)) for part in np.array_split(images, 8)]
+            )
         return np.concatenate([janus.decode(part) for part in codes.chunk(8)])
 
     return reconstruct
@@ -77,7 +83,12 @@ def cell(count: int, n: int) -> str:
 
 
 def main() -> None:
-    lines = ["## Clean renders", "", f"Strict verdict on images that satisfy their prompt, {PER_TASK} a task, percent with Wilson's 95 % interval.", ""]
+    lines = [
+        "## Clean renders",
+        "",
+        f"Strict verdict on images that satisfy their prompt, {PER_TASK} a task, percent with Wilson's 95 % interval.",
+        "",
+    ]
     lines += ["| task | 32 px | 48 px | 64 px |", "|---|--:|--:|--:|"]
     totals = {32: 0, 48: 0, 64: 0}
     for tag in GENEVAL_TASKS + EXTRA_TASKS:
@@ -91,12 +102,22 @@ def main() -> None:
             row.append(cell(count, PER_TASK))
         lines.append(f"| {tag} | " + " | ".join(row) + " |")
     n = PER_TASK * len(GENEVAL_TASKS)
-    lines.append(f"| **six GenEval tasks, n={n}** | " + " | ".join(f"**{cell(totals[size], n)}**" for size in totals) + " |")
+    lines.append(
+        f"| **six GenEval tasks, n={n}** | " + " | ".join(f"**{cell(totals[size], n)}**" for size in totals) + " |"
+    )
 
     six = {size: [drawn(tag, size) for tag in GENEVAL_TASKS] for size in (32, 64)}
     changes = {f"Gaussian noise, sigma {s}": noise(s) for s in (4, 8, 16)} | {"3x3 box blur": blur}
     changes |= {f"JPEG {q} (4:4:4)": jpeg(q) for q in (90, 75, 50)}
-    lines += ["", "## Damaged images", "", f"The same images of the six tasks (n={n}), strict.", "", "| damage | 32 px | 64 px |", "|---|--:|--:|"]
+    lines += [
+        "",
+        "## Damaged images",
+        "",
+        f"The same images of the six tasks (n={n}), strict.",
+        "",
+        "| damage | 32 px | 64 px |",
+        "|---|--:|--:|",
+    ]
     for name, damage in changes.items():
         row = [cell(sum(hits(prompts, damage(images)) for prompts, images in six[size]), n) for size in six]
         lines.append(f"| {name} | " + " | ".join(row) + " |")
@@ -104,11 +125,27 @@ def main() -> None:
     count = sum(hits(prompts, reconstruct(images)) for prompts, images in six[32])
     lines.append(f"| janus_tiny's VQ encoder and decoder | {cell(count, n)} | - |")
 
-    lines += ["", "## Wrong images", "", "| image | strict accepts | lenient (GenEval's rule) accepts |", "|---|--:|--:|"]
-    for name, make in {"another prompt of the same task": lambda images: np.roll(images, 1, axis=0), "uniform noise": lambda images: np.random.default_rng(SEED).integers(0, 256, images.shape, dtype=np.uint8)}.items():
-        verdicts = [judge(p.meta, f) for prompts, images in six[32] for p, f in zip(prompts, detect(make(images)), strict=True)]
-        lines.append(f"| {name} | {cell(sum(v.strict for v in verdicts), n)} | {cell(sum(v.lenient for v in verdicts), n)} |")
-    lines += ["", "\"Another prompt\" includes images that do satisfy the prompt they are shown for (there are four shapes), so it is an upper bound."]
+    lines += [
+        "",
+        "## Wrong images",
+        "",
+        "| image | strict accepts | lenient (GenEval's rule) accepts |",
+        "|---|--:|--:|",
+    ]
+    for name, make in {
+        "another prompt of the same task": lambda images: np.roll(images, 1, axis=0),
+        "uniform noise": lambda images: np.random.default_rng(SEED).integers(0, 256, images.shape, dtype=np.uint8),
+    }.items():
+        verdicts = [
+            judge(p.meta, f) for prompts, images in six[32] for p, f in zip(prompts, detect(make(images)), strict=True)
+        ]
+        lines.append(
+            f"| {name} | {cell(sum(v.strict for v in verdicts), n)} | {cell(sum(v.lenient for v in verdicts), n)} |"
+        )
+    lines += [
+        "",
+        '"Another prompt" includes images that do satisfy the prompt they are shown for (there are four shapes), so it is an upper bound.',
+    ]
 
     images = np.concatenate([images for _, images in six[32]])
     started = time.time()
