@@ -1,6 +1,7 @@
 """Scenes, renders, prompts, plans and splits of the embedded world."""
 
 import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -11,7 +12,7 @@ from t2i_rl.pretrain.measure import plan_holds
 from t2i_rl.shapes.examples import sample_example, scene_pairs
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.scene import COLORS, apart, radii, relation_holds, sample_scene
-from t2i_rl.shapes.suites import held_out, in_test, object_pairs, pair_held_out, select_prompts, train_prompts, wishes
+from t2i_rl.shapes.suites import SPLITS, held_out, object_pairs, pair_split, select_prompts, split_of, wishes
 from t2i_rl.shapes.text import EXTRA_TASKS, GENEVAL_TASKS, enumerate_prompts, plan
 
 SMALL_TASKS = (*GENEVAL_TASKS, "complex", "negation", "knowledge")
@@ -24,24 +25,30 @@ def digest(prompts) -> str:
 
 def test_the_prompt_selections_are_pinned():
     """A change of wording, hash or order is a new version of the benchmark: bump Shapes.version and these."""
-    assert digest(select_prompts("test", 40)) == "e7df0acb714e3ba08d479e218fdd6e77bb45ce4b4a5bbf906d8d4e5e235092b8"
-    assert digest(select_prompts("train", 400)) == "3066b7851f2452dfa48091c3b4dcdb1ac2e43d581941038518a2b12f8d068e9c"
+    assert digest(select_prompts("test", 40)) == "e0edd1fbd5842a7e0fe303a4d88ca2db56922eff83d6c1ca393754db1d14ac7a"
+    assert (
+        digest(select_prompts("validation", 40)) == "39b9943a23a57a729c31206feab939bcb20a338efc9e6f5a1e1f89e5d87e3585"
+    )
+    assert digest(select_prompts("train", 400)) == "2261e0f9bdec5f99bfa4f2166900254d4d1f2c392d4756924fa55770a5b4fa09"
 
 
 @pytest.mark.parametrize("tag", SMALL_TASKS)
-def test_train_and_test_share_no_text_and_no_held_out_pair_is_trained(tag):
-    everything = list(enumerate_prompts(tag))
-    train, test = train_prompts(tag), [prompt for prompt in everything if in_test(prompt)]
-    assert not {prompt.text for prompt in train} & {prompt.text for prompt in test}
-    assert len({prompt.text for prompt in everything}) == len(everything)
-    assert not any(pair_held_out(pair) for prompt in train for pair in object_pairs(prompt))
+def test_splits_share_no_text_and_each_held_out_pair_stays_in_its_own(tag):
+    selected = {split: select_prompts(split, 10**6, (tag,)) for split in SPLITS}
+    texts = [prompt.text for prompts in selected.values() for prompt in prompts]
+    assert len(set(texts)) == len(texts) and all(selected.values())
+    named = {
+        split: {pair for prompt in prompts for pair in object_pairs(prompt)} for split, prompts in selected.items()
+    }
+    assert all(pair_split(pair) == "train" for pair in named["train"])
+    assert not any(pair_split(pair) == "test" for pair in named["validation"])
 
 
-def test_about_a_tenth_of_pairs_is_held_out_and_test_is_half_of_each():
+def test_about_a_tenth_of_pairs_is_held_out_and_test_and_validation_are_half_of_each():
     pairs = {pair for prompt in enumerate_prompts("color_attr") for pair in object_pairs(prompt)}
-    assert 0.05 < np.mean([pair_held_out(pair) for pair in pairs]) < 0.15
-    for tag in ("position", "color_attr", "counting"):
-        chosen = [prompt for prompt in select_prompts("test", 40, (tag,))]
+    assert 0.05 < np.mean([pair_split(pair) != "train" for pair in pairs]) < 0.15
+    for split, tag in itertools.product(("test", "validation"), ("position", "color_attr", "counting")):
+        chosen = select_prompts(split, 40, (tag,))
         assert len(chosen) == 40 and sum(held_out(prompt) for prompt in chosen) == 20
         assert [prompt.meta["seen"] for prompt in chosen] == [not held_out(prompt) for prompt in chosen]
 
@@ -76,7 +83,7 @@ def test_the_training_stream_holds_no_held_out_pair_and_is_a_function_of_its_see
     rng = np.random.default_rng(6)
     for _ in range(300):
         prompt, scene = sample_example(rng)
-        assert not in_test(prompt) and not any(pair_held_out(pair) for pair in scene_pairs(scene))
+        assert split_of(prompt) == "train" and all(pair_split(pair) == "train" for pair in scene_pairs(scene))
 
 
 def test_a_plan_names_every_object_and_varies():
@@ -100,7 +107,7 @@ def test_a_knowledge_prompt_carries_its_rewrite():
     ]
 
 
-@pytest.mark.parametrize("arguments", [("validation", 1), ("test", 1, ("nonsense",)), ("test", 1, ("texture",))])
+@pytest.mark.parametrize("arguments", [("valid", 1), ("test", 1, ("nonsense",)), ("test", 1, ("texture",))])
 def test_unknown_splits_tasks_and_canvases_are_refused(arguments):
     with pytest.raises(UserError) as error:
         select_prompts(*arguments)

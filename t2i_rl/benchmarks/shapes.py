@@ -20,11 +20,11 @@ class Shapes:
     Args:
         tasks: which tasks; the six of GenEval make `overall`, others are reported under their own names.
         prompts_per_task: at most so many prompts of each task; samples_per_prompt: images of each prompt.
-        size: canvas in pixels; must be what the model draws.
+        split: `test`, or `validation` to choose settings on; size: canvas in pixels, must be what the model draws.
     """
 
     name = "shapes"
-    version = 1
+    version = 2
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ import numpy as np
 
 from t2i_rl.prompts import Prompt
 from t2i_rl.shapes.scene import BASE_SHAPES, COLORS, Scene, sample_scene
-from t2i_rl.shapes.suites import pair_held_out, train_prompts, wishes
+from t2i_rl.shapes.suites import pair_split, train_prompts, wishes
 
 TASK_WEIGHTS = {
     "single_object": 0.06,
@@ -34,7 +34,7 @@ def sample_example(rng: np.random.Generator, weights: dict[str, float] = TASK_WE
     while True:
         prompt = pool[rng.integers(len(pool))]
         scene = sample_scene(wishes(prompt), rng)
-        if not any(pair_held_out(pair) for pair in scene_pairs(scene)):
+        if all(pair_split(pair) == "train" for pair in scene_pairs(scene)):
             return prompt, scene
 
 
