@@ -1,6 +1,7 @@
 """What goes with what, refused in one line before any weight loads."""
 
 import ast
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from t2i_rl.complaints import choices
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.results import STAGES
+from t2i_rl.prompts import Prompt
 
 PRECISIONS = ("16-mixed", "16-true", "32-true", "64-true", "bf16-mixed", "bf16-true", "32", "64")
 
@@ -50,6 +52,42 @@ def check(cfg: DictConfig) -> None:
     _check_trainer(cfg)
     _check_classes(cfg)
     _check_method_and_model(cfg)
+
+
+def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: dict[str, object]) -> None:
+    """Everything that needs the benchmark, the training prompts and the rewards, but not the model's weights.
+
+    A reward or benchmark may name `image_sizes` (pixels that it reads); a reward also `needs_plans` and `needs_meta` (keys of a
+    prompt's metadata). What is not named is not needed.
+
+    Raises:
+        UserError: one line that names the part, what it needs, and what to change.
+    """
+    size = get_class(cfg.model._target_).image_size(cfg.model)
+    drawn = {f"benchmark={benchmark.name}": benchmark} if cfg.evaluation.stages else {}
+    for name, part in {**drawn, **rewards}.items():
+        sizes = getattr(part, "image_sizes", None)
+        if sizes and size not in sizes:
+            fix = (
+                "set evaluation.stages=[]"
+                if part is benchmark
+                else "take another reward"
+                if name == "reward"
+                else "remove it"
+            )
+            raise UserError(
+                f"{name} reads images of {' or '.join(map(str, sizes))} pixels, but this model draws {size}x{size}: {fix}"
+            )
+    for name, reward in rewards.items():
+        if getattr(reward, "needs_plans", False) and not cfg.method.plan:
+            raise UserError(f"{name} ({type(reward).__name__}) needs plans: set method.plan=true")
+        for key in getattr(reward, "needs_meta", ()):
+            lacking = next((prompt for prompt in prompts if key not in prompt.meta), None)
+            if lacking:
+                fix = "take another reward" if name == "reward" else f"remove it (~{name})"
+                raise UserError(
+                    f"{name} ({type(reward).__name__}) judges by each prompt's {key!r}, which {lacking.text!r} lacks: {fix}, or take data=shapes"
+                )
 
 
 def _check_classes(cfg: DictConfig) -> None:

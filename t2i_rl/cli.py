@@ -144,7 +144,7 @@ def _run(cfg: DictConfig, hydra_config: DictConfig, out: Path) -> float | None:
         results = get_method(cfg.task._target_)(cfg)
     except SIGTERMException as stop:
         raise SystemExit(SIGTERM_EXIT_CODE if is_main_process() else 0) from stop
-    if "stages" not in results or cfg.optimized_metric is None:
+    if not results.get("stages") or cfg.optimized_metric is None:
         return None
     stage = list(results["stages"].values())[-1]["metrics"]
     if cfg.optimized_metric not in stage:

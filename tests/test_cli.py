@@ -97,12 +97,19 @@ def test_a_sweep_is_its_single_runs_and_ends_with_one_table(tmp_path):
     assert len(folders) == 2 and "reward=random" in folders[1].name
     assert metrics(folders[1]) == metrics(tmp_path / "alone")
     assert "All jobs" in sweep.stdout and (tmp_path / "sweep" / "report.html").is_file()
+    with (tmp_path / "sweep" / "sweep.csv").open() as rows:
+        found = {(row["reward"], row["of"], row["metric"]): float(row["value"]) for row in csv.DictReader(rows)}
+    results = json.loads((folders[1] / "results.json").read_text())
+    assert found["random", "trained_plan - base_plan", "overall"] == results["headline"]["difference"]
 
 
 def test_a_failing_job_does_not_stop_the_sweep(tmp_path):
-    done = run("-m", *QUICK, "method.logprob=wrong,conditional", "hydra.sweep.dir=sweep", cwd=tmp_path)
+    """And a run that evaluates nothing is a run."""
+    quick = [*QUICK[:2], "evaluation.stages=[]"]
+    done = run("-m", *quick, "method.logprob=wrong,conditional", "hydra.sweep.dir=sweep", cwd=tmp_path)
     assert done.returncode == 1
     assert len(list((tmp_path / "sweep").rglob("results.json"))) == 1 and "failed:" in done.stdout
+    assert (tmp_path / "sweep" / "report.html").is_file() and "nothing was evaluated" in done.stdout
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

@@ -74,9 +74,19 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         (["data=prompts", "data.path=nowhere.txt"], "nowhere.txt"),
         (["evaluation.stages=[trained]"], "trained_plan"),
         ([FAKE_TASK, "optimized_metric=nonsense"], "choose from overall"),
+        (["reward=length", "method.plan=false"], "set method.plan=true"),
+        (["benchmark.size=48"], "draws 32x32"),
+        (["task=evaluate", "benchmark.size=48"], "draws 32x32"),
+        (["data=prompts", "data.path=plain.txt", "data.batch_size=1"], "~watch.oracle"),
+        (
+            ["data=prompts", "data.path=plain.txt", "data.batch_size=1", "~watch.oracle", "reward=oracle"],
+            "another reward",
+        ),
     ],
 )
-def test_refusals_are_exactly_one_line(tmp_path, monkeypatch, capfd, arguments, named):
+def test_refusals_are_exactly_one_line_before_any_weight_loads(tmp_path, monkeypatch, capfd, arguments, named):
+    (tmp_path / "plain.txt").write_text("a red circle\n")
+    monkeypatch.setattr(Janus, "__init__", None)
     assert call(monkeypatch, tmp_path, *arguments) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]

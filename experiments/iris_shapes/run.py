@@ -20,6 +20,7 @@ import numpy as np
 from t2i_rl.evaluation.diversity import diversity_by_prompt
 from t2i_rl.evaluation.results import read_results, read_stage, write_atomic
 from t2i_rl.evaluation.stats import compare_over_seeds, seed_interval
+from t2i_rl.evaluation.tables import excludes_zero
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -89,7 +90,7 @@ def cell(values: dict, points: bool = True) -> str:
     scale = 100 if points else 1
     digits = 1 if points else 3
     text = f"{scale * values['difference']:+.{digits}f} [{scale * values['low']:+.{digits}f}, {scale * values['high']:+.{digits}f}]"
-    return f"**{text}**" if values["low"] > 0 or values["high"] < 0 else text
+    return f"**{text}**" if excludes_zero(values) else text
 
 
 def effects() -> tuple[dict, dict]:

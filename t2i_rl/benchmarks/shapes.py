@@ -43,6 +43,7 @@ class Shapes:
             split,
             size,
         )
+        self.image_sizes = (size,)
 
     def prompts(self) -> list[Prompt]:
         return select_prompts(self.split, self.prompts_per_task, self.tasks, self.size)

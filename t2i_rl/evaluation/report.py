@@ -73,6 +73,8 @@ def largest_changes(before: dict[Key, dict], after: dict[Key, dict], sign: int) 
 def image_sections(job: Job) -> str:
     """The images of every stage for a few prompts of each task, then the largest changes in both directions."""
     stages = stages_of(job.results)
+    if not stages:
+        return section("Images", "Nothing was evaluated (evaluation.stages=[]).", "")
     records = {stage: read_stage(job.folder, stage) for stage in stages}
 
     def sets_of(keys: Sequence[Key], stages: Sequence[str]) -> str:

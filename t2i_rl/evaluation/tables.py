@@ -81,8 +81,10 @@ def with_interval(metric: str, cell: dict | None, key: str) -> str:
 
 
 def excludes_zero(cell: dict) -> bool:
-    """Whether an interval exists and lies on one side of zero."""
-    return cell["low"] is not None and (cell["low"] > 0 or cell["high"] < 0)
+    """Whether an interval exists, has a width (runs that all agree say nothing about their spread), and lies on one side of zero."""
+    if cell["low"] is None or cell["low"] == cell["high"]:
+        return False
+    return cell["low"] > 0 or cell["high"] < 0
 
 
 def metric_order(results: dict) -> list[str]:
@@ -110,6 +112,8 @@ def before_after_table(results: dict) -> Table:
 
 def headline(results: dict) -> str:
     """The finding of a run in one or two sentences, as the numbers have it."""
+    if not results["stages"]:
+        return f"Trained for {results['steps']} steps; nothing was evaluated (evaluation.stages=[])."
     comparison = headline_comparison(results)
     benchmark = results["benchmark"]["name"]
     if comparison is None or "overall" not in comparison["metrics"]:

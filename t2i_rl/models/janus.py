@@ -1,5 +1,6 @@
 """Janus and Janus-Pro: loading, the two conversations (plan, then image), and pictures out of tokens."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,17 @@ class Janus(nn.Module):
         self.chat = Chat(chat["system"], chat["instruction"])
         self.guidance_scale, self.temperature, self.max_plan_tokens = guidance_scale, temperature, max_plan_tokens
         self.special = special_ids(self.tokenizer)
+
+    @staticmethod
+    def image_size(settings: dict) -> int:
+        """The side in pixels of what a config's checkpoint draws; reads its config.json, no weights.
+
+        Raises:
+            UserError: see `load_config`.
+        """
+        config = load_config(settings["path"], settings["revision"])
+        tokens = math.isqrt(config.vision_config.num_image_tokens)
+        return tokens * 2 ** (len(config.vq_config.channel_multiplier) - 1)
 
     @property
     def device(self) -> torch.device:
@@ -167,22 +179,45 @@ def special_ids(tokenizer) -> dict[str, int]:
     return found
 
 
+def load_config(path: str, revision: str | None):
+    """The config of a Janus checkpoint, from a folder or a hub id.
+
+    Raises:
+        UserError: it can be neither found nor downloaded, or is not Janus's; the line names what to do.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load(path, error)) from error
+    if config.model_type != "janus":
+        raise UserError(f"{path} holds a {config.model_type!r} model, not a janus one")
+    return config
+
+
+def _cannot_load(path: str, error: Exception) -> str:
+    fix = (
+        "check that the folder is whole"
+        if Path(path).is_dir()
+        else f"download it where there is a network (hf download {path}), or give model.path=<folder>"
+    )
+    return f"cannot load {path}: {str(error).strip().splitlines()[0]} -- {fix}"
+
+
 def load_pretrained(path: str, *, dtype: str, revision: str | None, attn_implementation: str):
     """Model and tokenizer from a folder or a hub id.
 
     Raises:
         UserError: the weights can be neither found nor downloaded, or are not Janus's; the line names what to do.
     """
-    from transformers import AutoConfig, AutoTokenizer, JanusForConditionalGeneration
+    from transformers import AutoTokenizer, JanusForConditionalGeneration
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    local = Path(path).is_dir()
+    load_config(path, revision)
     try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-        if config.model_type != "janus":
-            raise UserError(f"{path} holds a {config.model_type!r} model, not a janus one")
         model, info = JanusForConditionalGeneration.from_pretrained(
             path,
             revision=revision,
@@ -192,13 +227,7 @@ def load_pretrained(path: str, *, dtype: str, revision: str | None, attn_impleme
         )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        fix = (
-            "check that the folder is whole"
-            if local
-            else f"download it where there is a network (hf download {path}), or give model.path=<folder>"
-        )
-        raise UserError(f"cannot load {path}: {reason} -- {fix}") from error
+        raise UserError(_cannot_load(path, error)) from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise

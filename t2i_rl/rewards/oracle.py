@@ -5,6 +5,7 @@ import torch
 from t2i_rl.errors import UserError
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rollout.buffer import Rollout
+from t2i_rl.shapes.scene import CANVASES
 
 
 class Oracle:
@@ -15,6 +16,8 @@ class Oracle:
     """
 
     needs_images = True
+    needs_meta = ("include",)
+    image_sizes = CANVASES
     distribution = None
 
     def __init__(self, kind: str = "strict"):

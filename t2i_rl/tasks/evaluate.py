@@ -6,6 +6,7 @@ import torch
 from hydra.utils import instantiate
 from rich.console import Console
 
+from t2i_rl.checks import check_parts
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table
@@ -14,7 +15,9 @@ from t2i_rl.evaluation.tables import before_after_table
 def run(cfg) -> dict:
     """Evaluate `cfg.model`; with a checkpoint of `cfg.method`, evaluate that too. Returns the content of results.json."""
     out = Path(cfg.paths.output_dir)
-    benchmark, model = instantiate(cfg.benchmark), instantiate(cfg.model)
+    benchmark = instantiate(cfg.benchmark)
+    check_parts(cfg, benchmark, [], {})
+    model = instantiate(cfg.model)
     trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
     stages = Stages(trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size)
     modes = dict.fromkeys(stage.split("_")[1] for stage in cfg.evaluation.stages)

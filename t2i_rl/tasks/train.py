@@ -5,6 +5,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from rich.console import Console
 
+from t2i_rl.checks import check_parts
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table, headline
@@ -15,8 +16,12 @@ def run(cfg) -> dict:
     """Train `cfg.method` on `cfg.model` with `cfg.reward`; returns the content of results.json."""
     out = Path(cfg.paths.output_dir)
     benchmark, data, reward = instantiate(cfg.benchmark), instantiate(cfg.data), instantiate(cfg.reward)
+    watch = {name: judge for name, judge in instantiate(cfg.watch).items() if judge is not None}
+    check_parts(
+        cfg, benchmark, data.prompts, {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
+    )
     model = instantiate(cfg.model)
-    method = instantiate(cfg.method, model=model, reward=reward, watch=instantiate(cfg.watch))
+    method = instantiate(cfg.method, model=model, reward=reward, watch=watch)
     trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()), logger=build_loggers(cfg))
     stages = Stages(trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size)
 
@@ -32,7 +37,8 @@ def run(cfg) -> dict:
     results = write_summary(cfg, stages, steps)
     if trainer.is_global_zero:
         console = Console()
-        console.print(before_after_table(results))
+        if results["stages"]:
+            console.print(before_after_table(results))
         console.print(headline(results))
         console.print(f"report: {write_report(out)}", soft_wrap=True)
     return results
