@@ -1,14 +1,16 @@
-"""The sign experiment of IRIS on the embedded world: six rewards, three seeds, equal steps, one command.
+"""The sign experiment of IRIS (arXiv 2509.25562 section 4) at the scale of `shapes`: six rewards, three seeds, equal steps;
+the intrinsic rewards once more at a gentler learning rate, and NSC on image tokens too, as the paper trains it.
 
-    python experiments/iris_shapes/run.py            # all jobs (those already finished are kept), then table.md and figure.png
+    python experiments/iris_shapes/run.py                 # everything that is not done yet, then table.md and figure.png
     python experiments/iris_shapes/run.py --only-table
 
-Jobs live in outputs/iris_shapes/<reward>/seed_<n>; two run side by side, each on one thread.
+Jobs live in outputs/iris_shapes/<arm>/seed_<n>; two run side by side, each on one thread.
 """
 
 import argparse
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +20,7 @@ import matplotlib
 import numpy as np
 
 from t2i_rl.evaluation.diversity import diversity_by_prompt
-from t2i_rl.evaluation.results import read_results, read_stage, write_atomic
+from t2i_rl.evaluation.results import read_json, read_results, read_stage, write_atomic
 from t2i_rl.evaluation.stats import compare_over_seeds, seed_interval
 from t2i_rl.evaluation.tables import excludes_zero
 
@@ -26,189 +28,204 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-REWARDS = ("nsc", "sc", "entropy", "oracle", "random", "length")
-SEEDS = (0, 1, 2)
 OUTPUTS = ROOT / "outputs" / "iris_shapes"
-TASKS = (
-    "overall",
-    "task/single_object",
-    "task/two_object",
-    "task/counting",
-    "task/colors",
-    "task/position",
-    "task/color_attr",
-    "held_out",
-)
-LOGGED = (
-    "text/plan_length",
-    "text/self_certainty",
-    "image/self_certainty",
-    "image/codes_used",
-    "train/kl",
-    "watch/oracle",
-)
+SEEDS = (0, 1, 2)
+CONTROL = "random"
+EQUAL = ("oracle", "nsc", "sc", "entropy", "length", CONTROL)
+GENTLE = "method.optimizer.lr=1.0e-5"
+ARMS = {reward: [f"reward={reward}"] for reward in EQUAL}
+ARMS |= {f"{reward} gentle": [f"reward={reward}", GENTLE] for reward in ("nsc", "sc", "entropy")}
+ARMS |= {"nsc both": ["reward=nsc", "method.image_loss_weight=1"]}
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+METRICS = ("overall", *(f"task/{task}" for task in TASKS), "held_out", "lenient", "malformed")
+LOGGED = ("text/plan_length", "text/self_certainty", "image/self_certainty", "image/codes_used", "text/kl", "image/kl")
+KL_LEVELS = (0.01, 0.03, 0.1)
+SMOOTH = 5
 
 
-def folder(reward: str, seed: int) -> Path:
-    return OUTPUTS / reward / f"seed_{seed}"
+def folder(arm: str, seed: int) -> Path:
+    return OUTPUTS / arm.replace(" ", "_") / f"seed_{seed}"
 
 
 def run_job(job: tuple[str, int]) -> None:
-    """One training run in its own process, resumed where a killed one stopped; its output goes to job.log."""
-    reward, seed = job
-    out = folder(reward, seed)
+    """One training run in its own process, resumed where a killed one stopped; its output goes to job.log.
+
+    The base of a seed is drawn once: the evaluator takes it over, if weights, prompts, seeds and settings are the same.
+    """
+    arm, seed = job
+    out = folder(arm, seed)
     if (out / "results.json").exists():
-        print(f"{reward} seed {seed}: done before", flush=True)
+        print(f"{arm} seed {seed}: done before", flush=True)
         return
+    drawn = next((folder(other, seed) for other in ARMS if (folder(other, seed) / "results.json").exists()), None)
+    if drawn and not out.exists():
+        shutil.copytree(drawn / "evaluation" / "base_plan", out / "evaluation" / "base_plan")
     out.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable,
-        "run.py",
-        "experiment=iris_shapes",
-        f"reward={reward}",
-        f"seed={seed}",
-        f"hydra.run.dir={out}",
-    ]
+    command = [sys.executable, "run.py", "experiment=iris_shapes", *ARMS[arm], f"seed={seed}", f"hydra.run.dir={out}"]
     if (out / "checkpoints" / "last.ckpt").exists():
         command.append("ckpt_path=last")
     with (out / "job.log").open("a") as log:
         done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if done.returncode:
-        raise SystemExit(f"{reward} seed {seed} failed with exit code {done.returncode}: see {out / 'job.log'}")
-    print(f"{reward} seed {seed}: done", flush=True)
+        raise SystemExit(f"{arm} seed {seed} failed with exit code {done.returncode}: see {out / 'job.log'}")
+    print(f"{arm} seed {seed}: done", flush=True)
 
 
-def column(reward: str, seed: int, name: str) -> np.ndarray:
+def column(arm: str, seed: int, name: str) -> np.ndarray:
     """One logged metric by step."""
-    path = next(folder(reward, seed).rglob("metrics.csv"))
-    with path.open() as rows:
+    with (folder(arm, seed) / "metrics.csv").open() as rows:
         return np.array([float(row[name]) for row in csv.DictReader(rows) if row.get(name)])
+
+
+def smooth(values: np.ndarray) -> np.ndarray:
+    return np.convolve(values, np.ones(SMOOTH) / SMOOTH, mode="valid")
 
 
 def cell(values: dict, points: bool = True) -> str:
     """`+3.1 [+1.0, +5.2]`, bold where the interval excludes zero."""
-    scale = 100 if points else 1
-    digits = 1 if points else 3
-    text = f"{scale * values['difference']:+.{digits}f} [{scale * values['low']:+.{digits}f}, {scale * values['high']:+.{digits}f}]"
+    scale, digits = (100, 1) if points else (1, 3)
+    shown = [f"{scale * values[key]:+.{digits}f}" for key in ("difference", "low", "high")]
+    text = f"{shown[0]} [{shown[1]}, {shown[2]}]"
     return f"**{text}**" if excludes_zero(values) else text
 
 
-def effects() -> tuple[dict, dict]:
-    """Paired differences, trained minus base and trained minus the random control, for every reward."""
-    base = {
-        seed: {reward: list(read_stage(folder(reward, seed), "base_plan").values()) for reward in REWARDS}
-        for seed in SEEDS
-    }
-    trained = {
-        seed: {reward: list(read_stage(folder(reward, seed), "trained_plan").values()) for reward in REWARDS}
-        for seed in SEEDS
-    }
-    against_base = {
-        reward: compare_over_seeds([(base[seed][reward], trained[seed][reward]) for seed in SEEDS])
-        for reward in REWARDS
-    }
-    against_random = {
-        reward: compare_over_seeds([(trained[seed]["random"], trained[seed][reward]) for seed in SEEDS])
-        for reward in REWARDS
-        if reward != "random"
-    }
-    return against_base, against_random
+def over_seeds(values: list[float]) -> dict:
+    """Mean of one number a seed, with Student's 95 % interval."""
+    over = seed_interval(values)
+    return {"difference": over["mean"], "low": over["low"], "high": over["high"]}
 
 
-def diversity_change(reward: str) -> dict:
-    """Change of the within-prompt spread, mean over prompts, with Student's interval over seeds."""
+def records(arm: str, stage: str) -> list[list[dict]]:
+    return [list(read_stage(folder(arm, seed), stage).values()) for seed in SEEDS]
+
+
+def paired(before: list[list[dict]], after: list[list[dict]]) -> dict:
+    """Every metric's paired difference over seeds; `overall` by Student's interval over seeds too."""
+    differences = compare_over_seeds(list(zip(before, after, strict=True)))
+    by_seed = [compare_over_seeds([pair])["overall"]["difference"] for pair in zip(before, after, strict=True)]
+    return {**differences, "overall, Student": over_seeds(by_seed)}
+
+
+def diversity_change(arm: str) -> dict:
+    """Change of the within-prompt spread, mean over prompts."""
     changes = []
     for seed in SEEDS:
-        ids = [record["prompt_id"] for record in read_stage(folder(reward, seed), "base_plan").values()]
-        spread = [
-            diversity_by_prompt(np.load(folder(reward, seed) / "evaluation" / stage / "features.npy"), ids)[
-                "diversity"
-            ].mean()
+        ids = [record["prompt_id"] for record in read_stage(folder(arm, seed), "base_plan").values()]
+        before, after = (
+            np.load(folder(arm, seed) / "evaluation" / stage / "features.npy")
             for stage in ("base_plan", "trained_plan")
-        ]
-        changes.append(spread[1] - spread[0])
-    over = seed_interval(changes)
-    return {"difference": over["mean"], "low": over["low"], "high": over["high"]}
+        )
+        changes.append(
+            diversity_by_prompt(after, ids)["diversity"].mean() - diversity_by_prompt(before, ids)["diversity"].mean()
+        )
+    return over_seeds(changes)
 
 
-def logged_change(reward: str, name: str) -> dict:
-    """Mean of the last five rollouts minus mean of the first five, with Student's interval over seeds."""
-    series = [column(reward, seed, name) for seed in SEEDS]
-    over = seed_interval([float(values[-5:].mean() - values[:5].mean()) for values in series])
-    return {"difference": over["mean"], "low": over["low"], "high": over["high"]}
+def logged_change(arm: str, name: str) -> dict:
+    """Mean of the last five rollouts minus mean of the first five."""
+    series = [column(arm, seed, name) for seed in SEEDS]
+    return over_seeds([float(values[-SMOOTH:].mean() - values[:SMOOTH].mean()) for values in series])
+
+
+def at_kl(arm: str, level: float) -> str:
+    """Strict accuracy of the training rollouts when the plans' KL (means of five steps) first reaches a level, less that of the first five."""
+    gains = []
+    for seed in SEEDS:
+        kl, accuracy = smooth(column(arm, seed, "text/kl")), smooth(column(arm, seed, "watch/oracle"))
+        reached = np.flatnonzero(kl >= level)
+        if not len(reached):
+            return "not reached"
+        gains.append(float(accuracy[reached[0]] - accuracy[0]))
+    return cell(over_seeds(gains))
+
+
+def rows(names: list[str], columns: list[str], value) -> list[str]:
+    """A Markdown table: one row an arm."""
+    lines = ["| reward | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    return [*lines, *(f"| {name} | " + " | ".join(value(name)) + " |" for name in names), ""]
 
 
 def write_table() -> None:
-    results = read_results(folder("nsc", 0) / "results.json")
-    base = results["stages"]["base_plan"]["metrics"]
-    against_base, against_random = effects()
-    short = [name.removeprefix("task/") for name in TASKS]
+    results = read_results(folder("oracle", 0) / "results.json")
+    base = results["stages"]["base_plan"]["metrics"]["overall"]
+    against_base = {arm: paired(records(arm, "base_plan"), records(arm, "trained_plan")) for arm in ARMS}
+    control = records(CONTROL, "trained_plan")
+    against_control = {arm: paired(control, records(arm, "trained_plan")) for arm in EQUAL if arm != CONTROL}
+    measured = ("overall", "overall, Student", *METRICS[1:])
+    short = [name.removeprefix("task/") for name in measured]
+    inside = [*LOGGED, "diversity"]
+    provenance = read_json(folder("oracle", 0) / "provenance.json")
     lines = [
         "# The sign experiment: what each reward does to janus_tiny on `shapes`",
         "",
-        f"`python experiments/iris_shapes/run.py`: {len(REWARDS)} rewards x {len(SEEDS)} seeds ({', '.join(map(str, SEEDS))}), "
-        f"{results['steps']} optimizer steps each, {results['benchmark']['n_prompts']} held-out prompts x "
-        f"{results['benchmark']['samples_per_prompt']} images per stage.",
-        "Differences in points of strict accuracy with a plan; 95 % intervals by a two-level bootstrap (seeds, then prompts); bold: excludes zero.",
-        f"Base with a plan, seed 0: {100 * base['overall']['mean']:.1f} % [{100 * base['overall']['low']:.1f}, {100 * base['overall']['high']:.1f}].",
+        f"`python experiments/iris_shapes/run.py` at commit {provenance['git_commit'][:7]}, {provenance['device']}: {len(ARMS)} arms x {len(SEEDS)} seeds ({', '.join(map(str, SEEDS))}), "
+        f"{results['steps']} optimizer steps each, {results['benchmark']['n_prompts']} test prompts x "
+        f"{results['benchmark']['samples_per_prompt']} images per stage, strict accuracy with a plan, in points.",
+        f"Base with a plan, seed 0: {100 * base['mean']:.1f} % [{100 * base['low']:.1f}, {100 * base['high']:.1f}].",
+        "",
+        "The six rewards differ in nothing but the reward. `gentle`: a tenth of the learning rate (1e-5). `both`: image tokens trained too "
+        "(`method.image_loss_weight=1`, as the paper does).",
+        "",
+        "95 % intervals by a two-level bootstrap (seeds, then prompts), which understates the spread over three seeds; `overall, Student` and all "
+        "other tables: Student's interval over seeds, which is wide with three. Bold: excludes zero. No correction for the number of cells.",
         "",
         "## Trained minus base",
         "",
-        "| reward | " + " | ".join(short) + " |",
-        "|---" * (len(TASKS) + 1) + "|",
-        *(
-            f"| {reward} | " + " | ".join(cell(against_base[reward][name]) for name in TASKS) + " |"
-            for reward in REWARDS
-        ),
-        "",
+        *rows(list(ARMS), short, lambda arm: [cell(against_base[arm][name]) for name in measured]),
         "## Trained minus the random control (same seeds, same prompts)",
         "",
-        "| reward | " + " | ".join(short) + " |",
-        "|---" * (len(TASKS) + 1) + "|",
-        *(
-            f"| {reward} | " + " | ".join(cell(row[name]) for name in TASKS) + " |"
-            for reward, row in against_random.items()
-        ),
-        "",
+        *rows(list(against_control), short, lambda arm: [cell(against_control[arm][name]) for name in measured]),
         "## What moves inside",
         "",
-        "Last five rollouts minus first five (Student's 95 % interval over seeds); diversity and malformed from the evaluation.",
+        "Last five rollouts minus first five; diversity from the evaluation.",
         "",
-        "| reward | " + " | ".join(LOGGED) + " | diversity | malformed (points) |",
-        "|---" * (len(LOGGED) + 3) + "|",
-        *(
-            f"| {reward} | "
-            + " | ".join(cell(logged_change(reward, name), points=False) for name in LOGGED)
-            + f" | {cell(diversity_change(reward), points=False)} | {cell(against_base[reward]['malformed'])} |"
-            for reward in REWARDS
+        *rows(
+            list(ARMS),
+            inside,
+            lambda arm: [
+                *(cell(logged_change(arm, name), points=False) for name in LOGGED),
+                cell(diversity_change(arm), points=False),
+            ],
         ),
+        "## At equal distance from the base",
         "",
+        "Strict accuracy on the training rollouts (64 images a step, means of five steps) when the plans' KL to the base first reaches a level, "
+        "less that of the first five steps.",
+        "",
+        *rows(
+            list(ARMS),
+            [f"KL {level} nats a token" for level in KL_LEVELS],
+            lambda arm: [at_kl(arm, kl) for kl in KL_LEVELS],
+        ),
     ]
     write_atomic(HERE / "table.md", "\n".join(lines))
     print(f"wrote {HERE / 'table.md'}")
 
 
 def write_figure() -> None:
-    panels = (
-        "watch/oracle",
-        "reward/plan_length_correlation",
-        "text/plan_length",
-        "text/self_certainty",
-        "image/self_certainty",
-        "train/kl",
-    )
-    figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
-    for axis, name in zip(axes.flat, panels, strict=True):
-        for reward in REWARDS:
-            series = np.stack([column(reward, seed, name) for seed in SEEDS])
-            kernel = np.ones(5) / 5
-            smooth = np.stack([np.convolve(row, kernel, mode="valid") for row in series])
-            axis.plot(smooth.mean(axis=0), label=reward)
-            axis.fill_between(range(smooth.shape[1]), smooth.min(axis=0), smooth.max(axis=0), alpha=0.15)
-        axis.set_title(name)
-        axis.set_xlabel("step (mean of 5; band: least and most over seeds)")
-    axes.flat[0].legend()
-    figure.savefig(HERE / "figure.png", dpi=110)
+    """Means over seeds with the band from least to most; at the end, accuracy against distance from the base."""
+    panels = ("watch/oracle", "text/plan_length", "text/self_certainty", "image/self_certainty", "image/codes_used")
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7), constrained_layout=True)
+    for arm in ARMS:
+        style = {
+            "color": f"C{EQUAL.index(arm.split()[0])}",
+            "linestyle": {"gentle": "--", "both": ":"}.get(arm.split()[-1], "-"),
+        }
+        for axis, name in zip(axes.flat, panels, strict=False):
+            series = np.stack([smooth(column(arm, seed, name)) for seed in SEEDS])
+            axis.plot(series.mean(axis=0), label=arm, **style)
+            axis.fill_between(
+                range(series.shape[1]), series.min(axis=0), series.max(axis=0), alpha=0.1, color=style["color"]
+            )
+        kl, accuracy = (
+            np.mean([smooth(column(arm, seed, name)) for seed in SEEDS], axis=0) for name in ("text/kl", "watch/oracle")
+        )
+        axes.flat[-1].plot(np.maximum(kl, 1e-4), accuracy, **style)
+    for axis, name in zip(axes.flat, panels, strict=False):
+        axis.set(title=name, xlabel="step (mean of five; band: least and most over seeds)")
+    axes.flat[-1].set(title="watch/oracle against the plans' KL", xlabel="text/kl, nats a token", xscale="log")
+    axes.flat[0].legend(fontsize="small")
+    figure.savefig(HERE / "figure.png", dpi=100)
     print(f"wrote {HERE / 'figure.png'}")
 
 
@@ -219,6 +236,6 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if not options.only_table:
         with ThreadPoolExecutor(options.workers) as pool:
-            list(pool.map(run_job, [(reward, seed) for seed in SEEDS for reward in REWARDS]))
+            list(pool.map(run_job, [(arm, seed) for arm in ARMS for seed in SEEDS]))
     write_table()
     write_figure()

@@ -1,0 +1,66 @@
+"""The sign experiment's runner: its table and figure from made-up runs, and its arms compose."""
+
+import csv
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.made_up_run import make_run
+from tests.test_configs import composed
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("iris_shapes_run", ROOT / "experiments" / "iris_shapes" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    return module
+
+
+def finished(module, arm: str, seed: int, rate: float) -> None:
+    """A finished job with a made-up log in which the plans' KL grows by 0.004 a step."""
+    folder = make_run(module.folder(arm, seed), seed=seed, rate=rate, per_task=4)
+    results = json.loads((folder / "results.json").read_text())
+    results["benchmark"] |= {"n_prompts": 12, "samples_per_prompt": 2}
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "provenance.json").write_text(json.dumps({"git_commit": "0123456789", "device": "a made-up machine"}))
+    for stage in ("base_plan", "trained_plan"):
+        np.save(folder / "evaluation" / stage / "features.npy", np.random.default_rng(seed).random((48, 4)))
+    rng = np.random.default_rng(seed)
+    with (folder / "metrics.csv").open("w") as file:
+        writer = csv.DictWriter(file, ["step", "watch/oracle", *module.LOGGED])
+        writer.writeheader()
+        for step in range(20):
+            values = {name: rng.random() for name in module.LOGGED} | {"text/kl": 0.004 * step}
+            writer.writerow({"step": step, "watch/oracle": 0.5 + 0.01 * step, **values})
+
+
+def test_table_and_figure_say_what_the_runs_say(runner, tmp_path):
+    for arm in runner.ARMS:
+        for seed in runner.SEEDS:
+            finished(runner, arm, seed, 1.0 if arm == "oracle" else 0.5)
+    runner.write_table()
+    runner.write_figure()
+    text = (tmp_path / "table.md").read_text()
+    against_base, against_control = (
+        {line.split(" | ")[0].strip("| "): line.split(" | ") for line in part.splitlines() if line.startswith("| ")}
+        for part in text.split("## ")[1:3]
+    )
+    assert "**" in against_base["oracle"][1] and "**" not in against_base["random"][1]
+    assert set(runner.ARMS) < set(against_base) and runner.CONTROL not in against_control
+    at_kl = text.split("## ")[-1]
+    # the mean of steps i to i+4 is 0.004 (i + 2): 0.01 is reached at i=1, 0.03 at i=6, 0.1 never
+    assert "| oracle | +1.0 [+1.0, +1.0] | +6.0 [+6.0, +6.0] | not reached |" in at_kl
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_every_arm_composes(runner):
+    for overrides in runner.ARMS.values():
+        composed("experiment=iris_shapes", *overrides)
