@@ -4,9 +4,12 @@ import ast
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from types import NoneType
+from typing import get_args, get_type_hints
 
+import torch
 from hydra._internal.utils import _locate
-from hydra.utils import get_class
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from t2i_rl.complaints import choices
@@ -103,6 +106,24 @@ def _check_classes(cfg: DictConfig) -> None:
             ) from error
 
 
+def _check_types(node: DictConfig, where: str) -> None:
+    """Refuse words where the class asks for a number or a switch, and fractions where it asks for a whole number."""
+    if "_target_" in node:
+        for name, kind in get_type_hints(_locate(node._target_).__init__).items():
+            kinds, value = set(get_args(kind)) or {kind}, node.get(name)
+            if (
+                isinstance(value, str)
+                and kinds & {int, float, bool}
+                and not kinds - {int, float, bool, NoneType, torch.Tensor}
+            ):
+                raise UserError(f"{where}.{name} must be a number or true/false, not {value!r}")
+            if isinstance(value, float) and int in kinds and not kinds - {int, NoneType}:
+                raise UserError(f"{where}.{name} must be a whole number, not {value!r}")
+    for name, child in node.items():
+        if isinstance(child, DictConfig):
+            _check_types(child, f"{where}.{name}")
+
+
 def _check_method_and_model(cfg: DictConfig) -> None:
     method, model = get_class(cfg.method._target_), get_class(cfg.model._target_)
     if model.family not in method.trains:
@@ -110,6 +131,12 @@ def _check_method_and_model(cfg: DictConfig) -> None:
             f"{method.__name__} trains {' and '.join(sorted(method.trains))} models, not {model.family} ones; "
             f"take one of model={', '.join(models_of(method.trains))}"
         )
+    for group in ("method", "model", "reward", "benchmark", "data"):
+        _check_types(cfg[group], group)
+    if cfg.task._target_.endswith("train.run"):
+        if not cfg.model.temperature > 0:
+            raise UserError(f"model.temperature must be above 0 to train, not {cfg.model.temperature}")
+        method.check(instantiate({key: value for key, value in cfg.method.items() if key != "_target_"}))
 
 
 def models_of(families: frozenset[str]) -> list[str]:

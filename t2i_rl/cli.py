@@ -136,7 +136,7 @@ def _run(cfg: DictConfig, hydra_config: DictConfig, out: Path) -> float | None:
 
     import lightning as L
     from hydra.utils import get_method
-    from lightning.pytorch.utilities.exceptions import SIGTERMException
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
     _quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -144,6 +144,8 @@ def _run(cfg: DictConfig, hydra_config: DictConfig, out: Path) -> float | None:
         results = get_method(cfg.task._target_)(cfg)
     except SIGTERMException as stop:
         raise SystemExit(SIGTERM_EXIT_CODE if is_main_process() else 0) from stop
+    except MisconfigurationException as error:
+        raise UserError(f"trainer: {error}") from error
     if not results.get("stages") or cfg.optimized_metric is None:
         return None
     stage = list(results["stages"].values())[-1]["metrics"]

@@ -26,6 +26,23 @@ def _write_config(logger: WandbLogger, settings: dict) -> None:
     logger.experiment.define_metric("*", step_metric="trainer/global_step")
 
 
+@rank_zero_only
+def log_results(loggers: list[Logger], results: dict) -> None:
+    """Put every figure of results.json into the W&B run's summary, where a dashboard compares runs: `eval/<stage>/<metric>/mean|low|high`."""
+    figures = {stage: content["metrics"] for stage, content in results["stages"].items()}
+    figures |= {f"{item['b']}-{item['a']}": item["metrics"] for item in results["comparisons"]}
+    summary = {
+        f"eval/{of}/{name}/{key}": cell[key]
+        for of, metrics in figures.items()
+        for name, cell in metrics.items()
+        for key in ("mean", "difference", "low", "high")
+        if cell.get(key) is not None
+    }
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(summary)
+
+
 def csv_logger(folder: str, ckpt_path: str | None) -> CSVLogger:
     """metrics.csv in `folder`. Upon a resume the rows up to the checkpoint stay; later ones, from before the kill, are logged anew."""
     kept = _rows_before(Path(folder) / "metrics.csv", ckpt_path) if ckpt_path else []

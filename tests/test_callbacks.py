@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from t2i_rl.callbacks.checkpoint import CheckpointEvery
 from t2i_rl.callbacks.rng_state import RNGState, generators, set_generators
-from t2i_rl.loggers import wandb_logger
+from t2i_rl.loggers import log_results, wandb_logger
 
 
 class Module(L.LightningModule):
@@ -96,7 +96,16 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     import wandb
 
-    first = wandb_logger(str(tmp_path), None, project="test").experiment.id
+    logger = wandb_logger(str(tmp_path), None, project="test")
+    change = {"overall": {"difference": 0.1, "low": None, "high": None}}
+    results = {
+        "stages": {"base_plan": {"metrics": {"overall": {"mean": 0.5, "low": 0.4, "high": 0.6}}}},
+        "comparisons": [{"a": "base_plan", "b": "trained_plan", "metrics": change}],
+    }
+    log_results([logger], results)
+    assert logger.experiment.summary["eval/base_plan/overall/low"] == 0.4
+    assert logger.experiment.summary["eval/trained_plan-base_plan/overall/difference"] == 0.1
+    first = logger.experiment.id
     wandb.finish()
     again = wandb_logger(str(tmp_path), "last.ckpt", project="test").experiment.id
     wandb.finish()

@@ -74,7 +74,16 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         (["data=prompts", "data.path=nowhere.txt"], "nowhere.txt"),
         (["evaluation.stages=[trained]"], "trained_plan"),
         ([FAKE_TASK, "optimized_metric=nonsense"], "choose from overall"),
-        (["reward=length", "method.plan=false"], "set method.plan=true"),
+        (["method.optimizer.lr=abc"], "must be a number"),
+        (["method.optimizer.lr=-1"], "Invalid learning rate"),
+        (["method.group_size=2.5"], "whole number"),
+        (["method.group_size=1"], "2 or more"),
+        (["method.lora={rr:3}"], "unexpected keyword argument 'rr'"),
+        (["method.plan=false", "method.image_loss_weight=0"], "nothing would be trained"),
+        (["model.temperature=0"], "above 0"),
+        (["benchmark.split=val"], "validation"),
+        (["trainer.devices=0"], "devices=0"),
+        (["reward=length", "method.plan=false", "method.image_loss_weight=1"], "set method.plan=true"),
         (["benchmark.size=48"], "draws 32x32"),
         (["task=evaluate", "benchmark.size=48"], "draws 32x32"),
         (["data=prompts", "data.path=plain.txt", "data.batch_size=1"], "~watch.oracle"),
@@ -86,7 +95,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 )
 def test_refusals_are_exactly_one_line_before_any_weight_loads(tmp_path, monkeypatch, capfd, arguments, named):
     (tmp_path / "plain.txt").write_text("a red circle\n")
-    monkeypatch.setattr(Janus, "__init__", None)
+    monkeypatch.setattr("t2i_rl.models.janus.load_pretrained", None)
     assert call(monkeypatch, tmp_path, *arguments) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]

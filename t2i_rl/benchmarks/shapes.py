@@ -36,6 +36,10 @@ class Shapes:
     ):
         if size not in CANVASES:
             raise UserError(f"benchmark.size must be one of {CANVASES}, not {size}")
+        if not tasks or min(prompts_per_task, samples_per_prompt) < 1:
+            raise UserError(
+                "benchmark.tasks, benchmark.prompts_per_task and benchmark.samples_per_prompt must not be empty or 0"
+            )
         self.tasks, self.prompts_per_task, self.samples_per_prompt, self.split, self.size = (
             tuple(tasks),
             prompts_per_task,
@@ -44,9 +48,10 @@ class Shapes:
             size,
         )
         self.image_sizes = (size,)
+        self._prompts = select_prompts(split, prompts_per_task, self.tasks, size)
 
     def prompts(self) -> list[Prompt]:
-        return select_prompts(self.split, self.prompts_per_task, self.tasks, self.size)
+        return self._prompts
 
     def judge(self, images: np.ndarray, prompts: list[Prompt]) -> list[Verdict]:
         """Verdicts on uint8 images `(N, H, W, 3)`.

@@ -1,11 +1,13 @@
 """GRPO for autoregressive image models: roll out plans and images, score, reward, update. IRIS is this with `reward=nsc`."""
 
 import time
+from collections.abc import Mapping
 from functools import partial
 
 import lightning as L
 import torch
 import torch.distributed as dist
+from peft import LoraConfig
 
 from t2i_rl.errors import UserError
 from t2i_rl.methods.grpo_loss import REDUCTIONS, group_advantages, k3, policy_loss, token_weights
@@ -70,14 +72,7 @@ class GRPO(L.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        if logprob not in DISTRIBUTIONS:
-            raise UserError(f"method.logprob must be one of {', '.join(DISTRIBUTIONS)}, not {logprob!r}")
-        if loss_reduction not in REDUCTIONS:
-            raise UserError(f"method.loss_reduction must be one of {', '.join(REDUCTIONS)}, not {loss_reduction!r}")
-        if group_size < 2:
-            raise UserError(
-                f"method.group_size must be 2 or more (advantages compare within a group), not {group_size}"
-            )
+        self.check(locals())
         self.automatic_optimization = False
         self.strict_loading = False
         self.model, self.reward, self.watch = model, reward, watch or {}
@@ -86,15 +81,37 @@ class GRPO(L.LightningModule):
         self.text_loss_weight, self.image_loss_weight = text_loss_weight, image_loss_weight
         self.loss_reduction, self.micro_batch_size, self.max_grad_norm = loss_reduction, micro_batch_size, max_grad_norm
         self.optimizer_partial, self.scheduler_partial, self.seed = optimizer, scheduler, seed
-        if not (plan and text_loss_weight) and not image_loss_weight:
-            raise UserError(
-                "nothing would be trained: give method.image_loss_weight, or method.text_loss_weight with method.plan=true"
-            )
         writes = plan and text_loss_weight != 0
         patterns = [pattern for pattern in trainable if writes or not pattern.startswith("lm_head")]
         select_trainable(model.model, patterns, lora)
         self.reference = Reference(model.model) if kl_coef else None
         self.rollouts_done = 0
+
+    @staticmethod
+    def check(options: Mapping) -> None:
+        """Refuse options, by name as in `__init__`, that cannot train; the command line asks before any weight loads.
+
+        Raises:
+            UserError: one line that names the option and its choices.
+        """
+        for name, choices in (("logprob", DISTRIBUTIONS), ("loss_reduction", REDUCTIONS)):
+            if options[name] not in choices:
+                raise UserError(f"method.{name} must be one of {', '.join(choices)}, not {options[name]!r}")
+        for name, least in (("group_size", 2), ("updates_per_rollout", 1), ("micro_batch_size", 1), ("kl_coef", 0)):
+            if options[name] < least:
+                why = " (advantages compare within a group)" if name == "group_size" else ""
+                raise UserError(f"method.{name} must be {least} or more{why}, not {options[name]}")
+        if not (options["plan"] and options["text_loss_weight"]) and not options["image_loss_weight"]:
+            raise UserError(
+                "nothing would be trained: give method.image_loss_weight, or method.text_loss_weight with method.plan=true"
+            )
+        try:
+            LoraConfig(**(options["lora"] or {}))
+            optimizer = options["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
+            if options["scheduler"] is not None:
+                options["scheduler"](optimizer)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method.lora, method.optimizer or method.scheduler: {error}") from error
 
     def training_step(self, batch: list[tuple[int, Prompt]], index: int) -> None:
         """One rollout of the prompts in `batch` (each with its index in the prompt list) and its updates."""

@@ -9,7 +9,7 @@ from t2i_rl.checks import check_parts
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table, headline
-from t2i_rl.loggers import build_loggers
+from t2i_rl.loggers import build_loggers, log_results
 
 
 def run(cfg) -> dict:
@@ -20,9 +20,9 @@ def run(cfg) -> dict:
     check_parts(
         cfg, benchmark, data.prompts, {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
     )
+    trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()), logger=build_loggers(cfg))
     model = instantiate(cfg.model)
     method = instantiate(cfg.method, model=model, reward=reward, watch=watch)
-    trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()), logger=build_loggers(cfg))
     stages = Stages(trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size)
 
     for stage in cfg.evaluation.stages:
@@ -35,6 +35,7 @@ def run(cfg) -> dict:
             stages.draw(stage)
 
     results = write_summary(cfg, stages, steps)
+    log_results(trainer.loggers, results)
     if trainer.is_global_zero:
         console = Console()
         if results["stages"]:
