@@ -54,7 +54,14 @@ def check(cfg: DictConfig) -> None:
         )
     _check_trainer(cfg)
     _check_classes(cfg)
-    _check_method_and_model(cfg)
+    for group in ("method", "model", "reward", "benchmark", "data"):
+        _check_types(cfg[group], group)
+    if task == "train" or cfg.ckpt_path:
+        _check_method(cfg)
+    if task == "train" and cfg.model.get("temperature") == 0:
+        raise UserError(
+            "model.temperature=0 draws greedily: a group of equal images teaches nothing; take a temperature above 0"
+        )
 
 
 def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: dict[str, object]) -> None:
@@ -124,19 +131,15 @@ def _check_types(node: DictConfig, where: str) -> None:
             _check_types(child, f"{where}.{name}")
 
 
-def _check_method_and_model(cfg: DictConfig) -> None:
+def _check_method(cfg: DictConfig) -> None:
+    """Whether the method trains that kind of model, and its own options."""
     method, model = get_class(cfg.method._target_), get_class(cfg.model._target_)
     if model.family not in method.trains:
         raise UserError(
             f"{method.__name__} trains {' and '.join(sorted(method.trains))} models, not {model.family} ones; "
             f"take one of model={', '.join(models_of(method.trains))}"
         )
-    for group in ("method", "model", "reward", "benchmark", "data"):
-        _check_types(cfg[group], group)
-    if cfg.task._target_.endswith("train.run"):
-        if not cfg.model.temperature > 0:
-            raise UserError(f"model.temperature must be above 0 to train, not {cfg.model.temperature}")
-        method.check(instantiate({key: value for key, value in cfg.method.items() if key != "_target_"}))
+    method.check(instantiate({key: value for key, value in cfg.method.items() if key != "_target_"}))
 
 
 def models_of(families: frozenset[str]) -> list[str]:

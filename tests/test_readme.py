@@ -1,5 +1,6 @@
 """The README's example of adding a reward runs as printed; its commands and links exist."""
 
+import json
 import os
 import re
 import shlex
@@ -11,26 +12,49 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_reward_that_the_readme_adds_runs_as_printed(tmp_path):
-    section = README.split("<!-- example:begin -->")[1].split("<!-- example:end -->")[0]
-    files = re.findall(r"`([\w/.]+)`\n```\w+\n(.*?)```", section, flags=re.S)
-    assert len(files) == 2
+ADDING = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
+
+
+def write_files(text: str, folder: Path) -> int:
+    """Write every file that a page shows (its name in backticks above a code block); returns how many."""
+    files = re.findall(r"`([\w/.]+)`\n```(?:python|yaml)\n(.*?)```", text, flags=re.S)
     for name, content in files:
-        path = tmp_path / name
+        path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(content)
-    command = re.search(r"```bash\n(.*?)\n```", section, flags=re.S)[1]
-    arguments = [
-        sys.executable,
-        str(ROOT / "run.py"),
-        *shlex.split(command)[2:],
-        "benchmark.prompts_per_task=1",
-        "hydra.run.dir=out",
-    ]
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(arguments, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "out" / "results.json").is_file()
+    return len(files)
+
+
+def run_as_printed(text: str, folder: Path, *more: str) -> list[dict]:
+    """Run every command that a page shows in a bash block; returns their results.json."""
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    results = []
+    for number, command in enumerate(re.findall(r"```bash\n(.*?)\n```", text, flags=re.S)):
+        arguments = [
+            sys.executable,
+            str(ROOT / "run.py"),
+            *shlex.split(command)[2:],
+            *more,
+            f"hydra.run.dir=out{number}",
+        ]
+        done = subprocess.run(arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        results.append(json.loads((folder / f"out{number}" / "results.json").read_text()))
+    return results
+
+
+def test_the_reward_that_the_readme_adds_runs_as_printed(tmp_path):
+    section = README.split("<!-- example:begin -->")[1].split("<!-- example:end -->")[0]
+    assert write_files(section, tmp_path) == 2
+    (results,) = run_as_printed(section, tmp_path, "benchmark.prompts_per_task=1")
+    assert results["reward"] == "distinct_codes" and results["steps"] == 2
+
+
+def test_the_method_the_benchmark_and_the_model_that_the_docs_add_run_as_printed(tmp_path):
+    assert write_files(ADDING, tmp_path) == 6
+    trained, blind = run_as_printed(ADDING, tmp_path)
+    assert trained["method"] == "best_of_group" and trained["headline"]["tasks"] == ["color"]
+    assert blind["model"] == "blind" and blind["stages"]["base_direct"]["metrics"]["overall"]["mean"] < 0.3
 
 
 def test_every_command_composes():

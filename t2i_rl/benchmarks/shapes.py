@@ -18,7 +18,7 @@ class Shapes:
     """Held-out prompts of `shapes`, half of them with object pairs that no training prompt names (where a task has pairs).
 
     Args:
-        tasks: which tasks; the six of GenEval make `overall`, others are reported under their own names.
+        tasks: which tasks; those of GenEval's six among them make `overall` (all, if there is none), others stand under their own names.
         prompts_per_task: at most so many prompts of each task; samples_per_prompt: images of each prompt.
         split: `test`, or `validation` to choose settings on; size: canvas in pixels, must be what the model draws.
     """
@@ -48,6 +48,7 @@ class Shapes:
             size,
         )
         self.image_sizes = (size,)
+        self.overall_tasks = tuple(task for task in self.tasks if task in GENEVAL_TASKS) or self.tasks
         self._prompts = select_prompts(split, prompts_per_task, self.tasks, size)
 
     def prompts(self) -> list[Prompt]:

@@ -48,11 +48,17 @@ class Stages:
     def summary(self) -> dict:
         """`stages` and `comparisons` as in results.json."""
         stages = {
-            stage: {"metrics": aggregate(records) | self._diversity(stage)} for stage, records in self.records.items()
+            stage: {"metrics": aggregate(records, self.benchmark.overall_tasks) | self._diversity(stage)}
+            for stage, records in self.records.items()
         }
         pairs = [pair for pair in COMPARED if set(pair) <= set(self.records)]
         comparisons = [
-            {"a": a, "b": b, "metrics": compare(self.records[a], self.records[b]) | self._diversity_change(a, b)}
+            {
+                "a": a,
+                "b": b,
+                "metrics": compare(self.records[a], self.records[b], self.benchmark.overall_tasks)
+                | self._diversity_change(a, b),
+            }
             for a, b in pairs
         ]
         return {"stages": stages, "comparisons": comparisons}

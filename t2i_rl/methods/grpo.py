@@ -121,7 +121,7 @@ class GRPO(L.LightningModule):
         reference = self.score(rollout)
         times["score"] = time.perf_counter()
         reward, watched = self.judge(rollout)
-        advantages = group_advantages(reward.total, self.group_size).to(self.device)
+        advantages = self.advantages(reward.total).to(self.device)
         times["reward"] = time.perf_counter()
         updates = [self.update(rollout, reference, advantages) for _ in range(self.updates_per_rollout)]
         times["update"] = time.perf_counter()
@@ -215,6 +215,10 @@ class GRPO(L.LightningModule):
             seen.image_stats = _concatenate(images)
         reward = checked(self.reward(seen), len(rollout), type(self.reward).__name__)
         return reward, {name: checked(watched(rollout), len(rollout), name) for name, watched in self.watch.items()}
+
+    def advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+        """Advantages `(B,)` of rewards `(B,)`, the rows of a group adjacent."""
+        return group_advantages(rewards, self.group_size)
 
     def update(
         self, rollout: Rollout, reference: torch.Tensor | None, advantages: torch.Tensor
