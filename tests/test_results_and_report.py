@@ -13,7 +13,7 @@ from t2i_rl.evaluation.curves import chart, group_columns, read_metrics
 from t2i_rl.evaluation.grid import caption_grid, grid_png
 from t2i_rl.evaluation.report import write_report, write_sweep_report
 from t2i_rl.evaluation.results import read_job, read_records, read_results, write_records, write_results
-from t2i_rl.evaluation.tables import before_after_table, headline, sweep_tables
+from t2i_rl.evaluation.tables import before_after_table, headline, sweep_tables, with_interval
 from tests.made_up_run import make_records, make_run
 
 
@@ -94,6 +94,12 @@ def test_headline_says_what_the_interval_says(run, low, high, difference, words)
     assert words in headline(results)
     mark = low is not None and low * high > 0
     assert before_after_table(results).rows[0][-1].endswith("*") == mark
+
+
+def test_only_an_interval_with_a_width_that_leaves_zero_out_is_marked():
+    for low, high, marked in ((0.05, 0.15, True), (-0.01, 0.2, False), (0.1, 0.1, False), (None, None, False)):
+        cell = {"difference": 0.1, "low": low, "high": high}
+        assert with_interval("overall", cell, "difference").endswith("*") == marked
 
 
 def test_sweep_tables_group_by_seed(tmp_path):
