@@ -75,6 +75,7 @@ def _what_goes_with_what(conf: Path) -> list[str]:
             f"  method={path.stem:<16} trains {', '.join(sorted(trains))} models: {', '.join(models_of(trains))}"
         )
     lines.append("  reward=oracle           needs prompts of shapes (data=shapes) and a model that draws 32 px")
+    lines.append("  reward=length           needs method.plan=true")
     lines.append("  benchmark=shapes        judges models that draw benchmark.size pixels (janus_tiny: 32)")
     lines.append("  task=pretrain           makes model=janus_tiny")
     return lines
