@@ -34,6 +34,10 @@ def check(cfg: DictConfig) -> None:
         )
     if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
         raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, not {cfg.seed!r}")
+    for key in ("num_images", "evaluation.batch_size"):
+        value = OmegaConf.select(cfg, key)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{key} must be a whole number of 1 or more, not {value!r}")
     unknown = [stage for stage in cfg.evaluation.stages if stage not in STAGES]
     if unknown:
         raise UserError(f"evaluation.stages holds {unknown[0]!r}; choose from {', '.join(STAGES)}")
@@ -116,7 +120,11 @@ def _check_classes(cfg: DictConfig) -> None:
 def _check_types(node: DictConfig, where: str) -> None:
     """Refuse words where the class asks for a number or a switch, and fractions where it asks for a whole number."""
     if "_target_" in node:
-        for name, kind in get_type_hints(_locate(node._target_).__init__).items():
+        try:
+            hints = get_type_hints(_locate(node._target_).__init__)
+        except NameError:  # names that only a type checker imports
+            hints = {}
+        for name, kind in hints.items():
             kinds, value = set(get_args(kind)) or {kind}, node.get(name)
             if (
                 isinstance(value, str)

@@ -82,6 +82,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         (["method.plan=false", "method.image_loss_weight=0"], "nothing would be trained"),
         (["model.temperature=0"], "above 0"),
         (["benchmark.split=val"], "validation"),
+        (["task=generate", "prompt=a red circle", "num_images=0"], "num_images"),
         (["trainer.devices=0"], "devices=0"),
         (["reward=length", "method.plan=false", "method.image_loss_weight=1"], "set method.plan=true"),
         (["benchmark.size=48"], "draws 32x32"),
