@@ -60,6 +60,10 @@ def check(cfg: DictConfig) -> None:
     _check_classes(cfg)
     for group in ("method", "model", "reward", "benchmark", "data"):
         _check_types(cfg[group], group)
+    if "path" in cfg.model and not cfg.model.path:
+        raise UserError("model=janus takes a checkpoint: path=<folder or hub id>")
+    if cfg.model.get("rollout"):
+        instantiate(cfg.model.rollout)
     if task == "train" or cfg.ckpt_path:
         _check_method(cfg)
     if task == "train" and cfg.model.get("temperature") == 0:

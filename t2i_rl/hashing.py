@@ -1,8 +1,14 @@
-"""One hash for the weights of a model."""
+"""One hash for the weights of a model, sharded or not."""
 
 import hashlib
 
 import torch
+from torch.distributed.tensor import DTensor
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that FSDP has sharded (every rank must call it); any other as it is, without its graph."""
+    return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def weights_sha256(model: torch.nn.Module, adapters: bool = True) -> str:
@@ -11,5 +17,5 @@ def weights_sha256(model: torch.nn.Module, adapters: bool = True) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         if adapters or "lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(gathered(tensor).cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

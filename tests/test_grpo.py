@@ -21,10 +21,10 @@ def folder(tmp_path_factory) -> str:
     return save_tiny_janus(tmp_path_factory.mktemp("janus"))
 
 
-def build(folder, reward=None, **settings) -> GRPO:
+def build(folder, reward=None, janus: dict | None = None, **settings) -> GRPO:
     optimizer = partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.0)
     settings = {"group_size": 3, "micro_batch_size": 4, "optimizer": optimizer, "kl_coef": 0.1, **settings}
-    return GRPO(load_tiny_janus(folder), reward or SelfCertainty(), **settings)
+    return GRPO(load_tiny_janus(folder, **(janus or {})), reward or SelfCertainty(), **settings)
 
 
 def train(module: GRPO, steps: int, prompts=PROMPTS, batch_size=2) -> L.Trainer:
@@ -68,7 +68,7 @@ def test_before_the_first_update_the_ratio_is_one_and_the_kl_is_zero(folder, log
     rollout = tiny_rollout(module)
     reference = module.score(rollout)
     for part in module.micro_batches(len(rollout)):
-        text, image = module.stats(module.model.model, rollout.rows(part))
+        text, image = module.stats(module.model, rollout.rows(part))
         assert torch.equal(text.logprobs, rollout.text_stats.logprobs[part])
         assert torch.equal(image.logprobs, rollout.image_stats.logprobs[part])
         assert torch.equal(torch.cat([text.logprobs, image.logprobs], dim=1), reference[part])
@@ -78,15 +78,15 @@ def test_guided_logprobs_are_those_the_tokens_were_drawn_with(folder):
     module = build(folder, logprob="guided")
     rollout = tiny_rollout(module)
     module.score(rollout)
-    torch.testing.assert_close(rollout.image_stats.logprobs, rollout.behaviour_logprobs, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(rollout.image_stats.logprobs, rollout.drawn.logprobs, rtol=1e-4, atol=1e-4)
 
 
 def test_the_reference_does_not_move_and_the_policy_does(folder):
     module = build(folder)
-    before = copy.deepcopy(module.reference._copy.state_dict())
+    before = copy.deepcopy(module.reference.twin.state_dict())
     start = {name: value.clone() for name, value in module.model.model.state_dict().items()}
     train(module, steps=10)
-    for name, value in module.reference._copy.state_dict().items():
+    for name, value in module.reference.twin.state_dict().items():
         assert torch.equal(value, before[name]), name
     moved = {name for name, value in module.model.model.state_dict().items() if not torch.equal(value, start[name])}
     assert moved and all(name.startswith(("model.language_model.", "lm_head.")) for name in moved)
@@ -100,7 +100,7 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base(folder):
     assert learning and all("lora_" in name for name in learning)
     rollout = tiny_rollout(module)
     reference = module.score(rollout)
-    expected, _ = module.stats(base.model, rollout), None
+    expected = module.stats(base, rollout)
     torch.testing.assert_close(
         reference, torch.cat([expected[0].logprobs, expected[1].logprobs], dim=1), rtol=1e-5, atol=1e-5
     )
@@ -118,6 +118,40 @@ def test_the_micro_batch_size_changes_no_gradient(folder, loss_reduction):
         torch.testing.assert_close(whole[name], split[name], rtol=1e-3, atol=1e-6)
 
 
+def test_gradient_checkpointing_changes_no_gradient_and_keeps_less(folder):
+    saved = {}
+
+    def measure(checkpointing: bool) -> dict:
+        module, count = build(folder, gradient_checkpointing=checkpointing), []
+        rollout = tiny_rollout(module)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: count.append(t.nbytes) or t, lambda t: t):
+            found = gradient(module, rollout)
+        saved[checkpointing] = sum(count)
+        return found
+
+    plain, again = measure(False), measure(True)
+    assert saved[True] < 0.7 * saved[False]
+    assert plain.keys() == again.keys()
+    for name in plain:
+        torch.testing.assert_close(plain[name], again[name], rtol=1e-4, atol=1e-7)
+
+
+def test_half_precision_weights_are_not_trained_but_adapters_on_them_are(folder):
+    base = load_tiny_janus(folder, dtype="bfloat16")
+    with pytest.raises(UserError, match="bf16-mixed"):
+        GRPO(base, SelfCertainty(), optimizer=partial(torch.optim.SGD, lr=1.0))
+    module = build(folder, lora={"r": 4}, janus={"dtype": "bfloat16"})
+    learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    assert learning and {parameter.dtype for parameter in learning} == {torch.float32}
+    assert all(torch.isfinite(value).all() for value in gradient(module, tiny_rollout(module)).values())
+
+
+def test_an_offloaded_reference_scores_the_same(folder):
+    kept, offloaded = build(folder), build(folder, offload_reference=True)
+    rollout = tiny_rollout(kept)
+    torch.testing.assert_close(kept.score(rollout), offloaded.score(rollout), rtol=0, atol=0)
+
+
 def test_the_gradient_is_that_of_the_written_objective(folder):
     """Against the loss written out anew, for a policy that has left its reference: -A exp(logp - old) + beta k3, over all live tokens."""
     module = build(folder, micro_batch_size=64, kl_coef=2.0)
@@ -133,8 +167,8 @@ def test_the_gradient_is_that_of_the_written_objective(folder):
         text, image = module.stats(model, rollout)
         return torch.cat([text.logprobs, image.logprobs], 1), torch.cat([text.mask, image.mask], 1)
 
-    logp, mask = logprobs(module.model.model)
-    d = logprobs(load_tiny_janus(folder).model)[0].detach() - logp
+    logp, mask = logprobs(module.model)
+    d = logprobs(load_tiny_janus(folder))[0].detach() - logp
     kl = torch.exp(d) - d - 1
     assert float((kl * mask).sum() / mask.sum()) > 0.01
     loss = ((-advantages[:, None] * torch.exp(logp - logp.detach()) + 2.0 * kl) * mask).sum() / mask.sum()

@@ -5,7 +5,8 @@ import torch
 
 from t2i_rl.errors import UserError
 from t2i_rl.models.janus import Chat, Janus
-from t2i_rl.rollout.decode import Decoder, decode_image, decode_text, unconditional
+from t2i_rl.rollout.decode import decode_image, decode_text
+from t2i_rl.rollout.rows import unconditional
 from t2i_rl.rollout.score import score_image, score_text
 from t2i_rl.rollout.stats import self_certainty
 from tests.tiny import CHAT, load_tiny_janus, save_tiny_janus
@@ -24,9 +25,22 @@ def image_rows(janus, texts=TEXTS):
 
 
 def draw(janus, ids, mask, seeds, guidance_scale=3.0, temperature=1.0):
-    return decode_image(
-        janus.model, ids, mask, seeds, special=janus.special, guidance_scale=guidance_scale, temperature=temperature
+    drawn = decode_image(
+        janus.engine.load(janus.model),
+        ids,
+        mask,
+        seeds,
+        count=64,
+        special=janus.special,
+        guidance_scale=guidance_scale,
+        temperature=temperature,
     )
+    return drawn.tokens, drawn.logprobs
+
+
+def write(janus, ids, mask, seeds, max_tokens):
+    engine = janus.engine.load(janus.model)
+    return decode_text(engine, ids, mask, seeds, max_tokens=max_tokens, eos=janus.special["eos"])
 
 
 def test_chat_tags_are_single_tokens_and_bos_stands_once(janus):
@@ -78,24 +92,6 @@ def test_cached_decoding_and_teacher_forcing_agree(janus, distribution):
     torch.testing.assert_close(stats.logprobs, behaviour, rtol=1e-4, atol=1e-4)
 
 
-def test_cached_logits_are_the_full_forwards(janus):
-    ids, mask = janus.encode([janus.chat.plan(text) for text in TEXTS])
-    tokens, token_mask = decode_text(janus.model, ids, mask, SEEDS, max_tokens=12, eos=janus.special["eos"])
-    embed = janus.model.get_input_embeddings()
-    with torch.no_grad():
-        decoder = Decoder(janus.model.model.language_model, embed(ids), mask)
-        cached = [janus.model.lm_head(decoder.hidden)]
-        for t in range(tokens.shape[1] - 1):
-            decoder.step(embed(tokens[:, t : t + 1]))
-            cached.append(janus.model.lm_head(decoder.hidden))
-        full = janus.model(
-            input_ids=torch.cat([ids, tokens[:, :-1]], dim=1),
-            attention_mask=torch.cat([mask, torch.ones_like(tokens[:, :-1])], dim=1),
-        ).logits[:, ids.shape[1] - 1 :]
-    live = token_mask
-    torch.testing.assert_close(torch.stack(cached, dim=1)[live], full[live], rtol=1e-3, atol=2e-4)
-
-
 def test_batch_order_and_padding_change_nothing(janus):
     together = janus.generate(TEXTS, SEEDS)
     turned = janus.generate(TEXTS[::-1], SEEDS[::-1])
@@ -121,7 +117,7 @@ def test_extra_left_padding_changes_no_score(janus):
 def test_a_plan_ends_at_its_first_eos(janus):
     ids, mask = janus.encode([janus.chat.plan(text) for text in TEXTS * 8])
     eos = janus.special["eos"]
-    tokens, live = decode_text(janus.model, ids, mask, list(range(24)), max_tokens=64, eos=eos)
+    tokens, live = write(janus, ids, mask, list(range(24)), max_tokens=64)
     ended = 0
     for row, alive in zip(tokens, live, strict=True):
         places = (row == eos).nonzero().flatten().tolist()
@@ -178,6 +174,43 @@ def test_images_are_the_models_own_decoding(janus):
         pixels = janus.model.decode_image_tokens(tokens)
     expected = ((pixels + 1) / 2 * 255).clamp(0, 255).round().to(torch.uint8).numpy()
     assert (janus.decode(tokens) == expected).all() and expected.shape == (2, 32, 32, 3)
+
+
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_scores_and_gradients_do_not_depend_on_the_chunk(janus, monkeypatch, kind):
+    ids, mask = image_rows(janus) if kind == "image" else janus.encode([janus.chat.plan(text) for text in TEXTS])
+    tokens, live = (draw(janus, ids, mask, SEEDS)[0], None) if kind == "image" else write(janus, ids, mask, SEEDS, 12)
+    if kind == "text":
+        live[0, 5:] = False
+    head = janus.model.lm_head if kind == "text" else janus.model.model.generation_head
+    seen: list[int] = []
+    hook = head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+
+    def scores_and_gradient():
+        seen.clear()
+        janus.model.zero_grad()
+        stats = (
+            janus(image=(ids, mask, tokens), distribution="guided")
+            if kind == "image"
+            else janus(plan=(ids, mask, tokens, live))
+        )
+        (stats.logprobs * torch.linspace(-1, 1, stats.logprobs.numel()).view_as(stats.logprobs)).sum().backward()
+        gradient = {name: p.grad.clone() for name, p in janus.model.named_parameters() if p.grad is not None}
+        return stats, gradient, list(seen)
+
+    whole, gradient, calls = scores_and_gradient()
+    vocabulary = 48 if kind == "image" else janus.model.config.text_config.vocab_size
+    monkeypatch.setattr("t2i_rl.rollout.score.CHUNK_BYTES", 4 * vocabulary * 7)
+    cut, gradient_cut, calls_cut = scores_and_gradient()
+    hook.remove()
+    janus.model.zero_grad()
+    assert len(calls) == 1 and max(calls_cut) <= (14 if kind == "image" else 7)
+    assert sum(calls_cut) == 2 * calls[0]  # each chunk once forward and once again on the way back
+    for name in ("logprobs", "self_certainty", "entropy"):
+        torch.testing.assert_close(getattr(cut, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
+    assert gradient.keys() == gradient_cut.keys() and len(gradient) > 10
+    for name in gradient:
+        torch.testing.assert_close(gradient_cut[name], gradient[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("damage", ["missing", "other", "truncated", "gone"])

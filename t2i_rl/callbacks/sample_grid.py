@@ -38,10 +38,11 @@ class SampleGrid(L.Callback):
 
     def _draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.drawn_at = trainer.global_step
+        module.model.prepare()
         if not trainer.is_global_zero:
             return
         seeds = [derive_seed("sample_grid", number) for number in range(len(self.prompts))]
-        drawn = module.model.generate(self.prompts, seeds, mode="plan" if module.plan else "direct")
+        drawn = module.model.generate(self.prompts, seeds, mode="plan" if module.plan else "direct", fresh=False)
         captions = [
             f"{prompt} | {plan}" if plan else prompt for prompt, plan in zip(self.prompts, drawn.plans, strict=True)
         ]

@@ -41,10 +41,16 @@ class Evaluator(L.LightningModule):
         """Prompts are text: there is nothing to move."""
         return batch
 
+    def configure_model(self) -> None:
+        """Nothing: weights stay as they are, whole or sharded."""
+
+    def on_test_start(self) -> None:
+        self.model.prepare()
+
     def test_step(self, batch: list[tuple[int, Prompt, int]], index: int) -> None:
         prompts = [prompt for _, prompt, _ in batch]
         seeds = [derive_seed(self.seed, "evaluate", prompt.id, sample) for _, prompt, sample in batch]
-        drawn = self.model.generate([prompt.text for prompt in prompts], seeds, mode=self.mode)
+        drawn = self.model.generate([prompt.text for prompt in prompts], seeds, mode=self.mode, fresh=False)
         verdicts = self.benchmark.judge(drawn.images, prompts)
         features = self.benchmark.features(drawn.images)
         (self.folder / "images").mkdir(parents=True, exist_ok=True)
@@ -75,9 +81,10 @@ class Evaluator(L.LightningModule):
             dist.all_gather_object(gathered, rows)
             rows = [row for part in gathered for row in part]
         rows.sort(key=lambda row: row[0])
+        fingerprint = self.fingerprint()
         if self.trainer.is_global_zero:
             np.save(self.folder / "features.npy", np.stack([features for _, _, features in rows]).astype(np.float32))
-            (self.folder / "fingerprint.json").write_text(json.dumps(self.fingerprint(), indent=1))
+            (self.folder / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1))
             write_records(self.folder / "records.jsonl", [record for _, record, _ in rows])
         self.trainer.strategy.barrier()
 

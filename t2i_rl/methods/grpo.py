@@ -10,13 +10,15 @@ import torch.distributed as dist
 from peft import LoraConfig
 
 from t2i_rl.errors import UserError
+from t2i_rl.fsdp import mesh_of, shard
+from t2i_rl.hashing import gathered
 from t2i_rl.methods.grpo_loss import REDUCTIONS, group_advantages, k3, policy_loss, token_weights
 from t2i_rl.methods.grpo_metrics import rollout_metrics, update_metrics
-from t2i_rl.methods.trainable import Reference, select_trainable
+from t2i_rl.methods.trainable import Reference, refuse_rounded_updates, select_trainable
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import RewardOutput, checked
 from t2i_rl.rollout.buffer import Rollout
-from t2i_rl.rollout.score import DISTRIBUTIONS, score_image, score_text
+from t2i_rl.rollout.score import DISTRIBUTIONS
 from t2i_rl.rollout.stats import TokenStats
 from t2i_rl.seeding import derive_seed
 
@@ -38,6 +40,8 @@ class GRPO(L.LightningModule):
         loss_reduction: `token` or `sequence`, see `grpo_loss.token_weights`.
         text_loss_weight, image_loss_weight: weight of a plan token and of an image token; 0 trains one of the two alone (T2I-R1 section 4.3).
         micro_batch_size: rows with a live graph at a time; changes memory, not the gradient.
+        gradient_checkpointing: keep only the inputs of layers for the backward pass and compute the rest again.
+        offload_reference: keep the frozen copy in the CPU's memory while it is not scoring; without effect under LoRA, which has no copy.
         trainable: regular expressions on parameter names; the default trains trunk, embeddings and language head, not the image head.
         lora: arguments of peft's LoraConfig, or None to train the weights themselves.
         optimizer, scheduler: partials, `optimizer(params)` and `scheduler(optimizer)`.
@@ -66,6 +70,8 @@ class GRPO(L.LightningModule):
         image_loss_weight: float = 1.0,
         micro_batch_size: int = 32,
         max_grad_norm: float = 1.0,
+        gradient_checkpointing: bool = False,
+        offload_reference: bool = False,
         trainable: tuple[str, ...] = (r"model\.language_model\.", r"lm_head\."),
         lora: dict | None = None,
         scheduler: partial | None = None,
@@ -84,7 +90,12 @@ class GRPO(L.LightningModule):
         writes = plan and text_loss_weight != 0
         patterns = [pattern for pattern in trainable if writes or not pattern.startswith("lm_head")]
         select_trainable(model.model, patterns, lora)
-        self.reference = Reference(model.model) if kl_coef else None
+        refuse_rounded_updates(model)
+        if gradient_checkpointing:
+            model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            for block in model.blocks():
+                block.training = True  # of the block alone: it is what transformers asks before it checkpoints
+        self.reference = Reference(model, offload_reference) if kl_coef else None
         self.rollouts_done = 0
 
     @staticmethod
@@ -113,6 +124,14 @@ class GRPO(L.LightningModule):
         except (TypeError, ValueError) as error:
             raise UserError(f"method.lora, method.optimizer or method.scheduler: {error}") from error
 
+    def configure_model(self) -> None:
+        """Shard policy and reference where the strategy is FSDP."""
+        mesh = mesh_of(self.trainer)
+        if mesh is not None:
+            shard(self.model, mesh)
+            if self.reference is not None and self.reference.twin is not None:
+                shard(self.reference.twin, mesh)
+
     def training_step(self, batch: list[tuple[int, Prompt]], index: int) -> None:
         """One rollout of the prompts in `batch` (each with its index in the prompt list) and its updates."""
         times = {"start": time.perf_counter()}
@@ -140,12 +159,13 @@ class GRPO(L.LightningModule):
         """Sample `group_size` rows for each prompt. A row's randomness is a function of (seed, rollout, prompt index, sample)."""
         rows = [(number, prompt, sample) for number, prompt in batch for sample in range(self.group_size)]
         seeds = [derive_seed(self.seed, "train", self.rollouts_done, number, sample) for number, _, sample in rows]
+        self.model.prepare()
         texts, plans, extra = [prompt.text for _, prompt, _ in rows], [""] * len(rows), {}
         if self.plan:
             (ids, mask), (tokens, token_mask), plans = self.model.draw_plans(texts, seeds)
             extra = {"plan_ids": ids, "plan_mask": mask, "plan_tokens": tokens, "plan_token_mask": token_mask}
             extra["plan_truncated"] = ~((tokens == self.model.special["eos"]) & token_mask).any(dim=1)
-        (ids, mask), tokens, logprobs = self.model.draw_images(texts, plans, [seed + 1 for seed in seeds])
+        (ids, mask), drawn = self.model.draw_images(texts, plans, [seed + 1 for seed in seeds])
         wants_images = self.reward.needs_images or any(reward.needs_images for reward in self.watch.values())
         return Rollout(
             prompts=[prompt for _, prompt, _ in rows],
@@ -154,11 +174,11 @@ class GRPO(L.LightningModule):
             plans=plans,
             image_ids=ids,
             image_mask=mask,
-            image_tokens=tokens,
-            behaviour_logprobs=logprobs,
-            text_vocabulary=self.model.model.lm_head.out_features,
-            image_vocabulary=self.model.model.model.generation_embeddings.num_embeddings,
-            images=self.model.decode(tokens) if wants_images else None,
+            image_tokens=drawn.tokens,
+            drawn=drawn,
+            text_vocabulary=self.model.model.config.text_config.vocab_size,
+            image_vocabulary=self.model.model.config.vq_config.num_embeddings,
+            images=self.model.decode(drawn.tokens) if wants_images else None,
             **extra,
         )
 
@@ -166,40 +186,24 @@ class GRPO(L.LightningModule):
     def score(self, rollout: Rollout) -> torch.Tensor | None:
         """Fill in the rollout policy's statistics; returns the reference's log-probs `(B, T + N)`, None without a KL."""
         chunks = [rollout.rows(part) for part in self.micro_batches(len(rollout))]
-        scored = [self.stats(self.model.model, chunk) for chunk in chunks]
+        scored = [self.stats(self.model, chunk) for chunk in chunks]
         rollout.text_stats = _concatenate([text for text, _ in scored]) if self.plan else None
         rollout.image_stats = _concatenate([image for _, image in scored])
         if self.reference is None:
             return None
-        with self.reference.scoring(self.model.model) as reference:
+        with self.reference.scoring(self.model) as reference:
             return torch.cat([_joined(*self.stats(reference, chunk))[0] for chunk in chunks])
 
     def stats(self, model, rollout: Rollout, distribution: str | None = None) -> tuple[TokenStats | None, TokenStats]:
-        """Teacher-forced statistics of plan and image tokens under `model`, with gradient where grad mode is on."""
-        temperature, grad = self.model.temperature, torch.is_grad_enabled()
-        text = None
+        """Teacher-forced statistics of plan and image tokens under `model`, with gradient where grad mode is on and it is wanted."""
+        grad, text = torch.is_grad_enabled(), None
         if self.plan:
+            plan = (rollout.plan_ids, rollout.plan_mask, rollout.plan_tokens, rollout.plan_token_mask)
             with torch.set_grad_enabled(grad and self.text_loss_weight != 0):
-                text = score_text(
-                    model,
-                    rollout.plan_ids,
-                    rollout.plan_mask,
-                    rollout.plan_tokens,
-                    rollout.plan_token_mask,
-                    temperature,
-                )
+                text = model(plan=plan)
+        image = (rollout.image_ids, rollout.image_mask, rollout.image_tokens)
         with torch.set_grad_enabled(grad and self.image_loss_weight != 0):
-            image = score_image(
-                model,
-                rollout.image_ids,
-                rollout.image_mask,
-                rollout.image_tokens,
-                special=self.model.special,
-                distribution=distribution or self.logprob,
-                guidance_scale=self.model.guidance_scale,
-                temperature=temperature,
-            )
-        return text, image
+            return text, model(image=image, distribution=distribution or self.logprob)
 
     def judge(self, rollout: Rollout) -> tuple[RewardOutput, dict[str, RewardOutput]]:
         """The reward and the watched ones; a reward that reads another distribution than `logprob` gets its own scoring pass."""
@@ -208,8 +212,7 @@ class GRPO(L.LightningModule):
         if wanted is not None and wanted != self.logprob.removesuffix("_detach_uncond"):
             with torch.no_grad():
                 images = [
-                    self.stats(self.model.model, rollout.rows(part), wanted)[1]
-                    for part in self.micro_batches(len(rollout))
+                    self.stats(self.model, rollout.rows(part), wanted)[1] for part in self.micro_batches(len(rollout))
                 ]
             seen = rollout.rows(slice(None))
             seen.image_stats = _concatenate(images)
@@ -237,7 +240,7 @@ class GRPO(L.LightningModule):
         parts = self.micro_batches(len(rollout))
         collected = []
         for number, part in enumerate(parts):
-            logprobs, _ = _joined(*self.stats(self.model.model, rollout.rows(part)))
+            logprobs, _ = _joined(*self.stats(self.model, rollout.rows(part)))
             loss = policy_loss(logprobs, old[part], advantages[part], self.clip_range)
             kl = k3(logprobs, reference[part]) if reference is not None else torch.zeros_like(loss)
             objective = ((loss + self.kl_coef * kl) * weights[part]).sum() / total
@@ -247,7 +250,8 @@ class GRPO(L.LightningModule):
             else:
                 self.manual_backward(objective)
             collected.append((objective.detach(), (logprobs - old[part]).detach(), kl.detach(), mask[part]))
-        norm = torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.requires_grad], self.max_grad_norm)
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        norm = gathered(torch.nn.utils.clip_grad_norm_(learning, self.max_grad_norm))
         if not torch.isfinite(norm):
             raise ValueError(f"gradient norm is {norm.item()} at optimizer step {self.global_step}")
         optimizer.step()

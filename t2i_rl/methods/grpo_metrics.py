@@ -26,7 +26,9 @@ def rollout_metrics(
         "image/self_certainty": masked_mean(rollout.image_stats.self_certainty, rollout.image_stats.mask),
         "image/entropy": masked_mean(rollout.image_stats.entropy, rollout.image_stats.mask),
         "image/codes_used": rollout.image_tokens.unique().numel() / rollout.image_vocabulary,
-        "image/behaviour_gap": mean(rollout.behaviour_logprobs - rollout.image_stats.logprobs),
+        "image/behaviour_gap": mean(rollout.drawn.logprobs - rollout.image_stats.logprobs),
+        "image/drawn_self_certainty": mean(rollout.drawn.conditional_self_certainty),
+        "image/guided_self_certainty": mean(rollout.drawn.guided_self_certainty),
     }
     for name, part in reward.parts.items():
         metrics[f"reward/{name}"] = mean(part)

@@ -39,9 +39,26 @@ def select_trainable(model: nn.Module, patterns: list[str], lora: dict | None) -
                 f"method.lora.target_modules: {list(wanted)} matches no linear layer among the trainable parts"
             )
         inject_adapter_in_model(LoraConfig(**{**lora, "target_modules": targets}), model)
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # adapters learn in float32 whatever they are added to
+                parameter.data = parameter.data.float()
         return
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_matches(patterns, name))
+
+
+def refuse_rounded_updates(model: nn.Module) -> None:
+    """A weight in bfloat16 changes by 1/256 of itself or not at all, so a small learning rate would train nothing.
+
+    Raises:
+        UserError: a parameter that learns is in half precision.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            raise UserError(
+                f"{name} would learn in {str(parameter.dtype).removeprefix('torch.')}, which rounds small updates away: set model.dtype=float32 "
+                "with trainer.precision=bf16-mixed, or method.lora={r: 16}"
+            )
 
 
 def _matches(patterns: list[str], name: str) -> bool:
@@ -52,19 +69,22 @@ class Reference:
     """The model as it was before training: its adapters switched off under LoRA, else a frozen copy with embeddings of its own.
 
     Deliberately no submodule of whatever holds it: it is neither trained, nor wrapped, nor saved; checkpoints carry its hash.
+    `offload` keeps the copy in the CPU's memory while it is not scoring.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, offload: bool = False):
         self.adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         self.sha256 = weights_sha256(model, adapters=False)
-        self._copy = None if self.adapters else copy.deepcopy(model).requires_grad_(False).eval()
+        self.twin, self.offload = None if self.adapters else model.twin(), offload
 
     @contextmanager
     def scoring(self, model: nn.Module) -> Iterator[nn.Module]:
         """The reference, on the device of `model`, with no gradient."""
         with torch.no_grad():
             if not self.adapters:
-                yield self._copy.to(next(model.parameters()).device)
+                yield self.twin.to(model.device)
+                if self.offload:
+                    self.twin.to("cpu")
                 return
             for layer in self.adapters:
                 layer._disable_adapters = True

@@ -1,7 +1,10 @@
 """Janus and Janus-Pro: loading, the two conversations (plan, then image), and pictures out of tokens."""
 
+import copy
 import math
+import os
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +12,10 @@ import torch
 from torch import nn
 
 from t2i_rl.errors import UserError
-from t2i_rl.rollout.decode import decode_image, decode_text
+from t2i_rl.rollout.decode import DecodedImages, decode_image, decode_text
+from t2i_rl.rollout.engine import DTYPES, Engine, EngineOptions
+from t2i_rl.rollout.score import score_image, score_text
+from t2i_rl.rollout.stats import TokenStats
 
 
 @dataclass(frozen=True)
@@ -52,14 +58,17 @@ class Janus(nn.Module):
         dtype: str = "float32",
         revision: str | None = None,
         attn_implementation: str = "sdpa",
+        device: str | None = None,
         guidance_scale: float = 5.0,
         temperature: float = 1.0,
         max_plan_tokens: int = 128,
+        rollout: EngineOptions | None = None,
     ):
         super().__init__()
+        self.engine = Engine(rollout)
         self.path, self.revision = str(path), revision
         self.model, self.tokenizer = load_pretrained(
-            path, dtype=dtype, revision=revision, attn_implementation=attn_implementation
+            path, dtype=dtype, revision=revision, attn_implementation=attn_implementation, device=device
         )
         self.model.eval()
         self.chat = Chat(chat["system"], chat["instruction"])
@@ -89,7 +98,42 @@ class Janus(nn.Module):
             "max_plan_tokens": self.max_plan_tokens,
             "system": self.chat.system,
             "instruction": self.chat.instruction,
+            "dtype": self.engine.options.dtype or str(self.model.dtype).removeprefix("torch."),
         }
+
+    def prepare(self) -> None:
+        """Read the weights as they are now for drawing. Under FSDP this gathers them: every rank calls it."""
+        self.engine.load(self.model)
+
+    def forward(
+        self, plan: tuple | None = None, image: tuple | None = None, distribution: str = "conditional"
+    ) -> TokenStats:
+        """Teacher-forced statistics of plans `(ids, mask, tokens, token_mask)`, or of images `(ids, mask, tokens)` under `distribution`."""
+        if plan is not None:
+            return score_text(self.model, *plan, temperature=self.temperature)
+        return score_image(
+            self.model,
+            *image,
+            special=self.special,
+            distribution=distribution,
+            guidance_scale=self.guidance_scale,
+            temperature=self.temperature,
+        )
+
+    def twin(self) -> "Janus":
+        """A frozen copy for scoring; it cannot draw."""
+        shared = {id(self.engine): None, id(self.tokenizer): self.tokenizer}
+        return copy.deepcopy(self, shared).requires_grad_(False).eval()
+
+    def blocks(self) -> list[nn.Module]:
+        """The layers that FSDP gathers one at a time, and that gradient checkpointing computes again."""
+        return list(self.model.model.language_model.layers)
+
+    def unsharded(self) -> set[nn.Parameter]:
+        """What FSDP leaves whole: the frozen parts around the language model, which drawing uses between forward passes."""
+        trunk = ("model.language_model.", "lm_head.")
+        named = self.model.named_parameters()
+        return {parameter for name, parameter in named if not (name.startswith(trunk) or parameter.requires_grad)}
 
     def encode(self, texts: list[str], boi: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask `(B, L)`, left-padded, one BOS each; with `boi` the begin-of-image token is appended."""
@@ -100,10 +144,15 @@ class Janus(nn.Module):
         return ids, mask
 
     def draw_plans(self, prompts: list[str], seeds: list[int]) -> tuple[tuple, tuple, list[str]]:
-        """Phase 1: `(ids, mask)` of the conversations, `(tokens, mask)` of the plans, and the plans as text."""
-        ids, mask = self.encode([self.chat.plan(prompt) for prompt in prompts])
+        """Phase 1: `(ids, mask)` of the conversations, `(tokens, mask)` of the plans, and the plans as text, a row for each seed.
+
+        Draws with the weights that `prepare` read. Equal prompts that stand together are read once.
+        """
+        runs = [(prompt, len(list(group))) for prompt, group in groupby(prompts)]
+        group_size = runs[0][1] if len({size for _, size in runs}) == 1 else 1
+        ids, mask = self.encode([self.chat.plan(prompt) for prompt in prompts[::group_size]])
         tokens, token_mask = decode_text(
-            self.model,
+            self.engine,
             ids,
             mask,
             seeds,
@@ -111,40 +160,45 @@ class Janus(nn.Module):
             eos=self.special["eos"],
             temperature=self.temperature,
         )
-        return (
-            (ids, mask),
-            (tokens, token_mask),
-            [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)],
-        )
+        plans = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        ids, mask = ids.repeat_interleave(group_size, dim=0), mask.repeat_interleave(group_size, dim=0)
+        return (ids, mask), (tokens, token_mask), plans
 
-    def draw_images(
-        self, prompts: list[str], plans: list[str], seeds: list[int]
-    ) -> tuple[tuple, torch.Tensor, torch.Tensor]:
-        """Phase 2: `(ids, mask)` of the conversations, image tokens `(B, N)`, and the log-probs they were drawn with."""
+    def draw_images(self, prompts: list[str], plans: list[str], seeds: list[int]) -> tuple[tuple, DecodedImages]:
+        """Phase 2: `(ids, mask)` of the conversations, and the image tokens with what was seen while drawing them.
+
+        Draws with the weights that `prepare` read.
+        """
         ids, mask = self.encode(
             [self.chat.image(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)], boi=True
         )
-        tokens, logprobs = decode_image(
-            self.model,
+        drawn = decode_image(
+            self.engine,
             ids,
             mask,
             seeds,
+            count=self.model.config.vision_config.num_image_tokens,
             special=self.special,
             guidance_scale=self.guidance_scale,
             temperature=self.temperature,
         )
-        return (ids, mask), tokens, logprobs
+        return (ids, mask), drawn
 
-    def generate(self, prompts: list[str], seeds: list[int], mode: str = "plan") -> Generation:
-        """Draw one image a prompt; `mode` is `plan` (write a plan, draw from it) or `direct`. Row `i` depends on `seeds[i]` alone."""
+    def generate(self, prompts: list[str], seeds: list[int], mode: str = "plan", fresh: bool = True) -> Generation:
+        """Draw one image a prompt; `mode` is `plan` (write a plan, draw from it) or `direct`. Row `i` depends on `seeds[i]` alone.
+
+        `fresh=False` draws with the weights that `prepare` read last, which spares reading them again for every batch.
+        """
+        if fresh:
+            self.prepare()
         plans, lengths = [""] * len(prompts), [0] * len(prompts)
         if mode == "plan":
             _, (_, token_mask), plans = self.draw_plans(prompts, seeds)
             lengths = token_mask.sum(-1).tolist()
         elif mode != "direct":
             raise UserError(f"an autoregressive model draws in mode plan or direct, not {mode!r}")
-        _, tokens, _ = self.draw_images(prompts, plans, [seed + 1 for seed in seeds])
-        return Generation(self.decode(tokens), plans, lengths, tokens)
+        _, drawn = self.draw_images(prompts, plans, [seed + 1 for seed in seeds])
+        return Generation(self.decode(drawn.tokens), plans, lengths, drawn.tokens)
 
     @torch.no_grad()
     def decode(self, image_ids: torch.Tensor) -> np.ndarray:
@@ -205,8 +259,15 @@ def _cannot_load(path: str, error: Exception) -> str:
     return f"cannot load {path}: {str(error).strip().splitlines()[0]} -- {fix}"
 
 
-def load_pretrained(path: str, *, dtype: str, revision: str | None, attn_implementation: str):
-    """Model and tokenizer from a folder or a hub id.
+def own_gpu() -> str:
+    """The GPU of this process, which Lightning's launchers number in LOCAL_RANK; the CPU where there is none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def load_pretrained(
+    path: str, *, dtype: str, revision: str | None, attn_implementation: str, device: str | None = None
+):
+    """Model and tokenizer from a folder or a hub id, read straight into `dtype` on `device` (`auto`: this process's GPU; None: the CPU).
 
     Raises:
         UserError: the weights can be neither found nor downloaded, or are not Janus's; the line names what to do.
@@ -216,6 +277,8 @@ def load_pretrained(path: str, *, dtype: str, revision: str | None, attn_impleme
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    if dtype not in DTYPES:
+        raise UserError(f"model.dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     load_config(path, revision)
     try:
         model, info = JanusForConditionalGeneration.from_pretrained(
@@ -223,6 +286,7 @@ def load_pretrained(path: str, *, dtype: str, revision: str | None, attn_impleme
             revision=revision,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
+            device_map=own_gpu() if device == "auto" else device,
             output_loading_info=True,
         )
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)

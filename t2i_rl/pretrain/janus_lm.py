@@ -10,7 +10,7 @@ from torch.utils.data import IterableDataset
 
 from t2i_rl.models.janus import Chat, special_ids
 from t2i_rl.pretrain.vq import nearest_codes, to_pixels
-from t2i_rl.rollout.decode import positions, unconditional
+from t2i_rl.rollout.rows import positions, unconditional
 from t2i_rl.shapes.examples import misremembered, sample_example
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.text import plan

@@ -108,8 +108,9 @@ def describe(janus: Janus, ids: torch.Tensor, image_embeds: torch.Tensor) -> lis
     """Greedy descriptions of images given as aligned features, placed where the placeholder ids stand."""
     embeds = janus.model.get_input_embeddings()(ids)
     embeds = embeds.masked_scatter((ids == janus.special["image"]).unsqueeze(-1), image_embeds.to(embeds.dtype))
+    janus.prepare()
     tokens, _ = decode_text(
-        janus.model,
+        janus.engine,
         ids,
         torch.ones_like(ids),
         [0] * len(ids),

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from t2i_rl.prompts import Prompt
+from t2i_rl.rollout.decode import DecodedImages
 from t2i_rl.rollout.stats import TokenStats
 
 
@@ -15,7 +16,7 @@ class Rollout:
 
     plan_ids, plan_mask: phase-1 conversations `(B, L1)`; plan_tokens, plan_token_mask: the plans `(B, T)`; plan_truncated `(B,)`: no EOS within the limit.
     image_ids, image_mask: phase-2 conversations `(B, L2)`; image_tokens `(B, N)`.
-    behaviour_logprobs: log-probs `(B, N)` of the distribution that image tokens were drawn from, as seen while decoding.
+    drawn: what was seen while the image tokens were drawn, see `DecodedImages`.
     text_stats, image_stats: teacher-forced statistics of the rollout policy, no gradient.
     text_vocabulary, image_vocabulary: how many entries the two heads have.
     images: uint8 `(B, H, W, 3)`, only where something asked for pictures.
@@ -28,7 +29,7 @@ class Rollout:
     image_ids: torch.Tensor
     image_mask: torch.Tensor
     image_tokens: torch.Tensor
-    behaviour_logprobs: torch.Tensor
+    drawn: DecodedImages
     text_vocabulary: int
     image_vocabulary: int
     plan_ids: torch.Tensor | None = None
@@ -47,10 +48,8 @@ class Rollout:
         """The same rollout for some rows only, as one micro-batch."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
         for name, part in parts.items():
-            if isinstance(part, TokenStats):
-                parts[name] = TokenStats(
-                    part.logprobs[chosen], part.self_certainty[chosen], part.entropy[chosen], part.mask[chosen]
-                )
+            if isinstance(part, (TokenStats, DecodedImages)):
+                parts[name] = type(part)(*(getattr(part, field.name)[chosen] for field in fields(part)))
             elif isinstance(part, (list, torch.Tensor, np.ndarray)):
                 parts[name] = part[chosen]
         return Rollout(**parts)

@@ -1,12 +1,16 @@
-"""Teacher-forced scoring: one forward for the plan, one for the image, heads applied at completion positions only."""
+"""Teacher-forced scoring: one forward for the plan, one for the image, heads applied at completion positions only, a chunk at a time."""
+
+from collections.abc import Callable
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from t2i_rl.errors import UserError
-from t2i_rl.rollout.decode import guided, positions, unconditional
+from t2i_rl.rollout.rows import guided, positions, unconditional
 from t2i_rl.rollout.stats import TokenStats, token_stats
 
 DISTRIBUTIONS = ("conditional", "guided", "guided_detach_uncond")
+CHUNK_BYTES = 2**28  # of float32 logits alive at a time: 655 positions of a vocabulary of 102,400
 
 
 def score_text(
@@ -20,7 +24,8 @@ def score_text(
     """Statistics of plan tokens `(B, T)` after left-padded prompts `(B, P)`; tokens past a row's end are masked out."""
     embeds = model.get_input_embeddings()(torch.cat([ids, tokens[:, :-1]], dim=1))
     hidden = _hidden(model, embeds, torch.cat([mask, token_mask[:, :-1].to(mask)], dim=1), tokens.shape[1])
-    return token_stats(model.lm_head(hidden), tokens, token_mask, temperature)
+    vocabulary = model.config.text_config.vocab_size
+    return stats_in_chunks(model.lm_head, vocabulary, hidden[token_mask], tokens, token_mask, temperature)
 
 
 def score_image(
@@ -54,9 +59,35 @@ def score_image(
         )
     embeds = torch.cat([model.get_input_embeddings()(ids), image], dim=1)
     full_mask = torch.cat([mask, torch.ones_like(image[:, :, 0]).to(mask)], dim=1)
-    logits = model.model.generation_head(_hidden(model, embeds, full_mask, tokens.shape[1])).float()
-    logits = guided(logits, scale, detach_uncond=distribution == "guided_detach_uncond")
-    return token_stats(logits, tokens, torch.ones_like(tokens, dtype=torch.bool), temperature)
+    hidden = _hidden(model, embeds, full_mask, tokens.shape[1]).unflatten(0, (-1, len(tokens)))
+
+    def head(states: torch.Tensor) -> torch.Tensor:
+        logits = model.model.generation_head(states.transpose(0, 1).flatten(0, 1)).float()
+        return guided(logits, scale, detach_uncond=distribution == "guided_detach_uncond")
+
+    vocabulary, everything = model.config.vq_config.num_embeddings, torch.ones_like(tokens, dtype=torch.bool)
+    return stats_in_chunks(head, vocabulary, hidden.flatten(1, 2).transpose(0, 1), tokens, everything, temperature)
+
+
+def stats_in_chunks(
+    head: Callable, vocabulary: int, hidden: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, temperature: float
+) -> TokenStats:
+    """Statistics of `tokens[mask]`, predicted by `hidden` `(mask.sum(), ...)` through `head`. Logits exist for one chunk at a time:
+    where a gradient is wanted and there is more than one, each is computed again on the way back."""
+    chosen = tokens[mask]
+
+    def part(states: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        stats = token_stats(head(states), targets, torch.ones_like(targets, dtype=torch.bool), temperature)
+        return stats.logprobs, stats.self_certainty, stats.entropy
+
+    size = max(1, CHUNK_BYTES // (4 * vocabulary))
+    again = torch.is_grad_enabled() and len(chosen) > size
+    parts = [
+        checkpoint(part, states, targets, use_reentrant=False) if again else part(states, targets)
+        for states, targets in zip(hidden.split(size), chosen.split(size), strict=True)
+    ]
+    filled = [torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, torch.cat(kind)) for kind in zip(*parts)]
+    return TokenStats(*filled, mask)
 
 
 def _hidden(model, embeds: torch.Tensor, mask: torch.Tensor, length: int) -> torch.Tensor:
