@@ -135,7 +135,7 @@ def test_chunks_of_any_size_give_the_same(folder, max_rows):
 
 
 def test_recorded_lengths_give_what_exact_ones_give(janus):
-    """As on a GPU: prefixes padded to 32, attention over whole buckets of 64."""
+    """As on a GPU: prefixes padded to 32, the whole cache laid out at once, attention over whole buckets of 64."""
 
     class Bucketed:
         records = True
@@ -153,7 +153,8 @@ def test_recorded_lengths_give_what_exact_ones_give(janus):
     exact = draw(janus)[1].tokens
     engine = Engine().load(janus.model)
     session = engine.session(ImageEmitter, 6, 1, 32, 64, guidance_scale=3.0, temperature=1.0)
-    session.recorder = Bucketed()
+    session.recorder, session.bucket, session.grows = Bucketed(), 64, False
+    session.own.resize(96)
     session.prefill(*rows)
     session.emitter.start(torch.zeros(3, 64) + 0.5)
     session.emitter.uniforms.copy_(janus.engine.session(ImageEmitter, 6, 1, ids.shape[1], 64, guidance_scale=3.0, temperature=1.0).emitter.uniforms)  # fmt: skip
@@ -174,11 +175,13 @@ def test_a_step_never_waits_for_the_host(janus, kind):
 
 
 def test_the_cache_is_exactly_as_long_as_needed(janus):
+    """Also on a CPU, where it grows to that; in the middle it has room for 32 more at most."""
     (ids, _), _ = draw(janus)
     (session,) = (session for _, session in janus.engine._sessions.values())
     keys, values = session.own[0]
     assert keys.shape == (6, 2, 32, ids.shape[1] + 64) and values.shape == (6, 2, ids.shape[1] + 64, 32)
-    held = sum(part.nbytes for pair in session.own for part in pair)
+    held = sum(part.nbytes for pair in session.own.layers for part in pair)
+    assert held == session.own._memory.nbytes
     assert held == 6 * janus.engine.cache_bytes(ids.shape[1] + 64)
 
 

@@ -1,6 +1,5 @@
 """Which parameters learn, and the frozen model that the KL is taken to."""
 
-import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -2,18 +2,17 @@
 
 import copy
 import math
-import os
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+from t2i_rl import loading
 from t2i_rl.errors import UserError
 from t2i_rl.rollout.decode import DecodedImages, decode_image, decode_text
-from t2i_rl.rollout.engine import DTYPES, Engine, EngineOptions
+from t2i_rl.rollout.engine import Engine, EngineOptions
 from t2i_rl.rollout.score import score_image, score_text
 from t2i_rl.rollout.stats import TokenStats
 
@@ -239,29 +238,7 @@ def load_config(path: str, revision: str | None):
     Raises:
         UserError: it can be neither found nor downloaded, or is not Janus's; the line names what to do.
     """
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load(path, error)) from error
-    if config.model_type != "janus":
-        raise UserError(f"{path} holds a {config.model_type!r} model, not a janus one")
-    return config
-
-
-def _cannot_load(path: str, error: Exception) -> str:
-    fix = (
-        "check that the folder is whole"
-        if Path(path).is_dir()
-        else f"download it where there is a network (hf download {path}), or give model.path=<folder>"
-    )
-    return f"cannot load {path}: {str(error).strip().splitlines()[0]} -- {fix}"
-
-
-def own_gpu() -> str:
-    """The GPU of this process, which Lightning's launchers number in LOCAL_RANK; the CPU where there is none."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    return loading.load_config(path, "janus", revision)
 
 
 def load_pretrained(
@@ -273,33 +250,14 @@ def load_pretrained(
         UserError: the weights can be neither found nor downloaded, or are not Janus's; the line names what to do.
     """
     from transformers import AutoTokenizer, JanusForConditionalGeneration
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    if dtype not in DTYPES:
-        raise UserError(f"model.dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    load_config(path, revision)
-    try:
-        model, info = JanusForConditionalGeneration.from_pretrained(
-            path,
-            revision=revision,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            device_map=own_gpu() if device == "auto" else device,
-            output_loading_info=True,
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
-    except (OSError, ValueError) as error:
-        raise UserError(_cannot_load(path, error)) from error
-    except Exception as error:
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise UserError(
-            f"cannot load {path}: a weight file is truncated or broken ({error}); fetch it again"
-        ) from error
-    if info["missing_keys"]:
-        raise UserError(
-            f"{path} lacks {len(info['missing_keys'])} weights, first {sorted(info['missing_keys'])[0]}; the checkpoint is not whole"
-        )
-    return model, tokenizer
+    model = loading.load_model(
+        JanusForConditionalGeneration,
+        path,
+        kind="janus",
+        dtype=dtype,
+        revision=revision,
+        device=device,
+        attn_implementation=attn_implementation,
+    )
+    return model, loading.load_part(AutoTokenizer, path, revision)

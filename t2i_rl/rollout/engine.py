@@ -5,10 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from t2i_rl.errors import UserError
+from t2i_rl.loading import DTYPES
 from t2i_rl.rollout.session import Session
 from t2i_rl.rollout.weights import Weights, pack
-
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass

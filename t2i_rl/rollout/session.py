@@ -3,18 +3,22 @@
 import torch
 import torch.nn.functional as F
 
+from t2i_rl.rollout.cache import KVCache
 from t2i_rl.rollout.graph import Recorder
 from t2i_rl.rollout.rows import positions
 from t2i_rl.rollout.trunk import run_trunk
 
 PREFILL_TOKENS = 16384  # read at once, so that prefixes of many rows need no memory of their own
-BUCKET = 64  # a recorded step attends to a whole number of these
+BUCKET = {
+    "cuda": 64,
+    "cpu": 32,
+}  # a step attends to a whole number of these: recorded ones are few, and a CPU's cache stays contiguous
 
 
 class Session:
     """`rows` rows, `group_size` of them after each prefix of `prefix` tokens, and room for `new_tokens` more each.
 
-    Keys lie transposed, `(rows, kv_heads, d, L)`, which batched products read fastest. Where `group_size > 1` the keys and values of a prefix are stored once and read once a step for its whole group (`common`);
+    Where `group_size > 1` the keys and values of a prefix are stored once and read once a step for its whole group (`common`);
     what a row adds is its `own`. With `group_size == 1` prefix and additions lie in one cache.
     `emitter(hidden, slot)` samples token number `slot` of each row and returns the embeddings `(rows, D)` to go on with.
     """
@@ -26,18 +30,11 @@ class Session:
         self.prefix, self.new_tokens = prefix, new_tokens
         self.start = prefix if group_size == 1 else 0
 
-        def cache(count: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-            heads, dim = config.num_key_value_heads, config.head_dim
-            return [
-                (
-                    torch.zeros(count, heads, dim, length, dtype=dtype, device=device),
-                    torch.zeros(count, heads, length, dim, dtype=dtype, device=device),
-                )
-                for _ in range(config.num_hidden_layers)
-            ]
+        self.bucket = BUCKET.get(device.type, BUCKET["cuda"])
+        self.grows = device.type == "cpu"
 
-        self.own = cache(rows, self.start + new_tokens)
-        self.common = cache(self.prefixes, prefix) if group_size > 1 else self.own
+        self.own = KVCache(config, rows, self.start + new_tokens, dtype, device)
+        self.common = KVCache(config, self.prefixes, prefix, dtype, device) if group_size > 1 else self.own
         self.own_bias = torch.zeros(rows, 1, 1, self.start + new_tokens, device=device)
         self.common_bias = torch.zeros(self.prefixes, 1, 1, prefix, device=device)
         self.cos, self.sin = engine.rotary(prefix + new_tokens)
@@ -53,6 +50,8 @@ class Session:
 
         Afterwards `hidden` `(rows, D)` predicts the first new token of each row.
         """
+        if self.grows:
+            self.own.resize(self.start)
         room = (self.prefix - ids.shape[1], 0)
         mask = F.pad(mask.bool(), room)
         if embeds is None:
@@ -98,9 +97,9 @@ class Session:
         """Emit up to `new_tokens` tokens a row; returns how many. Where `ended` `(rows,)` is given, stops soon after all of it is true."""
         look = 1 if self.slot.device.type == "cpu" else 16
         for count in range(1, self.new_tokens):
-            filled = self.start + count
-            if self.recorder.records:
-                filled = min(self.start + -(-count // BUCKET) * BUCKET, self.start + self.new_tokens)
+            filled = self.start + min(-(-count // self.bucket) * self.bucket, self.new_tokens)
+            if self.grows and self.own.length < filled:
+                self.own.resize(filled, keep=self.own.length)
             self.recorder.run(self._step, filled, self._state)
             if ended is not None and count % look == 0 and bool(ended.all()):
                 return count

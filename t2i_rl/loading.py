@@ -1,0 +1,95 @@
+"""Loading transformers' checkpoints: straight into their dtype and device, and one clear line for whatever is wrong with them."""
+
+import os
+from pathlib import Path
+
+import torch
+
+from t2i_rl.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def own_gpu() -> str:
+    """The GPU of this process, which Lightning's launchers number in LOCAL_RANK; the CPU where there is none."""
+    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+
+
+def load_config(path: str, kind: str, revision: str | None = None):
+    """The config of a checkpoint of `kind` (transformers' `model_type`), from a folder or a hub id; no weights are read.
+
+    Raises:
+        UserError: it can be neither found nor downloaded, or is of another kind; the line names what to do.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision)
+    except (OSError, ValueError) as error:
+        raise cannot_load(path, error) from error
+    if config.model_type != kind:
+        raise UserError(f"{path} holds a {config.model_type!r} model, not a {kind} one")
+    return config
+
+
+def load_model(
+    model_class, path: str, *, kind: str, dtype: str, revision: str | None = None, device: str | None = None, **settings
+):
+    """A model in eval mode, read straight into `dtype` on `device` (`auto`: this process's GPU if there is one; None: the CPU).
+
+    Raises:
+        UserError: the checkpoint is missing, gated, of another kind, truncated or not whole; the line names what to do.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    load_config(path, kind, revision)
+    try:
+        model, info = model_class.from_pretrained(
+            path,
+            revision=revision,
+            dtype=getattr(torch, dtype),
+            device_map=own_gpu() if device == "auto" else device,
+            output_loading_info=True,
+            **settings,
+        )
+    except (OSError, ValueError) as error:
+        raise cannot_load(path, error) from error
+    except Exception as error:
+        if type(error).__name__ != "SafetensorError":
+            raise
+        raise UserError(
+            f"cannot load {path}: a weight file is truncated or broken ({error}); fetch it again"
+        ) from error
+    if info["missing_keys"]:
+        raise UserError(
+            f"{path} lacks {len(info['missing_keys'])} weights, first {sorted(info['missing_keys'])[0]}; the checkpoint is not whole"
+        )
+    return model.eval()
+
+
+def load_part(auto_class, path: str, revision: str | None = None, **settings):
+    """A tokenizer or an image processor.
+
+    Raises:
+        UserError: it can be neither found nor downloaded; the line names what to do.
+    """
+    try:
+        return auto_class.from_pretrained(path, revision=revision, **settings)
+    except (OSError, ValueError) as error:
+        raise cannot_load(path, error) from error
+
+
+def cannot_load(path: str, error: Exception) -> UserError:
+    """The error of a library in one line, with the fix."""
+    first = str(error).strip().splitlines()[0]
+    if "gated" in str(error).lower() or "401" in str(error):
+        fix = "ask for access on its page, then set HF_TOKEN"
+    elif Path(path).is_dir():
+        fix = "check that the folder is whole"
+    else:
+        fix = f"download it where there is a network (hf download {path}), or give the path of a folder"
+    return UserError(f"cannot load {path}: {first} -- {fix}")

@@ -1,0 +1,141 @@
+"""The detection reward of T2I-R1 in pure functions: boxes and annotations in, a score in [0, 1] out (arXiv 2505.00703 section 3.4)."""
+
+from dataclasses import dataclass
+
+import torch
+
+from t2i_rl.errors import UserError
+
+SIDES = {  # wording -> axis (0 x, 1 y) and the sign of (first centre - second centre)
+    "left of": (0, -1),
+    "on the left of": (0, -1),
+    "right of": (0, 1),
+    "on the right of": (0, 1),
+    "above": (1, -1),
+    "on top of": (1, -1),
+    "on the top of": (1, -1),
+    "below": (1, 1),
+    "on the bottom of": (1, 1),
+}
+NEAR = ("near", "next to", "on side of")
+COMPATS = ("paper", "released")
+
+
+@dataclass
+class Detections:
+    """What a detector found in one image, best first: `boxes` `(n, 4)` as centre x, centre y, width, height in parts of the image,
+    `scores` `(n,)`, and `labels` `(n,)`, the index of the noun each was found for."""
+
+    boxes: torch.Tensor
+    scores: torch.Tensor
+    labels: torch.Tensor
+
+    def of(self, noun: int) -> torch.Tensor:
+        """Boxes of one noun, best first."""
+        return self.boxes[self.labels == noun]
+
+
+def corners(boxes: torch.Tensor) -> torch.Tensor:
+    """`(n, 4)` centre and size -> left, top, right, bottom."""
+    centre, size = boxes[:, :2], boxes[:, 2:]
+    return torch.cat([centre - size / 2, centre + size / 2], dim=1)
+
+
+def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of corner boxes `(n, 4)` and `(m, 4)`, `(n, m)`; 0 where both are empty."""
+    least, greatest = torch.maximum(a[:, None, :2], b[None, :, :2]), torch.minimum(a[:, None, 2:], b[None, :, 2:])
+    shared = (greatest - least).clamp(min=0).prod(-1)
+    areas = [(box[:, 2:] - box[:, :2]).prod(-1) for box in (a, b)]
+    union = areas[0][:, None] + areas[1][None] - shared
+    return torch.where(union != 0, shared / union.where(union != 0, torch.ones_like(union)), torch.zeros_like(union))
+
+
+def suppress(boxes: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
+    """Non-maximum suppression of corner boxes `(n, 4)` that come best first: indices of those kept."""
+    overlaps, kept = iou(boxes, boxes), []
+    for number in range(len(boxes)):
+        if all(overlaps[number, other] <= threshold for other in kept):
+            kept.append(number)
+    return torch.tensor(kept, dtype=torch.long)
+
+
+def position_score(
+    first: torch.Tensor, second: torch.Tensor, relation: str, size: tuple[int, int], near_pixels: float, compat: str
+) -> float:
+    """How well box `first` stands to box `second` `(4,)` as `relation` says, in [0, 1].
+
+    A side: 1 if the first lies on it, that axis dominates and the boxes overlap by IoU < 0.1; 0.1 / IoU if they overlap more.
+    Near: 1 if the centres are within `near_pixels` on either axis of an image of `size` (width, height), else `near_pixels` over the
+    greater distance.
+    `released` does not know `above` and `on top of`, and compares distances in parts of the image with pixels: near is always 1.
+
+    Raises:
+        UserError: a relation that the paper's scorer has no rule for.
+    """
+    away = first[:2] - second[:2]
+    if relation in NEAR:
+        distance = away.abs() if compat == "released" else away.abs() * torch.tensor(size).to(away)
+        return 1.0 if bool((distance < near_pixels).any()) else near_pixels / float(distance.max())
+    if relation not in SIDES:
+        raise UserError(f"reward=gdino knows no rule for {relation!r}; it knows {', '.join([*SIDES, *NEAR])}")
+    if compat == "released" and relation in ("above", "on top of"):
+        return 0.0
+    axis, sign = SIDES[relation]
+    if sign * float(away[axis]) <= 0 or float(away[axis].abs()) <= float(away[1 - axis].abs()):
+        return 0.0
+    overlap = float(iou(corners(first[None]), corners(second[None])))
+    return 1.0 if overlap < 0.1 else 0.1 / overlap
+
+
+def spatial_score(
+    found: Detections, nouns: list[str], info: dict, size: tuple[int, int], near_pixels: float, compat: str
+) -> float:
+    """Paper: 0.6 times the position score (0 unless both are there) + 0.4 times the share of the nouns found.
+    Released: 0.2 for each of the two found, and 0.5 times the position score if both are: 0.9 at most.
+
+    Where both are the same noun, its two best boxes stand for them, in the better order (released: the best box for both)."""
+    pair = [found.of(nouns.index(info[key])) for key in ("obj1", "obj2")]
+    if info["obj1"] == info["obj2"] and compat == "paper":
+        best = pair[0][suppress(corners(pair[0]))[:2]]
+        orders = [(best[0], best[1]), (best[1], best[0])] if len(best) == 2 else []
+    else:
+        orders = [(pair[0][0], pair[1][0])] if all(map(len, pair)) else []
+    scores = [position_score(*order, info["locality"], size, near_pixels, compat) for order in orders]
+    position, there = max(scores, default=0.0), [len(boxes) > 0 for boxes in pair]
+    if compat == "released":
+        return 0.2 * sum(there) + 0.5 * position
+    return 0.6 * position + 0.4 * detected_score(found, nouns)
+
+
+def counting_score(found: Detections, nouns: list[str], info: list[dict], compat: str) -> float:
+    """Mean over what is to be counted of: 1 if as many boxes survive suppression (IoU 0.5) as asked for.
+    Released: else 0.2 if there is any; and it suppresses centre-and-size boxes as if they were corners."""
+    scores = []
+    for item in info:
+        boxes = found.of(nouns.index(item["obj_name"]))
+        count = len(suppress(boxes if compat == "released" else corners(boxes)))
+        partial = 0.2 if compat == "released" and count else 0.0
+        scores.append(1.0 if count == item["num"] else partial)
+    return sum(scores) / len(scores)
+
+
+def detected_score(found: Detections, nouns: list[str]) -> float:
+    """Share of the nouns found."""
+    return sum(len(found.of(number)) > 0 for number in range(len(nouns))) / len(nouns)
+
+
+def detection_score(found: Detections, meta: dict, size: tuple[int, int], near_pixels: float, compat: str) -> float:
+    """Counting where the prompt has `numeracy_info`, spatial where it has `spatial_info`, else the share of its `nouns` found."""
+    nouns = nouns_of(meta)
+    if meta.get("numeracy_info"):
+        return counting_score(found, nouns, meta["numeracy_info"], compat)
+    if meta.get("spatial_info"):
+        return spatial_score(found, nouns, meta["spatial_info"], size, near_pixels, compat)
+    return detected_score(found, nouns)
+
+
+def nouns_of(meta: dict) -> list[str]:
+    """What is to be found: the prompt's `nouns`, and whatever else its relations and counts name."""
+    named = [*meta["nouns"], *(item["obj_name"] for item in meta.get("numeracy_info") or [])]
+    named += [meta["spatial_info"][key] for key in ("obj1", "obj2")] if meta.get("spatial_info") else []
+    return list(dict.fromkeys(named))

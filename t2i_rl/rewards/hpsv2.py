@@ -1,0 +1,70 @@
+"""HPS v2.1: how much people would like the picture for its prompt, the cosine of a CLIP ViT-H/14 tuned on preferences."""
+
+import torch
+
+from t2i_rl.errors import UserError
+from t2i_rl.loading import load_model, load_part
+from t2i_rl.rewards.open_clip import load_open_clip
+from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.rollout.buffer import Rollout
+
+
+class HPSv2:
+    """Cosine of image and raw prompt, about 0.2 to 0.35, without CLIP's factor of 100 (HPS v2: arXiv 2306.09341; T2I-R1 section 3.4).
+
+    Args:
+        path: a folder or hub id.
+        file: the published open_clip file in it (`HPS_v2.1_compressed.pt`, read as plain tensors); None: `path` is a transformers CLIPModel.
+        processor: where CLIP's tokenizer and image processor come from; None: from `path`.
+        text_heads, vision_heads: attention heads, which an open_clip file does not tell.
+
+    Raises:
+        UserError: a checkpoint that cannot be loaded.
+    """
+
+    needs_images = True
+    distribution = None
+
+    def __init__(
+        self,
+        path: str,
+        file: str | None = None,
+        processor: str | None = None,
+        text_heads: int = 16,
+        vision_heads: int = 16,
+        batch_size: int = 16,
+        dtype: str = "float32",
+        device: str | None = "auto",
+        revision: str | None = None,
+    ):
+        from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+        if file and not processor:
+            raise UserError("reward.file needs reward.processor: the folder of CLIP's tokenizer and image processor")
+        self.batch_size = batch_size
+        self.tokenizer = load_part(AutoTokenizer, processor or path, None if processor else revision)
+        self.pictures = load_part(AutoImageProcessor, processor or path, None if processor else revision)
+        if file:
+            heads = {"text_heads": text_heads, "vision_heads": vision_heads}
+            self.model = load_open_clip(path, file, dtype=dtype, device=device, revision=revision, **heads)
+        else:
+            self.model = load_model(CLIPModel, path, kind="clip", dtype=dtype, device=device, revision=revision)
+
+    def __call__(self, rollout: Rollout) -> RewardOutput:
+        texts = [prompt.text for prompt in rollout.prompts]
+        parts = [slice(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)]
+        return RewardOutput(torch.cat([self.cosine(rollout.images[part], texts[part]) for part in parts]))
+
+    @torch.no_grad()
+    def cosine(self, images, texts: list[str]) -> torch.Tensor:
+        """Cosines `(B,)`, float64, of `images` uint8 `(B, H, W, 3)` with their texts."""
+        pixels = self.pictures(images=list(images), return_tensors="pt")["pixel_values"]
+        words = self.tokenizer(texts, padding=True, truncation=True, max_length=self._longest(), return_tensors="pt")
+        output = self.model(
+            pixel_values=pixels.to(self.model.device, self.model.dtype), **words.to(self.model.device), return_dict=True
+        )
+        image, text = (x.double().cpu() for x in (output.image_embeds, output.text_embeds))
+        return torch.nn.functional.cosine_similarity(image, text, dim=-1)
+
+    def _longest(self) -> int:
+        return self.model.config.text_config.max_position_embeddings

@@ -1,0 +1,114 @@
+"""open_clip's checkpoints as transformers' CLIPModel: the same weights under other names."""
+
+import pickle
+import re
+from pathlib import Path
+
+import torch
+
+from t2i_rl.errors import UserError
+from t2i_rl.loading import DTYPES, cannot_load, own_gpu
+
+RENAMED = (
+    (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
+    (r"^transformer\.resblocks\.", "text_model.encoder.layers."),
+    (r"^visual\.class_embedding", "vision_model.embeddings.class_embedding"),
+    (r"^visual\.positional_embedding", "vision_model.embeddings.position_embedding.weight"),
+    (r"^visual\.conv1\.", "vision_model.embeddings.patch_embedding."),
+    (r"^visual\.ln_pre\.", "vision_model.pre_layrnorm."),
+    (r"^visual\.ln_post\.", "vision_model.post_layernorm."),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^positional_embedding", "text_model.embeddings.position_embedding.weight"),
+    (r"^token_embedding\.", "text_model.embeddings.token_embedding."),
+    (r"^ln_final\.", "text_model.final_layer_norm."),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"\.ln_1\.", ".layer_norm1."),
+    (r"\.ln_2\.", ".layer_norm2."),
+    (r"\.mlp\.c_fc\.", ".mlp.fc1."),
+    (r"\.mlp\.c_proj\.", ".mlp.fc2."),
+    (r"\.attn\.", ".self_attn."),
+)
+
+
+def convert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """open_clip's names and layouts -> transformers': the joint attention projection is split, projections are transposed."""
+    converted = {}
+    for name, value in state.items():
+        if name == "attn_mask":
+            continue
+        for pattern, replacement in RENAMED:
+            name = re.sub(pattern, replacement, name)
+        if "in_proj_" in name:
+            kind = name.rsplit("_", 1)[1]
+            for part, piece in zip("qkv", value.chunk(3), strict=True):
+                converted[name.replace(f"in_proj_{kind}", f"{part}_proj.{kind}")] = piece.clone()
+        else:
+            converted[name] = value.t().contiguous() if name.endswith("_projection.weight") else value
+    return converted
+
+
+def config_of(state: dict[str, torch.Tensor], text_heads: int, vision_heads: int):
+    """The CLIPConfig that `state`, already converted, fits; sizes are read off the weights."""
+    from transformers import CLIPConfig
+
+    def layers(part: str) -> int:
+        return 1 + max(
+            int(found[1]) for name in state if (found := re.match(rf"{part}\.encoder\.layers\.(\d+)\.", name))
+        )
+
+    words, places = state["text_model.embeddings.token_embedding.weight"], state["text_model.embeddings.position_embedding.weight"]  # fmt: skip
+    patches, squares = state["vision_model.embeddings.patch_embedding.weight"], state["vision_model.embeddings.position_embedding.weight"]  # fmt: skip
+    side = round((len(squares) - 1) ** 0.5) * patches.shape[-1]
+    shared = {"hidden_act": "gelu", "projection_dim": len(state["text_projection.weight"])}
+    text = {
+        "vocab_size": len(words), "max_position_embeddings": len(places), "hidden_size": words.shape[1],
+        "intermediate_size": len(state["text_model.encoder.layers.0.mlp.fc1.weight"]), "num_attention_heads": text_heads,
+        "num_hidden_layers": layers("text_model"), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, **shared,
+    }  # fmt: skip
+    vision = {
+        "hidden_size": len(patches), "patch_size": patches.shape[-1], "image_size": side, "num_hidden_layers": layers("vision_model"),
+        "intermediate_size": len(state["vision_model.encoder.layers.0.mlp.fc1.weight"]), "num_attention_heads": vision_heads, **shared,
+    }  # fmt: skip
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=shared["projection_dim"])
+
+
+def load_open_clip(path: str, file: str, *, text_heads: int, vision_heads: int, dtype: str, device: str | None, revision: str | None):  # fmt: skip
+    """A CLIPModel from an open_clip file (`.pt` or `.safetensors`) in a folder or on the hub. Nothing in it is executed.
+
+    Raises:
+        UserError: the file is missing, broken, holds more than tensors, or is no CLIP.
+    """
+    from transformers import CLIPModel
+
+    if dtype not in DTYPES:
+        raise UserError(f"reward.dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+    state = convert(read_state(path, file, revision))
+    try:
+        model = CLIPModel(config_of(state, text_heads, vision_heads))
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{path}/{file} is no CLIP of open_clip's layout: {str(error).strip().splitlines()[0]}"
+        ) from error
+    device = own_gpu() if device == "auto" else device
+    return model.to(device=device, dtype=getattr(torch, dtype)).eval()
+
+
+def read_state(path: str, file: str, revision: str | None) -> dict[str, torch.Tensor]:
+    """The state dict of a file, by itself or under `state_dict`."""
+    from huggingface_hub import hf_hub_download
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    local = Path(path) / file
+    try:
+        if not local.exists():
+            local = Path(hf_hub_download(path, file, revision=revision))
+        state = load_file(local) if local.suffix == ".safetensors" else torch.load(local, map_location="cpu", weights_only=True)  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise cannot_load(f"{path}/{file}", error) from error
+    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(
+            f"{local} is truncated or broken ({str(error).strip().splitlines()[0]}); fetch it again"
+        ) from error
+    return state.get("state_dict", state)

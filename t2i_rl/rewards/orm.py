@@ -1,0 +1,84 @@
+"""An outcome reward model: a LLaVA-OneVision that was tuned to say whether an image matches its prompt (T2I-R1's ORM)."""
+
+import torch
+
+from t2i_rl.errors import UserError
+from t2i_rl.loading import load_model, load_part
+from t2i_rl.rewards.boxes import COMPATS
+from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.rewards.yes_no import single_token, yes_share
+from t2i_rl.rollout.buffer import Rollout
+
+RELEASED_TEMPERATURE = 0.3
+
+
+class ORM:
+    """P(yes) / (P(yes) + P(no)) of the first token of the answer (T2I-R1 section 3.4; LLaVA-OneVision: arXiv 2408.03326).
+
+    Args:
+        path: a checkpoint of transformers' LlavaOnevisionForConditionalGeneration.
+        question: with `{prompt}` where the raw prompt goes; it must be the one that the checkpoint was tuned on.
+        template: the conversation around it, with `{image}` and `{question}`.
+        compat: `paper` takes the full softmax; `released` takes T2I-R1's, sharpened by its sampling temperature of 0.3. The released
+            scorer also samples its answer and scores 0 when that is neither word; this is its value whenever it is one of them.
+
+    Raises:
+        UserError: an unknown `compat`; wording without its places; a checkpoint that cannot be loaded.
+    """
+
+    needs_images = True
+    distribution = None
+
+    def __init__(
+        self,
+        path: str,
+        question: str,
+        template: str,
+        compat: str = "paper",
+        yes: str = "Yes",
+        no: str = "No",
+        batch_size: int = 4,
+        dtype: str = "bfloat16",
+        device: str | None = "auto",
+        revision: str | None = None,
+    ):
+        from transformers import AutoImageProcessor, AutoTokenizer, LlavaOnevisionForConditionalGeneration
+
+        if compat not in COMPATS:
+            raise UserError(f"reward.compat must be one of {', '.join(COMPATS)}, not {compat!r}")
+        if "{prompt}" not in question or "{image}" not in template or "{question}" not in template:
+            raise UserError("reward.question needs {prompt}, and reward.template needs {image} and {question}")
+        self.question, self.template, self.batch_size = question, template, batch_size
+        self.temperature = RELEASED_TEMPERATURE if compat == "released" else 1.0
+        self.model = load_model(
+            LlavaOnevisionForConditionalGeneration, path, kind="llava_onevision", dtype=dtype, device=device, revision=revision
+        )  # fmt: skip
+        self.tokenizer = load_part(AutoTokenizer, path, revision)
+        self.pictures = load_part(AutoImageProcessor, path, revision)
+        self.answers = [single_token(self.tokenizer, word, path) for word in (yes, no)]
+
+    def __call__(self, rollout: Rollout) -> RewardOutput:
+        questions = [self.question.format(prompt=prompt.text) for prompt in rollout.prompts]
+        parts = [slice(first, first + self.batch_size) for first in range(0, len(questions), self.batch_size)]
+        return RewardOutput(torch.cat([self.ask(rollout.images[part], questions[part]) for part in parts]))
+
+    @torch.no_grad()
+    def ask(self, images, questions: list[str]) -> torch.Tensor:
+        """Share of yes `(B,)`, float64, for a question to each of `images` uint8 `(B, H, W, 3)`."""
+        device, dtype = self.model.device, self.model.dtype
+        pictures = self.pictures(images=list(images), return_tensors="pt").to(device)
+        features = self.model.get_image_features(
+            pictures["pixel_values"].to(dtype), pictures["image_sizes"], return_dict=True
+        ).pooler_output
+        embed, rows = self.model.get_input_embeddings(), []
+        for question, image in zip(questions, features, strict=True):
+            before, after = self.template.format(image="\0", question=question).split("\0")
+            words = [self.tokenizer(text, add_special_tokens=False).input_ids for text in (before, after)]
+            around = [embed(torch.tensor(ids, dtype=torch.long, device=device)) for ids in words]
+            rows.append(torch.cat([around[0], image.to(dtype), around[1]]))
+        width = max(map(len, rows))
+        embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in rows])
+        mask = torch.stack([torch.arange(width, device=device) >= width - len(row) for row in rows]).long()
+        places = (mask.cumsum(-1) - 1).clamp(min=0)
+        logits = self.model(inputs_embeds=embeds, attention_mask=mask, position_ids=places, logits_to_keep=1).logits
+        return yes_share(logits[:, -1], *self.answers, self.temperature)

@@ -1,0 +1,52 @@
+"""Several rewards as one: T2I-R1's ensemble."""
+
+import torch
+
+from t2i_rl.errors import UserError
+from t2i_rl.rewards.output import RewardOutput, checked
+from t2i_rl.rollout.buffer import Rollout
+
+NORMALIZATIONS = ("none", "group")
+
+
+class WeightedSum:
+    """`sum of weight * part` (T2I-R1 section 3.4: all weights 1; its average and its sum are the same after group normalisation).
+
+    Args:
+        parts: rewards by name.
+        weights: by name; a part of weight 0 is still computed and logged.
+        normalize: `none`; or `group`: each part is centred and divided by its standard deviation within a prompt's group first, so that
+            one whose range is narrow (HPS varies ten times less than the others) is heard as much as the rest.
+
+    Raises:
+        UserError: weights and parts name different things, or an unknown normalisation.
+    """
+
+    def __init__(self, parts: dict, weights: dict[str, float], normalize: str = "none", eps: float = 1e-6):
+        parts = {name: part for name, part in parts.items() if part is not None}
+        weights = {name: weight for name, weight in weights.items() if weight is not None}
+        if set(parts) != set(weights) or not parts:
+            raise UserError(f"reward.weights names {sorted(weights)}, reward.parts {sorted(parts)}: give a weight for each part, and no other")  # fmt: skip
+        if normalize not in NORMALIZATIONS:
+            raise UserError(f"reward.normalize must be one of {', '.join(NORMALIZATIONS)}, not {normalize!r}")
+        wanted = {part.distribution for part in parts.values()} - {None}
+        if len(wanted) > 1:
+            raise UserError(f"reward.parts read different distributions ({', '.join(sorted(wanted))}): one run has one")
+        self.parts, self.weights, self.normalize, self.eps = parts, dict(weights), normalize, eps
+        self.distribution = wanted.pop() if wanted else None
+        self.needs_images = any(part.needs_images for part in parts.values())
+        sizes = [set(part.image_sizes) for part in parts.values() if getattr(part, "image_sizes", None)]
+        self.image_sizes = sorted(set.intersection(*sizes)) if sizes else None
+        self.needs_plans = any(getattr(part, "needs_plans", False) for part in parts.values())
+        self.needs_meta = tuple(dict.fromkeys(key for part in parts.values() for key in getattr(part, "needs_meta", ())))  # fmt: skip
+
+    def __call__(self, rollout: Rollout) -> RewardOutput:
+        totals = {name: checked(part(rollout), len(rollout), name).total.double().cpu() for name, part in self.parts.items()}  # fmt: skip
+        summed = torch.zeros(len(rollout), dtype=torch.float64)
+        for name, total in totals.items():
+            summed += self.weights[name] * (self._by_group(total, rollout.group_size) if self.normalize == "group" else total)  # fmt: skip
+        return RewardOutput(summed, totals)
+
+    def _by_group(self, values: torch.Tensor, group_size: int) -> torch.Tensor:
+        groups = values.view(-1, group_size)
+        return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + self.eps)).flatten()

@@ -1,0 +1,29 @@
+"""Reading a yes or a no off a next-token distribution."""
+
+import torch
+
+from t2i_rl.errors import UserError
+
+
+def single_token(tokenizer, word: str, path: str) -> int:
+    """The id of a word that is one token.
+
+    Raises:
+        UserError: it is not.
+    """
+    ids = tokenizer(word, add_special_tokens=False).input_ids
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        raise UserError(f"the tokenizer of {path} has no single token for {word!r}: it cannot answer yes or no")
+    return ids[0]
+
+
+def yes_share(logits: torch.Tensor, yes: int, no: int, temperature: float = 1.0) -> torch.Tensor:
+    """P(yes) / (P(yes) + P(no)) `(B,)` in float64 of next-token logits `(B, V)`: a logistic of their difference, so never 0 / 0.
+
+    Raises:
+        ValueError: logits that are not numbers.
+    """
+    chosen = logits[:, [yes, no]].double().cpu()
+    if not torch.isfinite(chosen).all():
+        raise ValueError("the judge's logits for yes and no are not finite")
+    return ((chosen[:, 0] - chosen[:, 1]) / temperature).sigmoid()
