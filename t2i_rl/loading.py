@@ -85,6 +85,8 @@ def load_part(auto_class, path: str, revision: str | None = None, **settings):
 
 def cannot_load(path: str, error: Exception) -> UserError:
     """The error of a library in one line, with the fix."""
+    if str(path).startswith(("/", ".", "~")) and not Path(path).exists():
+        return UserError(f"cannot load {path}: there is no such folder")
     first = str(error).strip().splitlines()[0]
     if "gated" in str(error).lower() or "401" in str(error):
         fix = "ask for access on its page, then set HF_TOKEN"

@@ -4,7 +4,52 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "a an the of to is on and red green blue left right yes no Yes No ? . , : car dog cat bench zebra teddy bear traffic light cup photo image prompt user assistant circle square cross three two computer mouse pad".split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "to",
+    "is",
+    "on",
+    "and",
+    "red",
+    "green",
+    "blue",
+    "left",
+    "right",
+    "yes",
+    "no",
+    "Yes",
+    "No",
+    "?",
+    ".",
+    ",",
+    ":",
+    "car",
+    "dog",
+    "cat",
+    "bench",
+    "zebra",
+    "teddy",
+    "bear",
+    "traffic",
+    "light",
+    "cup",
+    "photo",
+    "image",
+    "prompt",
+    "user",
+    "assistant",
+    "circle",
+    "square",
+    "cross",
+    "three",
+    "two",
+    "computer",
+    "mouse",
+    "pad",
+]
 
 
 def tokenizer(special: dict[str, str], extra: tuple[str, ...] = (), post: str | None = None) -> PreTrainedTokenizerFast:
@@ -83,7 +128,7 @@ def save_small_gdino(folder) -> str:
     model = GroundingDinoForObjectDetection(config)
     spread(model, 1.0).save_pretrained(folder)
     words.save_pretrained(folder)
-    GroundingDinoImageProcessorPil(size={"shortest_edge": 64, "longest_edge": 96}).save_pretrained(folder)
+    GroundingDinoImageProcessorPil(size={"shortest_edge": 128, "longest_edge": 160}).save_pretrained(folder)
     return str(folder)
 
 

@@ -45,8 +45,8 @@ class HPSv2:
         self.tokenizer = load_part(AutoTokenizer, processor or path, None if processor else revision)
         self.pictures = load_part(AutoImageProcessor, processor or path, None if processor else revision)
         if file:
-            heads = {"text_heads": text_heads, "vision_heads": vision_heads}
-            self.model = load_open_clip(path, file, dtype=dtype, device=device, revision=revision, **heads)
+            layout = {"text_heads": text_heads, "vision_heads": vision_heads, "eos": self.tokenizer.eos_token_id}
+            self.model = load_open_clip(path, file, dtype=dtype, device=device, revision=revision, **layout)
         else:
             self.model = load_model(CLIPModel, path, kind="clip", dtype=dtype, device=device, revision=revision)
 

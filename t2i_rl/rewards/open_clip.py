@@ -47,8 +47,8 @@ def convert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return converted
 
 
-def config_of(state: dict[str, torch.Tensor], text_heads: int, vision_heads: int):
-    """The CLIPConfig that `state`, already converted, fits; sizes are read off the weights."""
+def config_of(state: dict[str, torch.Tensor], text_heads: int, vision_heads: int, eos: int):
+    """The CLIPConfig that `state`, already converted, fits; sizes are read off the weights. A text's state is that of its token `eos`."""
     from transformers import CLIPConfig
 
     def layers(part: str) -> int:
@@ -63,7 +63,7 @@ def config_of(state: dict[str, torch.Tensor], text_heads: int, vision_heads: int
     text = {
         "vocab_size": len(words), "max_position_embeddings": len(places), "hidden_size": words.shape[1],
         "intermediate_size": len(state["text_model.encoder.layers.0.mlp.fc1.weight"]), "num_attention_heads": text_heads,
-        "num_hidden_layers": layers("text_model"), "bos_token_id": len(words) - 2, "eos_token_id": len(words) - 1, **shared,
+        "num_hidden_layers": layers("text_model"), "eos_token_id": eos, **shared,
     }  # fmt: skip
     vision = {
         "hidden_size": len(patches), "patch_size": patches.shape[-1], "image_size": side, "num_hidden_layers": layers("vision_model"),
@@ -72,7 +72,7 @@ def config_of(state: dict[str, torch.Tensor], text_heads: int, vision_heads: int
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=shared["projection_dim"])
 
 
-def load_open_clip(path: str, file: str, *, text_heads: int, vision_heads: int, dtype: str, device: str | None, revision: str | None):  # fmt: skip
+def load_open_clip(path: str, file: str, *, text_heads: int, vision_heads: int, eos: int, dtype: str, device: str | None, revision: str | None):  # fmt: skip
     """A CLIPModel from an open_clip file (`.pt` or `.safetensors`) in a folder or on the hub. Nothing in it is executed.
 
     Raises:
@@ -84,7 +84,7 @@ def load_open_clip(path: str, file: str, *, text_heads: int, vision_heads: int, 
         raise UserError(f"reward.dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     state = convert(read_state(path, file, revision))
     try:
-        model = CLIPModel(config_of(state, text_heads, vision_heads))
+        model = CLIPModel(config_of(state, text_heads, vision_heads, eos))
         model.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(

@@ -1,0 +1,42 @@
+"""Words for made prompts: everyday objects (the 80 of COCO, GenEval's, and more), colours, textures, shapes; articles and plurals."""
+
+OBJECTS = (
+    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light", "fire hydrant",
+    "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe",
+    "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "ski", "snowboard", "sports ball", "kite", "baseball bat",
+    "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork", "knife", "spoon", "bowl",
+    "banana", "apple", "sandwich", "orange", "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch",
+    "potted plant", "bed", "dining table", "toilet", "tv", "laptop", "computer mouse", "remote", "keyboard", "cell phone",
+    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors", "teddy bear", "hair drier",
+    "toothbrush",
+)  # fmt: skip
+MORE_OBJECTS = (
+    "lamp", "candle", "mirror", "pillow", "basket", "bucket", "ladder", "hammer", "guitar", "violin", "drum", "camera", "helmet",
+    "glove", "sock", "hat", "scarf", "shirt", "jacket", "shoe", "necklace", "watch", "coin", "envelope", "globe", "telescope",
+    "teapot", "mug", "plate", "jar", "desk", "stool", "shelf", "rug", "door", "fence", "statue", "fountain", "leaf", "mushroom",
+)  # fmt: skip
+COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white", "gray")
+TEXTURES = ("metallic", "wooden", "glass", "plastic", "leather", "rubber", "fluffy", "woollen", "paper", "stone")
+SHAPES = ("round", "square", "oval", "triangular", "rectangular", "conical", "spherical", "cubic", "cylindrical", "star-shaped")  # fmt: skip
+NUMBERS = {2: "two", 3: "three", 4: "four"}
+
+_PLURALS = {
+    "person": "people", "sheep": "sheep", "knife": "knives", "broccoli": "broccoli", "scissors": "scissors", "shelf": "shelves",
+    "leaf": "leaves", "computer mouse": "computer mice", "bus": "buses", "tv": "tvs",
+}  # fmt: skip
+
+
+def with_article(words: str) -> str:
+    """`a car`, `an orange`, and `scissors` as they are."""
+    if words.split()[-1] == "scissors":
+        return words
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+
+
+def plural(noun: str) -> str:
+    """More than one of it."""
+    if noun in _PLURALS:
+        return _PLURALS[noun]
+    if noun.endswith(("s", "sh", "ch", "x", "z")):
+        return noun + "es"
+    return noun[:-1] + "ies" if noun.endswith("y") and noun[-2] not in "aeiou" else noun + "s"

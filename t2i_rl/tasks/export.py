@@ -1,0 +1,76 @@
+"""`task=export`: what was trained as a folder that transformers loads: the whole model, or its adapter alone."""
+
+import shutil
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from peft import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from rich.console import Console
+from safetensors.torch import save_file
+
+from t2i_rl.errors import UserError
+from t2i_rl.rollout.weights import merged_weight
+from t2i_rl.tasks.evaluate import load_trained
+
+
+def run(cfg) -> dict:
+    """Write `cfg.model`, with the weights of `cfg.ckpt_path` if given, into `cfg.task.out`; LoRA is merged unless `cfg.task.adapter`.
+
+    Raises:
+        UserError: the folder is there already, or there is no adapter to write.
+    """
+    out = Path(cfg.task.out or Path(cfg.paths.output_dir) / "export")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"task.out={out} is there already and not empty: name another folder")
+    if cfg.task.adapter and not (cfg.ckpt_path and cfg.method.lora):
+        raise UserError(
+            "task.adapter=true writes what LoRA has learnt: give ckpt_path=<checkpoint> and its method.lora"
+        )
+    janus = instantiate(cfg.model)
+    if cfg.ckpt_path:
+        load_trained(cfg, janus)
+    half_done = out.with_name(f"{out.name}.part")
+    shutil.rmtree(half_done, ignore_errors=True)
+    if cfg.task.adapter:
+        write_adapter(janus.model, half_done, base=janus.path)
+    else:
+        write_model(janus, half_done)
+    if out.exists():
+        out.rmdir()
+    half_done.rename(out)
+    kind = "LoRA adapter" if cfg.task.adapter else "model"
+    Console().print(f"{kind} in {out}", soft_wrap=True)
+    return {"folder": str(out)}
+
+
+def write_model(janus, folder: Path) -> None:
+    """Weights, with adapters merged as rollouts merge them, generation settings and processor."""
+    from transformers import AutoProcessor
+
+    merge_adapters(janus.model)
+    janus.model.save_pretrained(folder)
+    AutoProcessor.from_pretrained(janus.path, revision=janus.revision).save_pretrained(folder)
+
+
+@torch.no_grad()
+def merge_adapters(model: torch.nn.Module) -> None:
+    """Put plain linear layers in the place of those with adapters; adapters are added in float32 and rounded once."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            plain = module.get_base_layer()
+            plain.weight.copy_(merged_weight(module))
+            model.set_submodule(name, plain)
+    model.__dict__.pop("peft_config", None)
+
+
+def write_adapter(model: torch.nn.Module, folder: Path, base: str) -> None:
+    """In peft's format: `PeftModel.from_pretrained(model, folder)` puts it on the model that `base` names."""
+    folder.mkdir(parents=True)
+    config = model.peft_config["default"]
+    config.base_model_name_or_path, config.inference_mode = base, True
+    config.save_pretrained(folder)
+    state = get_peft_model_state_dict(model)
+    state = {f"base_model.model.{name}": value.contiguous() for name, value in state.items()}
+    save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
