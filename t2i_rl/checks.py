@@ -151,7 +151,14 @@ def _check_method(cfg: DictConfig) -> None:
             f"{method.__name__} trains {' and '.join(sorted(method.trains))} models, not {model.family} ones; "
             f"take one of model={', '.join(models_of(method.trains))}"
         )
-    method.check(instantiate({key: value for key, value in cfg.method.items() if key != "_target_"}))
+    options = OmegaConf.to_container(cfg.method, resolve=True)
+    method.check(instantiate({key: value for key, value in options.items() if key != "_target_"}))
+    half = cfg.model.get("dtype") in ("bfloat16", "float16")
+    if half and "lora" in options and options["lora"] is None:
+        raise UserError(
+            f"model.dtype={cfg.model.dtype} rounds small updates away: set model.dtype=float32 with trainer.precision=bf16-mixed and "
+            "model.rollout.dtype=bfloat16, or train adapters (method=iris_lora)"
+        )
 
 
 def models_of(families: frozenset[str]) -> list[str]:

@@ -14,6 +14,14 @@ from t2i_rl.cli import CONF, one_line
 from t2i_rl.manual import GROUPS, summary
 
 FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
+GIVEN = {  # what has no default
+    "data/prompts": ["data.path=prompts.jsonl"],
+    "data/t2i_r1": ["data.path=prompts.jsonl"],
+    "reward/orm": ["reward.path=orm"],
+    "reward/t2i_r1": ["reward.parts.orm.path=orm"],
+    "experiment/t2i_r1_janus_pro_7b": ["data.path=prompts.jsonl", "reward.parts.orm.path=orm"],
+    "model/janus": ["path=somewhere"],
+}
 NEEDS_AN_EXTRA = {"hparams_search/iris_optuna"}
 
 
@@ -44,12 +52,8 @@ def test_a_config_composes_resolves_and_names_what_exists(path):
     name = f"{path.parent.name}/{path.stem}"
     if name in NEEDS_AN_EXTRA:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    extra = (
-        ["data.path=prompts.jsonl"]
-        if "prompts" in path.read_text()
-        and "data" in name + path.read_text()
-        and ("data/prompts" in name or "override /data: prompts" in path.read_text())
-        else []
+    extra = GIVEN.get(
+        name, ["data.path=prompts.jsonl"] if "janus_pro" in path.read_text() and name.startswith("experiment") else []
     )
     config = composed(f"{path.parent.name}={path.stem}", *extra)
     own = {key: value for key, value in config.items() if key != "hydra"}

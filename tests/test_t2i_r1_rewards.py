@@ -305,7 +305,7 @@ def test_yes_share_needs_numbers_and_survives_extremes():
         (load_gdino, "gdino", {"compat": "mine"}, "paper, released"),
         (load_orm, "orm", {"compat": "mine"}, "paper, released"),
         (load_orm, "orm", {"question": "does it match?"}, "{prompt}"),
-        (load_orm, "orm", {"yes": "affirmative answer"}, "no single token"),
+        (load_orm, "orm", {"yes_word": "affirmative answer"}, "no single token"),
         (load_hps, "hps", {"file": "x.pt"}, "reward.processor"),
         (load_git, "git", {"dtype": "float99"}, "dtype"),
     ],

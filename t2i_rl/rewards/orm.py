@@ -35,8 +35,8 @@ class ORM:
         question: str,
         template: str,
         compat: str = "paper",
-        yes: str = "Yes",
-        no: str = "No",
+        yes_word: str = "Yes",
+        no_word: str = "No",
         batch_size: int = 4,
         dtype: str = "bfloat16",
         device: str | None = "auto",
@@ -55,7 +55,7 @@ class ORM:
         )  # fmt: skip
         self.tokenizer = load_part(AutoTokenizer, path, revision)
         self.pictures = load_part(AutoImageProcessor, path, revision)
-        self.answers = [single_token(self.tokenizer, word, path) for word in (yes, no)]
+        self.answers = [single_token(self.tokenizer, word, path) for word in (yes_word, no_word)]
 
     def __call__(self, rollout: Rollout) -> RewardOutput:
         questions = [self.question.format(prompt=prompt.text) for prompt in rollout.prompts]

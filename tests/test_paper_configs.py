@@ -1,0 +1,117 @@
+"""The papers' configs: they hold the papers' numbers, and everything but the weights comes up; then whole runs, small, through the same configs."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from t2i_rl import loading
+from t2i_rl.checks import _check_method, _check_types
+from t2i_rl.data.make_prompts import make_prompts
+from tests.small_rewards import save_small_gdino, save_small_git, save_small_hps, save_small_orm
+from tests.test_configs import composed
+from tests.tiny import save_tiny_janus
+
+ROOT = Path(__file__).parents[1]
+ABLATIONS = ("iris_image_only", "iris_text_only", "iris_max_sc", "iris_entropy", "iris_no_plan")
+PAPERS = ("iris_janus_pro_1b", "iris_janus_pro_7b", "t2i_r1_janus_pro_7b", *ABLATIONS)
+IRIS = {
+    "method.group_size": 8, "data.batch_size": 8, "trainer.max_steps": 800, "method.optimizer.lr": 1e-6, "method.kl_coef": 0.01,
+    "model.guidance_scale": 5.0, "model.temperature": 1.0, "method.updates_per_rollout": 1, "method.loss_reduction": "sequence",
+    "method.max_grad_norm": 1.0, "method.logprob": "conditional", "method.lora": None, "model.dtype": "float32",
+    "trainer.precision": "bf16-mixed", "reward._target_": "t2i_rl.rewards.self_certainty.SelfCertainty", "reward.image_sign": -1,
+}  # fmt: skip
+DIFFERENT = {
+    "iris_janus_pro_1b": {"model.path": "deepseek-community/Janus-Pro-1B", "reward.text_sign": -1, "method.plan": True},
+    "iris_janus_pro_7b": {"model.path": "deepseek-community/Janus-Pro-7B", "trainer.strategy._target_": "t2i_rl.fsdp.FSDP2"},
+    "t2i_r1_janus_pro_7b": {
+        "data.batch_size": 16, "trainer.max_steps": 1600, "method.loss_reduction": "token", "reward.image_sign": None,
+        "reward._target_": "t2i_rl.rewards.weighted_sum.WeightedSum", "reward.weights": {"hpsv2": 1.0, "gdino": 1.0, "git_vqa": 1.0, "orm": 1.0},
+        "reward.parts.gdino.box_threshold": 0.3, "callbacks.checkpoint.keep_every_n_steps": 400,
+    },
+    "iris_image_only": {"reward.text_sign": 0, "method.text_loss_weight": 0.0, "method.plan": True},
+    "iris_text_only": {"reward.image_sign": 0, "method.image_loss_weight": 0.0},
+    "iris_max_sc": {"reward.text_sign": 1, "reward.image_sign": 1},
+    "iris_entropy": {"reward.divergence": "backward"},
+    "iris_no_plan": {"method.plan": False, "reward.text_sign": 0},
+}  # fmt: skip
+
+
+def annotated(folder: Path) -> Path:
+    file = folder / "prompts.jsonl"
+    rows = make_prompts(["two_object", "counting", "position", "color_attr"], 4, seed=0)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_numbers_are_the_papers_and_all_but_the_weights_comes_up(name, tmp_path, monkeypatch):
+    orm = ["reward.parts.orm.path=orm"] if name.startswith("t2i_r1") else []
+    cfg = composed(f"experiment={name}", f"data.path={annotated(tmp_path)}", "trainer.accelerator=cpu", "trainer.devices=1", *orm)  # fmt: skip
+    for key, value in {**IRIS, **DIFFERENT[name]}.items():
+        assert OmegaConf.select(cfg, key) == value, key
+    cfg.paths.output_dir = str(tmp_path)
+    for group in ("method", "model", "reward", "data"):
+        _check_types(cfg[group], group)
+    monkeypatch.setattr(loading, "load_model", lambda *args, **kw: None)
+    for module in ("gdino", "git_vqa", "orm", "hpsv2"):
+        monkeypatch.setattr(f"t2i_rl.rewards.{module}.load_part", lambda *args, **kw: None)
+        if module == "hpsv2":
+            monkeypatch.setattr("t2i_rl.rewards.hpsv2.load_open_clip", lambda *args, **kw: None)
+        else:
+            monkeypatch.setattr(f"t2i_rl.rewards.{module}.load_model", lambda *args, **kw: None)
+    for module in ("git_vqa", "orm"):
+        monkeypatch.setattr(f"t2i_rl.rewards.{module}.single_token", lambda *args: 0)
+    monkeypatch.setattr("t2i_rl.rewards.hpsv2.load_part", lambda *args, **kw: type("T", (), {"eos_token_id": 1}))
+    reward, data = instantiate(cfg.reward), instantiate(cfg.data)
+    assert callable(reward) and len(data.prompts) == 16
+    _check_method(cfg)
+    trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()), logger=False)
+    assert isinstance(trainer, L.Trainer) and trainer.max_steps == cfg.trainer.max_steps
+    instantiate(cfg.model.rollout)
+
+
+def run(folder: Path, *arguments: str) -> list[dict]:
+    """Two steps on a CPU; only paths and sizes differ from the full-size run."""
+    sizes = [
+        f"hydra.run.dir={folder}", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.strategy=auto", "trainer.max_steps=2", "data.batch_size=2",
+        "method.group_size=2", "model.max_plan_tokens=12", "method.scheduler.total_iters=1000", "method.optimizer.lr=1e-4",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "run.py", *arguments, *sizes]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return list(csv.DictReader((folder / "metrics.csv").open()))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> str:
+    return save_tiny_janus(tmp_path_factory.mktemp("janus"))
+
+
+def test_a_whole_iris_run(tmp_path, checkpoint):
+    rows = run(tmp_path / "run", "experiment=iris_janus_pro_1b", f"model.path={checkpoint}", f"data.path={annotated(tmp_path)}")  # fmt: skip
+    assert len(rows) == 2 and all(float(row["train/grad_norm"]) > 0 for row in rows)
+    assert abs(float(rows[0]["train/kl"])) < 1e-6 < float(rows[1]["train/kl"])
+    assert float(rows[0]["reward/total"]) < 0 and (tmp_path / "run" / "report.html").exists()
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) >= 1
+
+
+def test_a_whole_t2i_r1_run(tmp_path, checkpoint):
+    savers = {"hpsv2": save_small_hps, "gdino": save_small_gdino, "git_vqa": save_small_git, "orm": save_small_orm}
+    paths = [f"reward.parts.{name}.path={save(tmp_path / name)}" for name, save in savers.items()]
+    plain = ["reward.parts.hpsv2.file=null", "reward.parts.hpsv2.processor=null"]
+    rows = run(
+        tmp_path / "run", "experiment=t2i_r1_janus_pro_7b", f"model.path={checkpoint}", f"data.path={annotated(tmp_path)}", *paths, *plain,
+    )  # fmt: skip
+    for row in rows:
+        parts = [float(row[f"reward/{name}"]) for name in savers]
+        assert float(row["reward/total"]) == pytest.approx(sum(parts), abs=1e-5)
+        assert float(row["train/grad_norm"]) > 0 and float(row["time/reward"]) > 0
