@@ -75,8 +75,8 @@ def check(cfg: DictConfig) -> None:
 def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: dict[str, object]) -> None:
     """Everything that needs the benchmark, the training prompts and the rewards, but not the model's weights.
 
-    A reward or benchmark may name `image_sizes` (pixels that it reads); a reward also `needs_plans` and `needs_meta` (keys of a
-    prompt's metadata). What is not named is not needed.
+    A reward or benchmark may name `image_sizes` (pixels that it reads); a reward also `needs_plans`, `needs_meta` (keys of a
+    prompt's metadata) and `refuses(prompt)` (why it cannot judge that prompt, or None). What is not named is not needed.
 
     Raises:
         UserError: one line that names the part, what it needs, and what to change.
@@ -99,13 +99,16 @@ def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: 
     for name, reward in rewards.items():
         if getattr(reward, "needs_plans", False) and not cfg.method.plan:
             raise UserError(f"{name} ({type(reward).__name__}) needs plans: set method.plan=true")
+        fix = "take another reward" if name == "reward" else f"remove it (~{name})"
         for key in getattr(reward, "needs_meta", ()):
             lacking = next((prompt for prompt in prompts if key not in prompt.meta), None)
             if lacking:
-                fix = "take another reward" if name == "reward" else f"remove it (~{name})"
                 raise UserError(
                     f"{name} ({type(reward).__name__}) judges by each prompt's {key!r}, which {lacking.text!r} lacks: {fix}, or take data=shapes"
                 )
+        for prompt in prompts if hasattr(reward, "refuses") else ():
+            if why := reward.refuses(prompt):
+                raise UserError(f"{name} ({type(reward).__name__}) cannot judge {prompt.text!r}: {why}; {fix}")
 
 
 def _check_classes(cfg: DictConfig) -> None:

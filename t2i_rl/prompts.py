@@ -34,7 +34,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not path.is_file():
         raise UserError(f"prompt file {path} does not exist")
     prompts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(text_of(path).split("\n"), start=1):
         if not line.strip():
             continue
         if not line.lstrip().startswith("{"):
@@ -51,6 +51,18 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise UserError(f"prompt file {path} holds no prompt")
     return prompts
+
+
+def text_of(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text ({error})") from error
 
 
 def sha256_of(path: Path) -> str:

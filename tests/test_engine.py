@@ -181,7 +181,7 @@ def test_the_cache_is_exactly_as_long_as_needed(janus):
     keys, values = session.own[0]
     assert keys.shape == (6, 2, 32, ids.shape[1] + 64) and values.shape == (6, 2, ids.shape[1] + 64, 32)
     held = sum(part.nbytes for pair in session.own.layers for part in pair)
-    assert held == session.own._memory.nbytes
+    assert held == session.own._memory.nbytes == session.cache_bytes() == janus.engine.held_bytes(ImageEmitter)
     assert held == 6 * janus.engine.cache_bytes(ids.shape[1] + 64)
 
 
@@ -196,6 +196,15 @@ def test_new_weights_are_read_where_the_old_ones_lay(janus):
     assert [tensor.data_ptr() for tensor in janus.engine.weights.tensors()] == places
     fresh = Engine().load(janus.model)
     assert all(torch.equal(a, b) for a, b in zip(fresh.weights.tensors(), janus.engine.weights.tensors(), strict=True))
+
+
+def test_a_rollout_keeps_its_memory_only_if_it_may(folder):
+    for keep in (True, False):
+        janus = load_tiny_janus(folder, rollout=EngineOptions(keep=keep))
+        first = draw(janus)[1].tokens
+        janus.engine.rollout_done()
+        assert (janus.engine.weights is not None) == keep and bool(janus.engine.held_bytes(ImageEmitter)) == keep
+        assert torch.equal(draw(janus)[1].tokens, first)
 
 
 def test_adapters_are_merged_for_drawing(folder):
@@ -223,6 +232,7 @@ def test_every_linear_of_a_step_is_counted_once(janus):
 def test_rows_are_counted_from_free_memory_and_none_is_one_line(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     assert memory.rows_that_fit(100, torch.device("cpu"), "drawing") == 8
+    assert memory.rows_that_fit(100, torch.device("cpu"), "drawing", held=1000) == 16
     with pytest.raises(UserError, match="GiB") as error:
         memory.rows_that_fit(900, torch.device("cpu"), "drawing an image")
     assert "\n" not in str(error.value)

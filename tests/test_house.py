@@ -88,8 +88,11 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         (["model=janus", "path=./nowhere"], "no such folder"),
         (["reward=gdino", "reward.path=./nowhere"], "no such folder"),
         (["reward=orm"], "reward.path"),
-        (["task=make_prompts", "task.per_kind=0"], "task.per_kind"),
-        (["task=make_prompts", "task.kinds=[sizes]"], "choose from"),
+        (["task=make_prompts", "task.counts.counting=-1"], "task.counts.counting"),
+        (["task=make_prompts", "+task.counts.sizes=3"], "choose from"),
+        (["task=make_prompts", "task.out=plain.txt"], "there already"),
+        (["data=t2i_r1", "data.path=annotated.jsonl", "data.batch_size=1", "reward=random"], "no shape of this world"),
+        (["data=t2i_r1", "data.path=plain.txt", "data.batch_size=1", "reward=random"], "plain.txt:1"),
         (["task=export", "task.adapter=true"], "ckpt_path"),
         (["benchmark.split=val"], "validation"),
         (["task=generate", "prompt=a red circle", "num_images=0"], "num_images"),
@@ -106,6 +109,8 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 )
 def test_refusals_are_exactly_one_line_before_any_weight_loads(tmp_path, monkeypatch, capfd, arguments, named):
     (tmp_path / "plain.txt").write_text("a red circle\n")
+    row = '{"prompt": "a car", "task_type": "object", "nouns": ["car"], "include": [{"class": "car", "count": 1}]}'
+    (tmp_path / "annotated.jsonl").write_text(row + "\n")
     monkeypatch.setattr("t2i_rl.models.janus.load_pretrained", None)
     assert call(monkeypatch, tmp_path, *arguments) == 2
     lines = capfd.readouterr().err.splitlines()

@@ -46,7 +46,7 @@ DIFFERENT = {
 
 def annotated(folder: Path) -> Path:
     file = folder / "prompts.jsonl"
-    rows = make_prompts(["two_object", "counting", "position", "color_attr"], 4, seed=0)
+    rows = make_prompts(dict.fromkeys(["two_object", "counting", "position", "color_attr"], 4), seed=0)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
 

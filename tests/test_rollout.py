@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from t2i_rl.errors import UserError
+from t2i_rl.loading import cannot_load
 from t2i_rl.models.janus import Chat, Janus
 from t2i_rl.rollout.decode import decode_image, decode_text
 from t2i_rl.rollout.rows import unconditional
@@ -229,3 +230,26 @@ def test_a_bad_checkpoint_gets_one_clear_line(tmp_path, damage):
     with pytest.raises(UserError) as error:
         Janus(str(folder), CHAT)
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_weights_go_straight_to_their_dtype_and_device(janus, tmp_path):
+    folder = save_tiny_janus(tmp_path)
+    for device, dtype in (("cpu", "bfloat16"), ("auto", "float32")):
+        loaded = load_tiny_janus(folder, device=device, dtype=dtype)
+        kinds = {(str(p.device.type), p.dtype) for p in loaded.model.parameters()}
+        assert kinds == {("cuda" if device == "auto" and torch.cuda.is_available() else "cpu", getattr(torch, dtype))}
+    if not torch.cuda.is_available():
+        assert loaded.generate(TEXTS, SEEDS).plans == janus.generate(TEXTS, SEEDS).plans
+
+
+@pytest.mark.parametrize(
+    ("path", "message", "fix"),
+    [
+        ("some/model", "You are trying to access a gated repo.\nMake sure to have access", "HF_TOKEN"),
+        ("some/model", "We couldn't connect to the hub\nand more", "hf download some/model"),
+        ("./nowhere", "anything", "no such folder"),
+    ],
+)
+def test_what_cannot_be_loaded_names_the_fix(path, message, fix):
+    text = str(cannot_load(path, OSError(message)))
+    assert fix in text and path in text and "\n" not in text

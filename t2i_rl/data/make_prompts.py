@@ -6,6 +6,7 @@ Wording: GenEval (arXiv 2310.11513) for `a photo of ...`, T2I-CompBench (arXiv 2
 import random
 from collections.abc import Callable
 
+from t2i_rl.data.t2i_r1 import plain
 from t2i_rl.data.words import COLORS, MORE_OBJECTS, NUMBERS, OBJECTS, SHAPES, TEXTURES, plural, with_article
 from t2i_rl.errors import UserError
 from t2i_rl.seeding import derive_seed
@@ -14,7 +15,7 @@ EVERYTHING = (*OBJECTS, *MORE_OBJECTS)
 SIDES = ("left of", "right of", "above", "below")
 COUNTABLE = tuple(noun for noun in EVERYTHING if plural(noun) != noun)
 COLORABLE = tuple(noun for noun in EVERYTHING if noun not in ("person", "orange"))
-TRIES = 200  # draws without a new prompt before a kind counts as used up
+TRIES = 5000  # draws without a new prompt before a kind counts as used up
 
 
 def _one(draw: random.Random) -> dict:
@@ -100,29 +101,45 @@ KINDS: dict[str, Callable[[random.Random], dict]] = {
 }
 
 
-def make_prompts(kinds: list[str], per_kind: int, seed: int, barred: frozenset[str] = frozenset()) -> list[dict]:
-    """`per_kind` rows of each kind, all different, none in `barred`; a function of the arguments alone. `tag` names a row's kind.
+def meaning(row: dict) -> tuple:
+    """What a row asks for, however it is worded: objects with counts and colours, and which is left of or above which. Its text where
+    `include` does not say."""
+    clauses = row.get("include")
+    if not clauses or "attr_nouns" in row and not any("color" in clause for clause in clauses):
+        return ("text", plain(row["prompt"]))
+    things = sorted((clause["class"], clause.get("count", 1), clause.get("color", "")) for clause in clauses)
+    relations = []
+    for clause in clauses:
+        if "position" in clause:
+            side, other = clause["position"]
+            pair = (clause["class"], clauses[other]["class"])
+            opposite = {"right of": "left of", "below": "above"}.get(side)
+            relations.append((opposite, *pair[::-1]) if opposite else (side, *pair))
+    return ("scene", tuple(things), tuple(sorted(relations)))
+
+
+def make_prompts(counts: dict[str, int], seed: int, barred: list[dict] | None = None) -> list[dict]:
+    """So many rows of each kind, all different in meaning from each other and from the `barred` rows; a function of the arguments alone.
+    `tag` names a row's kind.
 
     Raises:
-        UserError: an unknown kind, or one that has fewer prompts than asked for.
+        UserError: an unknown kind, a number that is none, or more than a kind has.
     """
-    if type(per_kind) is not int or per_kind < 1:
-        raise UserError(f"task.per_kind must be a whole number of 1 or more, not {per_kind!r}")
-    rows = []
-    for kind in kinds:
+    rows, taken = [], {meaning(row) for row in barred or []} | {("text", plain(row["prompt"])) for row in barred or []}
+    for kind, wanted in counts.items():
         if kind not in KINDS:
-            raise UserError(f"task.kinds holds {kind!r}; choose from {', '.join(KINDS)}")
-        draw, seen, failed = random.Random(derive_seed(seed, "prompts", kind)), set(), 0
-        while len(seen) < per_kind:
+            raise UserError(f"task.counts holds {kind!r}; choose from {', '.join(KINDS)}")
+        if type(wanted) is not int or wanted < 0:
+            raise UserError(f"task.counts.{kind} must be a whole number of 0 or more, not {wanted!r}")
+        draw, made, failed = random.Random(derive_seed(seed, "prompts", kind)), 0, 0
+        while made < wanted:
             row = KINDS[kind](draw)
-            if row["prompt"] in seen or row["prompt"] in barred:
+            if {meaning(row), ("text", plain(row["prompt"]))} & taken:
                 failed += 1
                 if failed > TRIES:
-                    raise UserError(
-                        f"task.per_kind={per_kind}: {kind} has little more than {len(seen)} different prompts; ask for fewer"
-                    )
+                    raise UserError(f"task.counts.{kind}={wanted}: there are only {made} different prompts of this kind; ask for fewer")  # fmt: skip
                 continue
-            failed = 0
-            seen.add(row["prompt"])
+            taken |= {meaning(row), ("text", plain(row["prompt"]))}
             rows.append({"tag": kind, **row})
+            made, failed = made + 1, 0
     return rows

@@ -1,10 +1,12 @@
 """T2I-R1's training prompts: JSON lines with what its scorers need to know, every row checked (arXiv 2505.00703 section 4.1)."""
 
-from collections import Counter
+import json
+from pathlib import Path
 
 from t2i_rl.data.prompt_stream import PromptData
 from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt, read_prompts
+from t2i_rl.prompts import Prompt, read_prompts, text_of
+from t2i_rl.provenance import is_main_process
 
 NEEDED = {  # task_type -> the annotation that its scorers read
     "spatial": "spatial_info",
@@ -28,7 +30,7 @@ class T2IR1Data(PromptData):
         exclude: a prompt file (a benchmark's) whose prompts are left out, whatever their case and full stops.
 
     Raises:
-        UserError: a broken row, by file and prompt; an unknown task type; too few prompts.
+        UserError: a broken row, by file and line; an unknown task type; too few prompts.
     """
 
     def __init__(
@@ -39,13 +41,17 @@ class T2IR1Data(PromptData):
         exclude: str | None = None,
         seed: int = 0,
     ):
+        if isinstance(task_types, str):
+            raise UserError(f"data.task_types must be a list, as in data.task_types=[{task_types}]")
         unknown = [kind for kind in task_types or () if kind not in NEEDED]
         if unknown:
             raise UserError(f"data.task_types holds {unknown[0]!r}; choose from {', '.join(NEEDED)}")
-        every = read_t2i_r1(path)
+        chosen = [prompt for prompt in read_t2i_r1(path) if prompt.tag in (task_types or NEEDED)]
         barred = {plain(prompt.text) for prompt in read_prompts(exclude)} if exclude else set()
-        kept = [prompt for prompt in every if prompt.tag in (task_types or NEEDED) and plain(prompt.text) not in barred]
-        self.left_out = len(every) - len(kept)
+        kept = [prompt for prompt in chosen if plain(prompt.text) not in barred]
+        self.left_out = len(chosen) - len(kept)
+        if exclude and is_main_process():
+            print(f"{len(kept)} training prompts; {self.left_out} left out because {exclude} holds them", flush=True)
         super().__init__(prompts=kept, batch_size=batch_size, seed=seed)
 
 
@@ -58,36 +64,59 @@ def read_t2i_r1(path: str) -> list[Prompt]:
     """The checked rows of a file; `meta` is the whole row but its prompt.
 
     Raises:
-        UserError: a row lacks what its task type needs, or the file holds a prompt twice.
+        UserError: a row is no JSON, lacks what its task type needs, or repeats a prompt; file and line are named.
     """
-    prompts = read_prompts(path)
-    for prompt in prompts:
-        fault = fault_of(prompt.meta)
-        if fault:
-            raise UserError(f"{path}: the row of {prompt.text!r} {fault}")
-    repeated = [text for text, count in Counter(prompt.text for prompt in prompts).items() if count > 1]
-    if repeated:
-        raise UserError(f"{path} holds {repeated[0]!r} more than once")
-    return [Prompt(prompt.id, prompt.text, prompt.meta["task_type"], prompt.meta) for prompt in prompts]
+    if not Path(path).is_file():
+        raise UserError(f"data.path={path}: there is no such file")
+    prompts: dict[str, Prompt] = {}
+    for number, line in enumerate(text_of(Path(path)).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{number}: not JSON ({error})") from error
+        fault = fault_of(row) if isinstance(row, dict) else "is not a JSON object"
+        if fault or row["prompt"] in prompts:
+            raise UserError(f"{path}:{number}: the row {fault or 'has the prompt of an earlier one'}")
+        meta = {key: value for key, value in row.items() if key not in ("id", "prompt")}
+        name = str(row.get("id", f"{Path(path).stem}/{number:05d}"))
+        prompts[row["prompt"]] = Prompt(name, row["prompt"], row["task_type"], meta)
+    if not prompts:
+        raise UserError(f"{path} holds no prompt")
+    return list(prompts.values())
 
 
-def fault_of(meta: dict) -> str | None:
-    """What is wrong with a row's annotations; None if nothing is."""
-    kind = meta.get("task_type")
-    if kind not in NEEDED:
+def fault_of(row: dict) -> str | None:
+    """What is wrong with a row; None if nothing is. An annotation is checked wherever it stands."""
+    kind = row.get("task_type")
+    if not isinstance(kind, str) or kind not in NEEDED:
         return f"has task_type {kind!r}, not one of {', '.join(NEEDED)}"
-    for key in ("nouns", NEEDED[kind]):
-        if key not in meta:
+    for key in ("prompt", "nouns", NEEDED[kind]):
+        if not row.get(key):
             return f"has task_type {kind!r} but no {key!r}"
+    if not is_text(row["prompt"]):
+        return f"has a prompt that is no text: {row['prompt']!r}"
     for key in ("nouns", "attr_nouns"):
-        if not all(isinstance(word, str) and word for word in meta.get(key) or ["ok"]) or isinstance(
-            meta.get(key), str
-        ):
-            return f"has {key} that are not words: {meta[key]!r}"
-    relation = meta.get("spatial_info")
-    if relation is not None and not (isinstance(relation, dict) and {"obj1", "obj2", "locality"} <= set(relation)):
+        words = row.get(key, [])
+        if not isinstance(words, list) or not all(map(is_text, words)):
+            return f"has {key} that are not words: {words!r}"
+    relation = row.get("spatial_info", {})
+    if "spatial_info" in row and not (
+        isinstance(relation, dict) and all(is_text(relation.get(key)) for key in ("obj1", "obj2", "locality"))
+    ):
         return f"has a spatial_info without obj1, obj2 and locality: {relation!r}"
-    for item in meta.get("numeracy_info") or []:
-        if not isinstance(item, dict) or not isinstance(item.get("obj_name"), str) or type(item.get("num")) is not int:
-            return f"has a numeracy_info without obj_name and a whole num: {item!r}"
-    return None
+    counted = row.get("numeracy_info", [])
+    if not isinstance(counted, list):
+        return f"has a numeracy_info that is no list: {counted!r}"
+    for item in counted:
+        known = isinstance(item, dict) and is_text(item.get("obj_name"))
+        if not known or type(item.get("num")) is not int or item["num"] < 1:
+            return f"has a numeracy_info without obj_name and a num of 1 or more: {item!r}"
+    named = [relation[key] for key in ("obj1", "obj2") if relation] + [item["obj_name"] for item in counted]
+    strange = [name for name in named if name not in row["nouns"]]
+    return f"names {strange[0]!r}, which is not among its nouns" if strange else None
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())

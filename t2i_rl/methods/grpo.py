@@ -166,6 +166,7 @@ class GRPO(L.LightningModule):
             extra = {"plan_ids": ids, "plan_mask": mask, "plan_tokens": tokens, "plan_token_mask": token_mask}
             extra["plan_truncated"] = ~((tokens == self.model.special["eos"]) & token_mask).any(dim=1)
         (ids, mask), drawn = self.model.draw_images(texts, plans, [seed + 1 for seed in seeds])
+        self.model.engine.rollout_done()
         wants_images = self.reward.needs_images or any(reward.needs_images for reward in self.watch.values())
         return Rollout(
             prompts=[prompt for _, prompt, _ in rows],

@@ -4,7 +4,8 @@ import torch
 
 from t2i_rl.errors import UserError
 from t2i_rl.loading import load_model, load_part
-from t2i_rl.rewards.boxes import COMPATS, Detections, detection_score, nouns_of
+from t2i_rl.prompts import Prompt
+from t2i_rl.rewards.boxes import COMPATS, NEAR, SIDES, Detections, detection_score, nouns_of
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rollout.buffer import Rollout
 
@@ -51,6 +52,11 @@ class GroundingDino:
         )
         self.tokenizer = load_part(AutoTokenizer, path, revision)
         self.pictures = load_part(AutoImageProcessor, path, revision)
+
+    def refuses(self, prompt: Prompt) -> str | None:
+        """A relation that has no rule."""
+        relation = (prompt.meta.get("spatial_info") or {}).get("locality")
+        return f"there is no rule for {relation!r}" if relation not in (None, *SIDES, *NEAR) else None
 
     def __call__(self, rollout: Rollout) -> RewardOutput:
         height, width = rollout.images.shape[1:3]

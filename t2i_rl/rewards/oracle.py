@@ -3,9 +3,10 @@
 import torch
 
 from t2i_rl.errors import UserError
+from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rollout.buffer import Rollout
-from t2i_rl.shapes.scene import CANVASES
+from t2i_rl.shapes.scene import CANVASES, LARGE_SHAPES
 
 
 class Oracle:
@@ -24,6 +25,11 @@ class Oracle:
         if kind not in ("strict", "score", "mixed"):
             raise UserError(f"reward.kind must be strict, score or mixed, not {kind!r}")
         self.kind = kind
+
+    def refuses(self, prompt: Prompt) -> str | None:
+        """Why a prompt cannot be judged, if it cannot: the world knows its own shapes only."""
+        strange = [clause["class"] for clause in prompt.meta["include"] if clause["class"] not in LARGE_SHAPES]
+        return f"{strange[0]!r} is no shape of this world" if strange else None
 
     def __call__(self, rollout: Rollout) -> RewardOutput:
         from t2i_rl.shapes.judge import judge

@@ -3,6 +3,7 @@
 import torch
 
 from t2i_rl.errors import UserError
+from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import RewardOutput, checked
 from t2i_rl.rollout.buffer import Rollout
 
@@ -39,6 +40,11 @@ class WeightedSum:
         self.image_sizes = sorted(set.intersection(*sizes)) if sizes else None
         self.needs_plans = any(getattr(part, "needs_plans", False) for part in parts.values())
         self.needs_meta = tuple(dict.fromkeys(key for part in parts.values() for key in getattr(part, "needs_meta", ())))  # fmt: skip
+
+    def refuses(self, prompt: Prompt) -> str | None:
+        """Why one of the parts cannot judge a prompt."""
+        reasons = (part.refuses(prompt) for part in self.parts.values() if hasattr(part, "refuses"))
+        return next((why for why in reasons if why), None)
 
     def __call__(self, rollout: Rollout) -> RewardOutput:
         totals = {name: checked(part(rollout), len(rollout), name).total.double().cpu() for name, part in self.parts.items()}  # fmt: skip

@@ -19,6 +19,10 @@ class KVCache:
     def __getitem__(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.layers[layer]
 
+    def nbytes(self) -> int:
+        """Bytes of the whole memory."""
+        return self._memory.nbytes
+
     def resize(self, length: int, keep: int = 0) -> None:
         """Make `L` equal `length` and move the first `keep` places there; the rest holds finite numbers of no meaning."""
         before = self.layers

@@ -51,7 +51,10 @@ def decode_text(
     uniforms = row_uniforms(seeds, max_tokens, ids.device)
     needed = engine.cache_bytes(max_tokens) + engine.cache_bytes(prefix) // group_size
     most = engine.options.max_rows or rows_that_fit(
-        needed + WORKING_BYTES * len(engine.weights.text_head), engine.device, "writing a plan"
+        needed + WORKING_BYTES * len(engine.weights.text_head),
+        engine.device,
+        "writing a plan",
+        held=engine.held_bytes(TextEmitter),
     )
     tokens, lengths = [], []
     for part in even_chunks(len(ids), max(1, most // group_size)):
@@ -93,7 +96,9 @@ def decode_image(
     prefix = prefix_length(engine, ids)
     uniforms = row_uniforms(seeds, count, ids.device)
     needed = branches * engine.cache_bytes(prefix + count) + WORKING_BYTES * len(engine.weights.image_embed)
-    most = engine.options.max_rows or rows_that_fit(needed, engine.device, "drawing an image")
+    most = engine.options.max_rows or rows_that_fit(
+        needed, engine.device, "drawing an image", held=engine.held_bytes(ImageEmitter)
+    )
     drawn = []
     for part in even_chunks(len(ids), most):
         rows, row_mask = ids[part], mask[part]

@@ -21,6 +21,7 @@ class EngineOptions:
         dtype: of weights and cache while decoding; None takes the dtype that the model computes in.
         max_rows: images (or plans) decoded together; None takes as many as the measured free memory holds.
         graphs: replay the decoding step as a CUDA graph, on a GPU.
+        keep: keep weights, caches and recorded steps from one rollout to the next; False gives their memory to the update.
         compile: let torch.compile fuse the step; needs a C++ compiler or Triton.
 
     Raises:
@@ -30,6 +31,7 @@ class EngineOptions:
     dtype: str | None = None
     max_rows: int | None = None
     graphs: bool = True
+    keep: bool = True
     compile: bool = False
 
     def __post_init__(self):
@@ -57,9 +59,7 @@ class Engine:
         dtype = getattr(torch, self.options.dtype) if self.options.dtype else working_dtype(model)
         if self.weights is None or (self.dtype, self.device) != (dtype, device):
             self.release()
-            self.weights = pack(model, dtype, device)
-        else:
-            self.weights.copy_(pack(model, dtype, device))
+        self.weights = pack(model, dtype, device, into=self.weights)
         return self
 
     @property
@@ -92,6 +92,16 @@ class Engine:
             session.emitter = emitter_class(self.weights, session.rows, session.new_tokens, **settings)
         self._sessions[emitter_class] = key, session
         return session
+
+    def held_bytes(self, emitter_class: type) -> int:
+        """What the kept session of this kind holds."""
+        _, session = self._sessions.get(emitter_class, (None, None))
+        return session.cache_bytes() if session else 0
+
+    def rollout_done(self) -> None:
+        """Between a rollout and the update: give memory back, if that is wanted."""
+        if not self.options.keep:
+            self.release()
 
     def release(self) -> None:
         """Give back the packed weights, the caches and the recorded steps."""

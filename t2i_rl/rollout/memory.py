@@ -23,17 +23,17 @@ def even_chunks(rows: int, most: int) -> list[slice]:
     return [slice(first, last) for first, last in zip(edges, edges[1:])]
 
 
-def rows_that_fit(bytes_per_row: int, device: torch.device, what: str) -> int:
-    """How many rows of `bytes_per_row` the free memory of `device` holds.
+def rows_that_fit(bytes_per_row: int, device: torch.device, what: str, held: int = 0) -> int:
+    """How many rows of `bytes_per_row` fit into the free memory of `device` and the `held` bytes that would be given back for them.
 
     Raises:
         UserError: not even one.
     """
-    free = free_bytes(device)
+    free = free_bytes(device) + held
     rows = int(free * SHARE) // bytes_per_row
     if rows < 1:
         raise UserError(
             f"{what} needs {bytes_per_row / 2**30:.2f} GiB of cache a row and {device} has {free / 2**30:.2f} GiB free: "
-            "set model.rollout.dtype=bfloat16, a smaller method.micro_batch_size, or method.offload_reference=true"
+            "set model.rollout.dtype=bfloat16, model.rollout.keep=false, or method.offload_reference=true"
         )
     return rows

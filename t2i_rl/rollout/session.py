@@ -9,10 +9,7 @@ from t2i_rl.rollout.rows import positions
 from t2i_rl.rollout.trunk import run_trunk
 
 PREFILL_TOKENS = 16384  # read at once, so that prefixes of many rows need no memory of their own
-BUCKET = {
-    "cuda": 64,
-    "cpu": 32,
-}  # a step attends to a whole number of these: recorded ones are few, and a CPU's cache stays contiguous
+BUCKET = {"cuda": 64, "cpu": 32}  # a step attends to a whole number of places: few recordings; contiguous on a CPU
 
 
 class Session:
@@ -29,10 +26,7 @@ class Session:
         self.rows, self.group_size, self.prefixes = rows, group_size, rows // group_size
         self.prefix, self.new_tokens = prefix, new_tokens
         self.start = prefix if group_size == 1 else 0
-
-        self.bucket = BUCKET.get(device.type, BUCKET["cuda"])
-        self.grows = device.type == "cpu"
-
+        self.bucket, self.grows = BUCKET[device.type], device.type == "cpu"
         self.own = KVCache(config, rows, self.start + new_tokens, dtype, device)
         self.common = KVCache(config, self.prefixes, prefix, dtype, device) if group_size > 1 else self.own
         self.own_bias = torch.zeros(rows, 1, 1, self.start + new_tokens, device=device)
@@ -68,11 +62,11 @@ class Session:
             hidden[part] = self._read(x, seen[part], (place >= first) & (place < first + several), place - first)
         group = torch.arange(self.rows, device=mask.device) // self.group_size
         self.hidden.copy_(hidden[place[group]])
-        hidden_from = torch.where(mask, 0.0, float("-inf"))[:, None, None]
-        self.common_bias.copy_(hidden_from)
+        hides = torch.where(mask, 0.0, float("-inf"))[:, None, None]
+        self.common_bias.copy_(hides)
         self.own_bias.fill_(float("-inf"))
         if self.start:
-            self.own_bias[..., : self.start].copy_(hidden_from)
+            self.own_bias[..., : self.start].copy_(hides)
         self.read.copy_(mask.sum(-1)[group])
         self.slot.zero_()
 
@@ -105,6 +99,10 @@ class Session:
                 return count
         self.emitter(self.hidden, self.slot)
         return self.new_tokens
+
+    def cache_bytes(self) -> int:
+        """Bytes of all keys and values."""
+        return sum(cache.nbytes() for cache in {self.own, self.common})
 
     def _state(self) -> list[torch.Tensor]:
         return [self.slot, self.hidden, self.own_bias, *self.emitter.state()]

@@ -23,6 +23,10 @@ class LayerWeights:
     gate_up: torch.Tensor
     down: torch.Tensor
 
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor, in a fixed order."""
+        yield from (value for value in vars(self).values() if value is not None)
+
 
 @dataclass
 class Weights:
@@ -37,18 +41,17 @@ class Weights:
     image_head: list[tuple[torch.Tensor, torch.Tensor]]
     image_activation: Callable
 
-    def tensors(self) -> Iterator[torch.Tensor]:
-        """Every tensor, in a fixed order."""
+    def ends(self) -> Iterator[torch.Tensor]:
+        """What comes before and after the layers, in a fixed order."""
         yield from (self.text_embed, self.image_embed, self.norm, self.text_head)
         for pair in self.image_head:
             yield from pair
-        for layer in self.layers:
-            yield from (value for value in vars(layer).values() if value is not None)
 
-    def copy_(self, other: "Weights") -> None:
-        """Take over the values of `other`; every tensor stays where it is."""
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=True):
-            mine.copy_(theirs)
+    def tensors(self) -> Iterator[torch.Tensor]:
+        """Every tensor, in a fixed order."""
+        yield from self.ends()
+        for layer in self.layers:
+            yield from layer.tensors()
 
     def bytes_per_step(self) -> int:
         """What one decoding step of image tokens has to read: the trunk and the image head, not the embeddings."""
@@ -57,10 +60,10 @@ class Weights:
 
 
 @torch.no_grad()
-def pack(model, dtype: torch.dtype, device: torch.device) -> Weights:
-    """Read `JanusForConditionalGeneration` into `Weights`. Under FSDP every rank must call it together: each weight is gathered once.
+def pack(model, dtype: torch.dtype, device: torch.device, into: Weights | None = None) -> Weights:
+    """Read `JanusForConditionalGeneration` into `Weights`, new ones or those of `into`, a layer at a time: no second copy comes to be.
 
-    LoRA adapters are added in float32 and rounded once.
+    LoRA adapters are added in float32 and rounded once. Under FSDP every rank must call it together: each weight is gathered once.
     """
 
     def plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -86,21 +89,33 @@ def pack(model, dtype: torch.dtype, device: torch.device) -> Weights:
             fused(mlp.down_proj),
         )
 
-    trunk, aligner, head = model.model.language_model, model.model.generation_aligner, model.model.generation_head
-    image_embed = plain(model.model.generation_embeddings.weight)
-    for number, module in enumerate([aligner.fc1, *aligner.hidden_layers]):
-        image_embed = nn.functional.linear(
-            aligner.activation_fn(image_embed) if number else image_embed, *linear(module)
+    def ends() -> Weights:
+        trunk, aligner, head = model.model.language_model, model.model.generation_aligner, model.model.generation_head
+        image_embed = plain(model.model.generation_embeddings.weight)
+        for number, module in enumerate([aligner.fc1, *aligner.hidden_layers]):
+            image_embed = aligner.activation_fn(image_embed) if number else image_embed
+            image_embed = nn.functional.linear(image_embed, *linear(module))
+        return Weights(
+            text_embed=plain(trunk.embed_tokens.weight),
+            image_embed=image_embed,
+            layers=[],
+            norm=plain(trunk.norm.weight),
+            text_head=fused(model.lm_head),
+            image_head=[linear(head.proj_out), linear(head.vision_head)],
+            image_activation=head.activation_fn,
         )
-    return Weights(
-        text_embed=plain(trunk.embed_tokens.weight),
-        image_embed=image_embed,
-        layers=[layer(block) for block in trunk.layers],
-        norm=plain(trunk.norm.weight),
-        text_head=fused(model.lm_head),
-        image_head=[linear(head.proj_out), linear(head.vision_head)],
-        image_activation=head.activation_fn,
-    )
+
+    blocks = model.model.language_model.layers
+    if into is None:
+        packed = ends()
+        packed.layers = [layer(block) for block in blocks]
+        return packed
+    for mine, fresh in zip(into.ends(), ends().ends(), strict=True):
+        mine.copy_(fresh)
+    for mine, block in zip(into.layers, blocks, strict=True):
+        for old, new in zip(mine.tensors(), layer(block).tensors(), strict=True):
+            old.copy_(new)
+    return into
 
 
 def merged_weight(linear: nn.Module) -> torch.Tensor:
