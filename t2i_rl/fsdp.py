@@ -76,13 +76,19 @@ def sharded_like(value: Any, parameter: torch.Tensor) -> Any:
 
 
 def shard(model: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """Shard an adapter whose `forward` is all that training computes: each of its `blocks` by itself, the rest with the root.
-    Its `unsharded` parameters stay whole on every rank."""
+    """Shard an adapter whose `forward` is all that training computes: each of its `blocks` by itself, the rest with the root
+    (a group has one dtype, so modules of another dtype are groups of their own). Its `unsharded` parameters stay whole on every rank."""
     if isinstance(model, FSDPModule):
         return
-    for block in model.blocks():
+    blocks, whole = model.blocks(), model.unsharded()
+    usual = next(blocks[0].parameters()).dtype
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if own and own[0].dtype != usual and own[0] not in whole:  # adapters in float32 on weights in half precision
+            fully_shard(module, mesh=mesh)
+    for block in blocks:
         fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=model.unsharded())
+    fully_shard(model, mesh=mesh, ignored_params=whole)
 
 
 def mesh_of(trainer: L.Trainer) -> DeviceMesh | None:

@@ -52,7 +52,7 @@ def manual(conf: Path) -> str:
         default = defaults.get(group)
         parts.append(f"{group}" + (f" (default: {default})" if default else ""))
         for path in sorted((conf / group).glob("*.yaml")):
-            parts.append(f"  {path.stem:<18}{summary(path)}")
+            parts.append(f"  {path.stem:<21}{summary(path)}")
         parts.append("")
     return "\n".join([*parts, *_what_goes_with_what(conf)])
 

@@ -85,6 +85,16 @@ def test_a_bfloat16_rollout_of_a_float32_model_stays_near_it(folder):
     assert 0 < gap.mean() < 0.03
 
 
+def test_autocast_decides_the_dtype_once(folder, janus):
+    """What `prepare` read in float32 is drawn with in float32, also where training has autocast on; read under it, in bfloat16."""
+    plain = draw(janus)[1]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = janus.draw_images(TEXTS, [""] * 3, SEEDS)[1]
+        under = draw(load_tiny_janus(folder))[1]
+    assert torch.equal(inside.tokens, plain.tokens) and torch.equal(inside.logprobs, plain.logprobs)
+    assert not torch.equal(under.logprobs, plain.logprobs)
+
+
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_shared_heads_and_biases_decode_as_transformers_does(folder, tmp_path, guidance_scale):
     janus = Janus(grouped(tmp_path, folder), CHAT, guidance_scale=guidance_scale, temperature=0)

@@ -50,10 +50,10 @@ def image_variants(model, ids, mask, device, compile_too: bool) -> tuple[dict, d
     steps["+ all rows that fit"] = options = replace(options, max_rows=None)
     if device.type == "cuda":
         steps["+ CUDA graph"] = options = replace(options, graphs=True)
-    if compile_too:
-        steps["+ compiled halves of a layer"] = options = replace(options, compile=True)
     if model.dtype == torch.float32:
-        steps["+ bfloat16 weights and cache"] = replace(options, dtype="bfloat16")
+        steps["+ bfloat16 weights and cache"] = options = replace(options, dtype="bfloat16")
+    if compile_too:
+        steps["+ compiled halves of a layer"] = replace(options, compile=True)
     engines = {name: Engine(settings) for name, settings in steps.items()}
 
     def ours(engine: Engine):

@@ -1,5 +1,8 @@
 """One batch being decoded: a static key-value cache and a step that never waits for the host."""
 
+from collections.abc import Callable
+from functools import wraps
+
 import torch
 import torch.nn.functional as F
 
@@ -10,6 +13,17 @@ from t2i_rl.rollout.trunk import run_trunk
 
 PREFILL_TOKENS = 16384  # read at once, so that prefixes of many rows need no memory of their own
 BUCKET = {"cuda": 64, "cpu": 32}  # a step attends to a whole number of places: few recordings; contiguous on a CPU
+
+
+def in_its_own_dtype(method: Callable) -> Callable:
+    """Weights and caches have their dtype; autocast, where training has it on, must not change it again."""
+
+    @wraps(method)
+    def plainly(self, *args, **kwargs):
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            return method(self, *args, **kwargs)
+
+    return plainly
 
 
 class Session:
@@ -39,6 +53,7 @@ class Session:
         self.emitter = None
 
     @torch.no_grad()
+    @in_its_own_dtype
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor, embeds: torch.Tensor | None = None) -> None:
         """Read the prefixes `(prefixes, L)`, left-padded, `L <= prefix`; equal ones once. `embeds` `(prefixes, L, D)` stand in for those of `ids`.
 
@@ -87,6 +102,7 @@ class Session:
         return run_trunk(self.weights, self.config, x, self.cos[place_of], self.sin[place_of], attend)[:, -1]
 
     @torch.no_grad()
+    @in_its_own_dtype
     def decode(self, ended: torch.Tensor | None = None) -> int:
         """Emit up to `new_tokens` tokens a row; returns how many. Where `ended` `(rows,)` is given, stops soon after all of it is true."""
         look = 1 if self.slot.device.type == "cpu" else 16

@@ -39,7 +39,7 @@ def run(cfg) -> dict:
 def load_trained(cfg, model) -> int:
     """Put a checkpoint's weights into `model`; returns the optimizer step it was saved at."""
     checkpoint = torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)
-    method = instantiate(cfg.method, model=model, reward=instantiate(cfg.reward))
+    method = instantiate(cfg.method, model=model, reward=None)  # nothing is rewarded: its models need not load
     method.on_load_checkpoint(checkpoint)
     method.load_state_dict(checkpoint["state_dict"], strict=False)
     return checkpoint["global_step"]
