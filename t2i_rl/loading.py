@@ -58,6 +58,10 @@ def load_model(
         )
     except (OSError, ValueError) as error:
         raise cannot_load(path, error) from error
+    except RuntimeError as error:
+        if "ignore_mismatched_sizes" not in str(error):
+            raise
+        raise UserError(f"{path} holds weights of other shapes than its config.json says; fetch it again") from error
     except Exception as error:
         if type(error).__name__ != "SafetensorError":
             raise
@@ -75,19 +79,27 @@ def load_part(auto_class, path: str, revision: str | None = None, **settings):
     """A tokenizer or an image processor.
 
     Raises:
-        UserError: it can be neither found nor downloaded; the line names what to do.
+        UserError: it can be neither found nor downloaded, or knows no words; the line names what to do.
     """
     try:
-        return auto_class.from_pretrained(path, revision=revision, **settings)
+        part = auto_class.from_pretrained(path, revision=revision, **settings)
     except (OSError, ValueError) as error:
         raise cannot_load(path, error) from error
+    if hasattr(part, "get_vocab") and set(part.get_vocab()) <= set(part.all_special_tokens):
+        raise UserError(f"cannot load {path}: its tokenizer knows no words; check that tokenizer.json is there")
+    return part
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def cannot_load(path: str, error: Exception) -> UserError:
     """The error of a library in one line, with the fix."""
     if str(path).startswith(("/", ".", "~")) and not Path(path).exists():
         return UserError(f"cannot load {path}: there is no such folder")
-    first = str(error).strip().splitlines()[0]
+    first = first_line(error)
     if "gated" in str(error).lower() or "401" in str(error):
         fix = "ask for access on its page, then set HF_TOKEN"
     elif Path(path).is_dir():

@@ -2,6 +2,7 @@
 
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 WORDS = [
@@ -77,6 +78,57 @@ def spread(model, scale: float = 4.0):
     return model.eval()
 
 
+class Tower(nn.Module):
+    """A transformer as open_clip lays it out: joint attention projections, exact GELU, residuals."""
+
+    def __init__(self, width: int, layers: int, heads: int, mlp: int):
+        super().__init__()
+        self.resblocks = nn.ModuleList()
+        for _ in range(layers):
+            block = nn.Module()
+            block.ln_1, block.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+            block.attn = nn.MultiheadAttention(width, heads, batch_first=True)
+            block.mlp = nn.Module()
+            block.mlp.c_fc, block.mlp.c_proj = nn.Linear(width, mlp), nn.Linear(mlp, width)
+            self.resblocks.append(block)
+
+    def forward(self, x, mask=None):
+        for block in self.resblocks:
+            y = block.ln_1(x)
+            x = x + block.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
+            x = x + block.mlp.c_proj(nn.functional.gelu(block.mlp.c_fc(block.ln_2(x))))
+        return x
+
+
+class OpenClip(nn.Module):
+    """CLIP with open_clip's parameter names, small."""
+
+    def __init__(self, vocabulary: int):
+        super().__init__()
+        self.visual = nn.Module()
+        self.visual.class_embedding = nn.Parameter(torch.randn(32))
+        self.visual.positional_embedding = nn.Parameter(torch.randn(5, 32))
+        self.visual.proj = nn.Parameter(torch.randn(32, 24))
+        self.visual.conv1 = nn.Conv2d(3, 32, 8, 8, bias=False)
+        self.visual.ln_pre, self.visual.ln_post = nn.LayerNorm(32), nn.LayerNorm(32)
+        self.visual.transformer, self.transformer = Tower(32, 2, 2, 48), Tower(40, 3, 4, 64)
+        self.token_embedding, self.ln_final = nn.Embedding(vocabulary, 40), nn.LayerNorm(40)
+        self.positional_embedding = nn.Parameter(torch.randn(24, 40))
+        self.text_projection = nn.Parameter(torch.randn(40, 24))
+        self.logit_scale = nn.Parameter(torch.tensor(4.6))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def cosine(self, pixels, ids, end: int) -> torch.Tensor:
+        x = self.visual.conv1(pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.visual.class_embedding.expand(len(x), 1, -1), x], 1) + self.visual.positional_embedding
+        image = self.visual.ln_post(self.visual.transformer(self.visual.ln_pre(x))[:, 0]) @ self.visual.proj
+        y = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        y = self.ln_final(self.transformer(y, torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)))
+        text = y[torch.arange(len(ids)), (ids == end).int().argmax(-1)] @ self.text_projection
+        return nn.functional.cosine_similarity(image, text)
+
+
 def save_small_hps(folder) -> str:
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel
 
@@ -104,6 +156,15 @@ def save_small_hps(folder) -> str:
     spread(CLIPModel(config)).save_pretrained(folder)
     words.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)
+    return str(folder)
+
+
+def save_small_hps_open_clip(folder) -> str:
+    """As HPS v2.1 is published: `HPS_v2.1_compressed.pt` with open_clip's names, beside CLIP's tokenizer and image processor."""
+    save_small_hps(folder)
+    words = PreTrainedTokenizerFast.from_pretrained(folder)
+    torch.manual_seed(0)
+    torch.save({"state_dict": OpenClip(len(words)).state_dict()}, f"{folder}/HPS_v2.1_compressed.pt")
     return str(folder)
 
 

@@ -11,6 +11,7 @@ from t2i_rl.data.prompt_stream import PromptBatches
 from t2i_rl.errors import UserError
 from t2i_rl.methods.grpo import GRPO
 from t2i_rl.methods.grpo_loss import group_advantages
+from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rewards.random import Random
 from t2i_rl.rewards.self_certainty import SelfCertainty
 from tests.tiny import PROMPTS, load_tiny_janus, save_tiny_janus, tiny_rollout
@@ -144,6 +145,22 @@ def test_half_precision_weights_are_not_trained_but_adapters_on_them_are(folder)
     learning = [parameter for parameter in module.parameters() if parameter.requires_grad]
     assert learning and {parameter.dtype for parameter in learning} == {torch.float32}
     assert all(torch.isfinite(value).all() for value in gradient(module, tiny_rollout(module)).values())
+
+
+def test_a_reward_computes_in_its_own_dtype_where_training_has_autocast_on(folder):
+    class Product:
+        needs_images, distribution = False, None
+
+        def __call__(self, rollout):
+            a = torch.full((len(rollout), 1), 1.001)
+            return RewardOutput((a @ a[:1].T).flatten())
+
+    module = build(folder, reward=Product())
+    rollout = tiny_rollout(module)
+    module.score(rollout)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        total = module.judge(rollout)[0].total
+    assert torch.allclose(total.double(), torch.tensor(1.001**2, dtype=torch.float64), atol=1e-5)
 
 
 def test_an_offloaded_reference_scores_the_same(folder):

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from t2i_rl import loading
 from t2i_rl.checks import _check_method, _check_types
 from t2i_rl.data.make_prompts import make_prompts
-from tests.small_rewards import save_small_gdino, save_small_git, save_small_hps, save_small_orm
+from tests.small_rewards import save_small_gdino, save_small_git, save_small_hps_open_clip, save_small_orm
 from tests.test_configs import composed
 from tests.tiny import save_tiny_janus
 
@@ -105,9 +105,14 @@ def test_a_whole_iris_run(tmp_path, checkpoint):
 
 
 def test_a_whole_t2i_r1_run(tmp_path, checkpoint):
-    savers = {"hpsv2": save_small_hps, "gdino": save_small_gdino, "git_vqa": save_small_git, "orm": save_small_orm}
+    savers = {
+        "hpsv2": save_small_hps_open_clip,
+        "gdino": save_small_gdino,
+        "git_vqa": save_small_git,
+        "orm": save_small_orm,
+    }
     paths = [f"reward.parts.{name}.path={save(tmp_path / name)}" for name, save in savers.items()]
-    plain = ["reward.parts.hpsv2.file=null", "reward.parts.hpsv2.processor=null"]
+    plain = [f"reward.parts.hpsv2.processor={tmp_path / 'hpsv2'}", "reward.parts.hpsv2.text_heads=4", "reward.parts.hpsv2.vision_heads=2"]  # fmt: skip
     rows = run(
         tmp_path / "run", "experiment=t2i_r1_janus_pro_7b", f"model.path={checkpoint}", f"data.path={annotated(tmp_path)}", *paths, *plain,
     )  # fmt: skip

@@ -142,6 +142,15 @@ def test_counting_averages_over_what_is_counted():
     assert score(found((0, box(0.2, 0.2)), (1, box(0.7, 0.7))), meta) == 0.5
 
 
+def test_the_same_noun_twice_needs_two_objects():
+    meta = {"nouns": ["umbrella"], "spatial_info": {"obj1": "umbrella", "obj2": "umbrella", "locality": "above"}}
+    high, low = box(0.5, 0.2, 0.2, 0.2), box(0.5, 0.8, 0.2, 0.2)
+    assert score(found((0, low), (0, high)), meta) == score(found((0, high), (0, low)), meta) == 1.0
+    assert score(found((0, high)), meta) == pytest.approx(0.4)
+    assert score(found((0, high), (0, box(0.5, 0.25, 0.2, 0.2))), meta) == pytest.approx(0.4)  # one object, boxed twice
+    assert score(found((0, high), (0, low)), meta, "released") == pytest.approx(0.4)
+
+
 def test_what_only_a_relation_names_is_looked_for_too():
     meta = {"nouns": ["watch"], "spatial_info": {"obj1": "watch", "obj2": "jewelry box", "locality": "next to"}}
     assert nouns_of(meta) == ["watch", "jewelry box"]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt
@@ -21,7 +20,7 @@ from t2i_rl.rewards.orm import ORM
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rewards.weighted_sum import WeightedSum
 from t2i_rl.rewards.yes_no import yes_share
-from tests.small_rewards import save_small_gdino, save_small_git, save_small_hps, save_small_orm
+from tests.small_rewards import OpenClip, save_small_gdino, save_small_git, save_small_hps, save_small_orm
 
 IMAGES = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uint8)
 METAS = [
@@ -89,6 +88,31 @@ def test_a_bad_checkpoint_is_one_line(folders, tmp_path, kind, damage):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_tokenizer_without_words_and_weights_of_other_shapes_are_one_line(folders, tmp_path, kind):
+    wordless = shutil.copytree(folders[kind], tmp_path / "wordless")
+    for file in wordless.glob("token*"):
+        file.unlink()
+    with pytest.raises(UserError) as error:
+        KINDS[kind][1](wordless)
+    assert "\n" not in str(error.value) and "wordless" in str(error.value)
+    other = shutil.copytree(folders[kind], tmp_path / "other")
+    state = load_file(other / "model.safetensors")
+    name = next(name for name, value in state.items() if value.ndim == 2)
+    state[name] = torch.zeros(len(state[name]) + 1, state[name].shape[1])
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="other shapes"):
+        KINDS[kind][1](other)
+
+
+def test_gdino_refuses_what_it_cannot_look_for(folders):
+    reward = load_gdino(folders["gdino"])
+    assert [reward.refuses(Prompt("0", "x", "", meta)) for meta in METAS] == [None] * 4
+    strange = {"nouns": ["car"], "spatial_info": {"obj1": "car", "obj2": "dog", "locality": "inside"}}
+    for meta, why in ((strange, "inside"), ({"nouns": []}, "no nouns"), ({"nouns": ["cat"] * 5 + list(map(str, range(90)))}, "tokens")):  # fmt: skip
+        assert why in reward.refuses(Prompt("0", "x", "", meta))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_weights_that_are_no_numbers_raise(folders, tmp_path, kind):
     shutil.copytree(folders[kind], tmp_path / "broken")
     file = tmp_path / "broken" / "model.safetensors"
@@ -124,57 +148,6 @@ def test_hps_is_the_cosine_of_the_two_embeddings(folders):
     assert load_hps(folders["hps"])(ROLLOUT).total.tolist() == pytest.approx(expected, abs=1e-5)
 
 
-class Tower(nn.Module):
-    """A transformer as open_clip lays it out: joint attention projections, exact GELU, residuals."""
-
-    def __init__(self, width: int, layers: int, heads: int, mlp: int):
-        super().__init__()
-        self.resblocks = nn.ModuleList()
-        for _ in range(layers):
-            block = nn.Module()
-            block.ln_1, block.ln_2 = nn.LayerNorm(width), nn.LayerNorm(width)
-            block.attn = nn.MultiheadAttention(width, heads, batch_first=True)
-            block.mlp = nn.Module()
-            block.mlp.c_fc, block.mlp.c_proj = nn.Linear(width, mlp), nn.Linear(mlp, width)
-            self.resblocks.append(block)
-
-    def forward(self, x, mask=None):
-        for block in self.resblocks:
-            y = block.ln_1(x)
-            x = x + block.attn(y, y, y, need_weights=False, attn_mask=mask)[0]
-            x = x + block.mlp.c_proj(nn.functional.gelu(block.mlp.c_fc(block.ln_2(x))))
-        return x
-
-
-class OpenClip(nn.Module):
-    """CLIP with open_clip's parameter names, small."""
-
-    def __init__(self, vocabulary: int):
-        super().__init__()
-        self.visual = nn.Module()
-        self.visual.class_embedding = nn.Parameter(torch.randn(32))
-        self.visual.positional_embedding = nn.Parameter(torch.randn(5, 32))
-        self.visual.proj = nn.Parameter(torch.randn(32, 24))
-        self.visual.conv1 = nn.Conv2d(3, 32, 8, 8, bias=False)
-        self.visual.ln_pre, self.visual.ln_post = nn.LayerNorm(32), nn.LayerNorm(32)
-        self.visual.transformer, self.transformer = Tower(32, 2, 2, 48), Tower(40, 3, 4, 64)
-        self.token_embedding, self.ln_final = nn.Embedding(vocabulary, 40), nn.LayerNorm(40)
-        self.positional_embedding = nn.Parameter(torch.randn(24, 40))
-        self.text_projection = nn.Parameter(torch.randn(40, 24))
-        self.logit_scale = nn.Parameter(torch.tensor(4.6))
-        for parameter in self.parameters():
-            nn.init.normal_(parameter, std=0.3)
-
-    def cosine(self, pixels, ids, end: int) -> torch.Tensor:
-        x = self.visual.conv1(pixels).flatten(2).transpose(1, 2)
-        x = torch.cat([self.visual.class_embedding.expand(len(x), 1, -1), x], 1) + self.visual.positional_embedding
-        image = self.visual.ln_post(self.visual.transformer(self.visual.ln_pre(x))[:, 0]) @ self.visual.proj
-        y = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
-        y = self.ln_final(self.transformer(y, torch.full((ids.shape[1],) * 2, float("-inf")).triu(1)))
-        text = y[torch.arange(len(ids)), (ids == end).int().argmax(-1)] @ self.text_projection
-        return nn.functional.cosine_similarity(image, text)
-
-
 @pytest.mark.parametrize("file", ["hps.pt", "hps.safetensors"])
 def test_an_open_clip_file_gives_what_its_own_architecture_gives(folders, tmp_path, file):
     torch.manual_seed(0)
@@ -197,19 +170,31 @@ def names_of_a_layer(reward: HPSv2) -> set[str]:
 
 
 class Trap:
+    def __init__(self, path: Path):
+        self.path = path
+
     def __reduce__(self):
-        return (Path("/tmp/t2i_rl_trap").touch, ())
+        return (Path.touch, (self.path,))
 
 
 def test_an_open_clip_file_is_never_executed_and_a_broken_one_is_one_line(folders, tmp_path):
     settings = {"file": "hps.pt", "processor": folders["hps"]}
-    torch.save({"state_dict": Trap()}, tmp_path / "hps.pt")
+    torch.save({"state_dict": Trap(tmp_path / "sprung")}, tmp_path / "hps.pt")
     with pytest.raises(UserError, match="broken") as error:
         load_hps(tmp_path, **settings)
-    assert "\n" not in str(error.value) and not Path("/tmp/t2i_rl_trap").exists()
+    assert "\n" not in str(error.value) and not (tmp_path / "sprung").exists()
     torch.save({"state_dict": {"something": torch.zeros(2)}}, tmp_path / "hps.pt")
     with pytest.raises(UserError, match="no CLIP"):
         load_hps(tmp_path, **settings)
+    for content in ([1, 2], {"state_dict": 5}, {"state_dict": {"a": "b"}}):
+        torch.save(content, tmp_path / "hps.pt")
+        with pytest.raises(UserError, match="named tensors"):
+            load_hps(tmp_path, **settings)
+    for content in (b"", b"<html>not found</html>"):
+        (tmp_path / "hps.pt").write_bytes(content)
+        with pytest.raises(UserError, match="broken"):
+            load_hps(tmp_path, **settings)
+    torch.save({"state_dict": {"something": torch.zeros(200)}}, tmp_path / "hps.pt")
     (tmp_path / "hps.pt").write_bytes((tmp_path / "hps.pt").read_bytes()[:50])
     with pytest.raises(UserError, match="broken"):
         load_hps(tmp_path, **settings)

@@ -217,8 +217,9 @@ class GRPO(L.LightningModule):
                 ]
             seen = rollout.rows(slice(None))
             seen.image_stats = _concatenate(images)
-        reward = checked(self.reward(seen), len(rollout), type(self.reward).__name__)
-        return reward, {name: checked(watched(rollout), len(rollout), name) for name, watched in self.watch.items()}
+        with torch.autocast(self.device.type, enabled=False):  # a reward computes in the dtype that it was given
+            reward = checked(self.reward(seen), len(rollout), type(self.reward).__name__)
+            return reward, {name: checked(watched(rollout), len(rollout), name) for name, watched in self.watch.items()}
 
     def advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         """Advantages `(B,)` of rewards `(B,)`, the rows of a group adjacent."""

@@ -54,9 +54,14 @@ class GroundingDino:
         self.pictures = load_part(AutoImageProcessor, path, revision)
 
     def refuses(self, prompt: Prompt) -> str | None:
-        """A relation that has no rule."""
+        """Nothing to look for, a relation that has no rule, or more nouns than the model reads."""
         relation = (prompt.meta.get("spatial_info") or {}).get("locality")
-        return f"there is no rule for {relation!r}" if relation not in (None, *SIDES, *NEAR) else None
+        if relation not in (None, *SIDES, *NEAR):
+            return f"there is no rule for {relation!r}"
+        if not nouns_of(prompt.meta):
+            return "it has no nouns"
+        length, most = len(self.tokenizer(caption(nouns_of(prompt.meta))).input_ids), self.model.config.max_text_len
+        return f"its nouns are {length} tokens, the model reads {most}" if length > most else None
 
     def __call__(self, rollout: Rollout) -> RewardOutput:
         height, width = rollout.images.shape[1:3]
@@ -74,8 +79,9 @@ class GroundingDino:
     @torch.no_grad()
     def detect(self, images, nouns: list[list[str]]) -> list[Detections]:
         """What is found in each of `images` uint8 `(B, H, W, 3)` for its own nouns."""
-        captions = ["".join(f"{noun}. " for noun in row).strip() for row in nouns]
-        text = self.tokenizer(captions, padding=True, return_offsets_mapping=True, return_tensors="pt")
+        text = self.tokenizer(
+            [caption(row) for row in nouns], padding=True, return_offsets_mapping=True, return_tensors="pt"
+        )
         offsets = text.pop("offset_mapping")
         pictures = self.pictures(images=list(images), return_tensors="pt").to(self.model.device)
         output = self.model(
@@ -100,6 +106,11 @@ class GroundingDino:
         order = best.argsort(descending=True, stable=True)
         order = order[best[order] > self.box_threshold]
         return Detections(boxes[order], best[order], label[order])
+
+
+def caption(nouns: list[str]) -> str:
+    """What the model is told to look for."""
+    return "".join(f"{noun}. " for noun in nouns).strip()
 
 
 def spans(nouns: list[str], offsets: torch.Tensor) -> list[torch.Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from t2i_rl.errors import UserError
-from t2i_rl.loading import DTYPES, cannot_load, own_gpu
+from t2i_rl.loading import DTYPES, cannot_load, first_line, own_gpu
 
 RENAMED = (
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),
@@ -87,9 +87,7 @@ def load_open_clip(path: str, file: str, *, text_heads: int, vision_heads: int, 
         model = CLIPModel(config_of(state, text_heads, vision_heads, eos))
         model.load_state_dict(state)
     except (KeyError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{path}/{file} is no CLIP of open_clip's layout: {str(error).strip().splitlines()[0]}"
-        ) from error
+        raise UserError(f"{path}/{file} is no CLIP of open_clip's layout: {first_line(error)}") from error
     device = own_gpu() if device == "auto" else device
     return model.to(device=device, dtype=getattr(torch, dtype)).eval()
 
@@ -107,8 +105,9 @@ def read_state(path: str, file: str, revision: str | None) -> dict[str, torch.Te
         state = load_file(local) if local.suffix == ".safetensors" else torch.load(local, map_location="cpu", weights_only=True)  # fmt: skip
     except (OSError, ValueError) as error:
         raise cannot_load(f"{path}/{file}", error) from error
-    except (RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        raise UserError(
-            f"{local} is truncated or broken ({str(error).strip().splitlines()[0]}); fetch it again"
-        ) from error
-    return state.get("state_dict", state)
+    except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError, SafetensorError) as error:
+        raise UserError(f"{local} is truncated or broken ({first_line(error)}); fetch it again") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"{local} holds more or less than named tensors: it is no checkpoint of open_clip")
+    return state
