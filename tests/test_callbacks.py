@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+from types import SimpleNamespace
 
 import lightning as L
 import numpy as np
@@ -12,7 +13,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from t2i_rl.callbacks.checkpoint import CheckpointEvery
 from t2i_rl.callbacks.rng_state import RNGState, generators, set_generators
+from t2i_rl.callbacks.sample_grid import SampleGrid
 from t2i_rl.loggers import log_results, wandb_logger
+from t2i_rl.methods.grpo import GRPO
+from t2i_rl.rewards.random import Random
+from tests.tiny import load_tiny_janus, save_tiny_janus
 
 
 class Module(L.LightningModule):
@@ -112,3 +117,19 @@ def test_a_resumed_run_goes_on_in_its_wandb_run(tmp_path, monkeypatch):
     other = wandb_logger(str(tmp_path), None, project="test").experiment.id
     wandb.finish()
     assert first == again != other
+
+
+def test_sample_grids_show_the_model_as_it_is(tmp_path):
+    """Same prompts, same seeds: equal pictures for equal weights, others once the weights have moved."""
+    module = GRPO(
+        load_tiny_janus(save_tiny_janus(tmp_path / "janus")), Random(), optimizer=torch.optim.SGD, kl_coef=0.0
+    )
+    grid = SampleGrid(str(tmp_path), prompts=["a red circle", "three blue squares"])
+    pictures = []
+    for step in range(3):
+        grid._draw(SimpleNamespace(global_step=step, is_global_zero=True, loggers=[]), module)
+        pictures.append((tmp_path / "samples" / f"step_{step:06d}.png").read_bytes())
+        if step == 1:
+            with torch.no_grad():
+                module.model.model.model.language_model.layers[0].mlp.down_proj.weight.mul_(-2)
+    assert pictures[0] == pictures[1] != pictures[2]

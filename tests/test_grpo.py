@@ -82,6 +82,18 @@ def test_guided_logprobs_are_those_the_tokens_were_drawn_with(folder):
     torch.testing.assert_close(rollout.image_stats.logprobs, rollout.drawn.logprobs, rtol=1e-4, atol=1e-4)
 
 
+def test_rollouts_are_drawn_with_the_newest_weights(folder):
+    """The log-probs seen while drawing are those of the policy after its updates, not of the one that drew before."""
+    module = build(folder, logprob="guided")
+    before = tiny_rollout(module)
+    train(module, steps=3)
+    rollout = tiny_rollout(module)
+    module.score(rollout)
+    torch.testing.assert_close(rollout.image_stats.logprobs, rollout.drawn.logprobs, rtol=1e-4, atol=1e-4)
+    module.score(before)
+    assert (before.image_stats.logprobs - before.drawn.logprobs).abs().max() > 0.01
+
+
 def test_the_reference_does_not_move_and_the_policy_does(folder):
     module = build(folder)
     before = copy.deepcopy(module.reference.twin.state_dict())
