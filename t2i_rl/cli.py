@@ -35,6 +35,14 @@ def folder_name(text: str) -> str:
     return name if len(name) <= 160 else f"{name[:150]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
+def gpu_or_cpu() -> str:
+    """The accelerator that a run takes when none is named."""
+    import torch
+
+    return "gpu" if torch.cuda.is_available() else "cpu"
+
+
+OmegaConf.register_new_resolver("gpu_or_cpu", gpu_or_cpu, replace=True)
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver("package_dir", lambda name: str(PACKAGE / name), replace=True)
 

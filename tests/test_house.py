@@ -117,6 +117,12 @@ def test_refusals_are_exactly_one_line_before_any_weight_loads(tmp_path, monkeyp
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
 
 
+@pytest.mark.parametrize(("available", "name"), [(True, "gpu"), (False, "cpu")])
+def test_the_accelerator_is_cuda_or_the_cpu(monkeypatch, available, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    assert OmegaConf.create({"accelerator": "${gpu_or_cpu:}"}).accelerator == name
+
+
 def test_options_may_stand_anywhere():
     excluded = "hydra.job.config.override_dirname.exclude_keys=['model']"
     arranged = cli.name_jobs_by_what_differs(["seed=0,1", "model=janus_tiny", "-m", "--config-dir", "mine"])

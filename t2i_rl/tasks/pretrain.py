@@ -88,7 +88,7 @@ def fit(module: L.LightningModule, stream, steps: int, folder: Path, precision: 
         return spent
     started = time.time()
     trainer = L.Trainer(
-        accelerator="auto",
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
         devices=1,
         max_steps=steps * optimizers,
         precision=precision,
