@@ -71,7 +71,7 @@ def main() -> None:
             from t2i_rl.resume import continue_in_place
 
             sys.argv[1:] = continue_in_place(sys.argv[1:], CONF)
-        sys.argv[1:] = name_jobs_by_what_differs(sys.argv[1:])
+        sys.argv[1:] = name_jobs_by_what_differs([quoted(argument) for argument in sys.argv[1:]])
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
         if refusals:
             raise refusals[0]
@@ -85,6 +85,12 @@ def main() -> None:
         os.environ["HYDRA_FULL_ERROR"] = str(int(tracebacks))
     if failures:
         sys.exit(1)
+
+
+def quoted(argument: str) -> str:
+    """An override whose value is a path with `=` in it, as the folders of sweeps have, in the quotes that Hydra wants around it."""
+    key, _, value = argument.partition("=")
+    return f'{key}="{value}"' if "=" in value and Path(value).exists() else argument
 
 
 def name_jobs_by_what_differs(arguments: list[str]) -> list[str]:

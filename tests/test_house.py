@@ -79,6 +79,7 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         (["method.group_size=2.5"], "whole number"),
         (["method.group_size=1"], "2 or more"),
         (["method.lora={rr:3}"], "unexpected keyword argument 'rr'"),
+        (["method.lora={r:4,use_dora:true}"], "method.lora.use_dora"),
         (["method.plan=false", "method.image_loss_weight=0"], "nothing would be trained"),
         (["model.temperature=0"], "above 0"),
         (["model.dtype=bfloat16"], "bf16-mixed"),
@@ -115,6 +116,15 @@ def test_refusals_are_exactly_one_line_before_any_weight_loads(tmp_path, monkeyp
     assert call(monkeypatch, tmp_path, *arguments) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
+
+
+def test_a_path_out_of_a_sweep_may_be_pasted_as_it_is(tmp_path, monkeypatch):
+    job = tmp_path / "reward=oracle,seed=0"
+    job.mkdir()
+    assert cli.quoted(f"ckpt_path={job}") == f'ckpt_path="{job}"' == cli.quoted(cli.quoted(f"ckpt_path={job}"))
+    assert cli.quoted("reward=nsc") == "reward=nsc" and cli.quoted("a=b=c") == "a=b=c"
+    seen.clear()
+    assert call(monkeypatch, tmp_path, FAKE_TASK, f"hydra.run.dir={job}") == 0 and seen[0][0] == job.name
 
 
 @pytest.mark.parametrize(("available", "name"), [(True, "gpu"), (False, "cpu")])

@@ -22,6 +22,8 @@ from t2i_rl.rollout.score import DISTRIBUTIONS
 from t2i_rl.rollout.stats import TokenStats
 from t2i_rl.seeding import derive_seed
 
+NOT_MERGED = ("use_dora", "lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")  # fmt: skip
+
 
 class GRPO(L.LightningModule):
     """Group-relative policy optimisation over plan tokens and image tokens (T2I-R1 section 3.3, IRIS section 3).
@@ -117,12 +119,15 @@ class GRPO(L.LightningModule):
                 "nothing would be trained: give method.image_loss_weight, or method.text_loss_weight with method.plan=true"
             )
         try:
-            LoraConfig(**(options["lora"] or {}))
+            lora = LoraConfig(**(options["lora"] or {}))
             optimizer = options["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
             if options["scheduler"] is not None:
                 options["scheduler"](optimizer)
         except (TypeError, ValueError) as error:
             raise UserError(f"method.lora, method.optimizer or method.scheduler: {error}") from error
+        beyond = [name for name in NOT_MERGED if getattr(lora, name, None)]
+        if beyond:
+            raise UserError(f"method.lora.{beyond[0]}: rollouts merge plain LoRA (and rsLoRA) only; leave it out")
 
     def configure_model(self) -> None:
         """Shard policy and reference where the strategy is FSDP."""
