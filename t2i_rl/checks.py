@@ -72,6 +72,33 @@ def check(cfg: DictConfig) -> None:
         )
 
 
+def check_needs(cfg: DictConfig, prompts: Sequence[Prompt]) -> None:
+    """What can be known of model and rewards before any of them is made: making a reward may load gigabytes.
+
+    Raises:
+        UserError: the model's checkpoint is not there, or a reward's class needs metadata that a prompt lacks.
+    """
+    get_class(cfg.model._target_).image_size(cfg.model)
+    watched = {f"watch.{name}": node for name, node in cfg.watch.items() if node}
+    for name, node in {"reward": cfg.reward, **watched}.items():
+        for part in [node, *(part for part in (node.get("parts") or {}).values() if part)]:
+            kind = _locate(part._target_)
+            _check_meta(name, kind, getattr(kind, "needs_meta", ()), prompts)
+
+
+def _check_meta(name: str, kind: type, keys: Sequence[str], prompts: Sequence[Prompt]) -> None:
+    for key in keys:
+        lacking = next((prompt for prompt in prompts if key not in prompt.meta), None)
+        if lacking:
+            raise UserError(
+                f"{name} ({kind.__name__}) judges by each prompt's {key!r}, which {lacking.text!r} lacks: {_fix(name)}, or take data={'shapes' if key == 'include' else 't2i_r1'}"
+            )
+
+
+def _fix(name: str) -> str:
+    return "take another reward" if name == "reward" else f"remove it (~{name})"
+
+
 def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: dict[str, object]) -> None:
     """Everything that needs the benchmark, the training prompts and the rewards, but not the model's weights.
 
@@ -99,16 +126,10 @@ def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: 
     for name, reward in rewards.items():
         if getattr(reward, "needs_plans", False) and not cfg.method.plan:
             raise UserError(f"{name} ({type(reward).__name__}) needs plans: set method.plan=true")
-        fix = "take another reward" if name == "reward" else f"remove it (~{name})"
-        for key in getattr(reward, "needs_meta", ()):
-            lacking = next((prompt for prompt in prompts if key not in prompt.meta), None)
-            if lacking:
-                raise UserError(
-                    f"{name} ({type(reward).__name__}) judges by each prompt's {key!r}, which {lacking.text!r} lacks: {fix}, or take data=shapes"
-                )
+        _check_meta(name, type(reward), getattr(reward, "needs_meta", ()), prompts)
         for prompt in prompts if hasattr(reward, "refuses") else ():
             if why := reward.refuses(prompt):
-                raise UserError(f"{name} ({type(reward).__name__}) cannot judge {prompt.text!r}: {why}; {fix}")
+                raise UserError(f"{name} ({type(reward).__name__}) cannot judge {prompt.text!r}: {why}; {_fix(name)}")
 
 
 def _check_classes(cfg: DictConfig) -> None:

@@ -87,8 +87,10 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         (["model.rollout.max_rows=many"], "must be a number"),
         (["model=janus"], "path=<folder"),
         (["model=janus", "path=./nowhere"], "no such folder"),
-        (["reward=gdino", "reward.path=./nowhere"], "no such folder"),
+        (["reward=hpsv2", "reward.processor=./nowhere"], "no such folder"),
         (["reward=orm"], "reward.path"),
+        (["reward=gdino", "~watch.oracle"], "data=t2i_r1"),  # before its checkpoint is looked for
+        (["reward=t2i_r1", "reward.parts.orm.path=x"], "'nouns'"),
         (["task=make_prompts", "task.counts.counting=-1"], "task.counts.counting"),
         (["task=make_prompts", "+task.counts.sizes=3"], "choose from"),
         (["task=make_prompts", "task.out=plain.txt"], "there already"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from rich.console import Console
 
-from t2i_rl.checks import check_parts
+from t2i_rl.checks import check_needs, check_parts
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table, headline
@@ -15,7 +15,9 @@ from t2i_rl.loggers import build_loggers, log_results
 def run(cfg) -> dict:
     """Train `cfg.method` on `cfg.model` with `cfg.reward`; returns the content of results.json."""
     out = Path(cfg.paths.output_dir)
-    benchmark, data, reward = instantiate(cfg.benchmark), instantiate(cfg.data), instantiate(cfg.reward)
+    benchmark, data = instantiate(cfg.benchmark), instantiate(cfg.data)
+    check_needs(cfg, data.prompts)
+    reward = instantiate(cfg.reward)
     watch = {name: judge for name, judge in instantiate(cfg.watch).items() if judge is not None}
     check_parts(
         cfg, benchmark, data.prompts, {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
