@@ -42,6 +42,18 @@ def gpu_or_cpu() -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
+def by_family(target: str, autoregressive, diffusion):
+    """What a setting is for the family of the model's class; a class that cannot be found is complained about elsewhere."""
+    from t2i_rl.checks import class_attribute
+
+    try:
+        family = class_attribute(target, "family")
+    except (ImportError, AttributeError, StopIteration):
+        family = "autoregressive"
+    return {"autoregressive": autoregressive, "diffusion": diffusion}[family]
+
+
+OmegaConf.register_new_resolver("by_family", by_family, replace=True)
 OmegaConf.register_new_resolver("gpu_or_cpu", gpu_or_cpu, replace=True)
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
 OmegaConf.register_new_resolver("package_dir", lambda name: str(PACKAGE / name), replace=True)

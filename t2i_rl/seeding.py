@@ -15,3 +15,8 @@ def row_uniforms(seeds: list[int], steps: int, device: torch.device | str = "cpu
     """Uniform draws in [0, 1), float64 `(len(seeds), steps)`; row `i` depends on `seeds[i]` alone."""
     draws = np.stack([np.random.Generator(np.random.Philox(seed)).random(steps) for seed in seeds])
     return torch.from_numpy(draws).to(device)
+
+
+def row_normals(seeds: list[int], shape: tuple[int, ...]) -> torch.Tensor:
+    """Standard normal draws, float32 `(len(seeds), *shape)`, on the CPU; row `i` depends on `seeds[i]` alone."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])

@@ -15,11 +15,11 @@ from PIL import Image
 from t2i_rl.evaluation.results import write_atomic
 from t2i_rl.models.janus import Janus
 from t2i_rl.pretrain.measure import wilson
-from t2i_rl.pretrain.vq import nearest_codes, to_pixels
+from t2i_rl.pretrain.vq import nearest_codes
 from t2i_rl.shapes import oracle
 from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect
-from t2i_rl.shapes.render import render
+from t2i_rl.shapes.render import render, to_pixels
 from t2i_rl.shapes.scene import sample_scene
 from t2i_rl.shapes.suites import wishes
 from t2i_rl.shapes.text import EXTRA_TASKS, GENEVAL_TASKS, enumerate_prompts

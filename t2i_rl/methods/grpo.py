@@ -54,6 +54,7 @@ class GRPO(L.LightningModule):
     """
 
     trains = frozenset({"autoregressive"})
+    learns_from = "prompts"
 
     def __init__(
         self,

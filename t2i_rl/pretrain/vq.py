@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch.utils.data import IterableDataset
 
 from t2i_rl.shapes.examples import sample_example
-from t2i_rl.shapes.render import render
+from t2i_rl.shapes.render import render, to_pixels
 
 
 class SceneImages(IterableDataset):
@@ -22,11 +22,6 @@ class SceneImages(IterableDataset):
             images = np.stack([render(sample_example(rng)[1]) for _ in range(self.batch_size)])
             self.position += 1
             yield to_pixels(images)
-
-
-def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """uint8 `(B, H, W, 3)` -> float32 `(B, 3, H, W)` in [-1, 1], Janus's own normalisation."""
-    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def nearest_codes(vqmodel, pixels: torch.Tensor) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from functools import cache
 
 import numpy as np
+import torch
 
 from t2i_rl.shapes.scene import COLORS, Object, Scene
 
@@ -20,6 +21,11 @@ def stamp(shape: str, r: float, fx: float, fy: float, texture: str = "solid") ->
     u, v = np.meshgrid((ticks - fx) / r, (ticks - fy) / r)
     coverage = _inside(shape, u, v) * _texture(shape, texture, u, v, r)
     return coverage.reshape(side, SUPERSAMPLING, side, SUPERSAMPLING).mean(axis=(1, 3)).astype(np.float32)
+
+
+def to_pixels(images: np.ndarray) -> torch.Tensor:
+    """uint8 `(B, H, W, 3)` -> float32 `(B, 3, H, W)` in [-1, 1], as every autoencoder here reads it."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def reach(r: float) -> int:

@@ -10,6 +10,7 @@ from t2i_rl.checks import check_parts
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table
+from t2i_rl.tasks.train import build_method
 
 
 def run(cfg) -> dict:
@@ -39,7 +40,8 @@ def run(cfg) -> dict:
 def load_trained(cfg, model) -> int:
     """Put a checkpoint's weights into `model`; returns the optimizer step it was saved at."""
     checkpoint = torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)
-    method = instantiate(cfg.method, model=model, reward=None)  # nothing is rewarded: its models need not load
+    method = build_method(cfg, model, reward=None, watch={})  # nothing is rewarded: its models need not load
     method.on_load_checkpoint(checkpoint)
     method.load_state_dict(checkpoint["state_dict"], strict=False)
+    method.setup("fit")
     return checkpoint["global_step"]

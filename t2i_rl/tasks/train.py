@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from rich.console import Console
 
 from t2i_rl.checks import check_needs, check_parts
@@ -24,7 +24,7 @@ def run(cfg) -> dict:
     )
     trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()), logger=build_loggers(cfg))
     model = instantiate(cfg.model)
-    method = instantiate(cfg.method, model=model, reward=reward, watch=watch)
+    method = build_method(cfg, model, reward, watch)
     stages = Stages(trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size)
 
     for stage in cfg.evaluation.stages:
@@ -45,3 +45,10 @@ def run(cfg) -> dict:
         console.print(headline(results))
         console.print(f"report: {write_report(out)}", soft_wrap=True)
     return results
+
+
+def build_method(cfg, model, reward, watch: dict):
+    """`cfg.method` on a model; what learns from pairs has no reward and watches none."""
+    if get_class(cfg.method._target_).learns_from == "pairs":
+        return instantiate(cfg.method, model=model)
+    return instantiate(cfg.method, model=model, reward=reward, watch=watch)

@@ -1,0 +1,119 @@
+"""Batches of image-text pairs, and `shapes_pairs`: an endless stream of rendered scenes with their captions."""
+
+from dataclasses import dataclass
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader, IterableDataset
+
+from t2i_rl.errors import UserError
+from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
+from t2i_rl.prompts import Prompt
+from t2i_rl.seeding import row_normals
+from t2i_rl.shapes.examples import TASK_WEIGHTS, sample_example
+from t2i_rl.shapes.judge import judge
+from t2i_rl.shapes.oracle import Detection
+from t2i_rl.shapes.render import render, to_pixels
+from t2i_rl.shapes.scene import Scene
+from t2i_rl.shapes.suites import select_prompts
+
+
+@dataclass
+class PixelPairs:
+    """This rank's share of a batch. `numbers` are its places in the batch of all ranks; pixels float32 `(R, 3, H, W)` in [-1, 1]."""
+
+    numbers: list[int]
+    captions: list[str]
+    pixels: torch.Tensor
+
+    def encode(self, model: LatentDiffusion, seeds: list[int]) -> tuple[torch.Tensor, TextEncoding]:
+        """Latents `(R, C, h, w)`, row `i` sampled with `seeds[i]`, and texts."""
+        noise = row_normals(seeds, model.latent_shape)
+        return model.encode_images(self.pixels, noise), model.encode_prompts(self.captions)
+
+    def to(self, device) -> "PixelPairs":
+        return PixelPairs(self.numbers, self.captions, self.pixels.to(device))
+
+
+def share_of(batch_size: int) -> tuple[int, int]:
+    """The first place of this rank in a batch of all ranks, and how many places are its own.
+
+    Raises:
+        UserError: the batch does not split.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if batch_size % world_size:
+        raise UserError(f"data.batch_size={batch_size} pairs do not split over {world_size} ranks: take a multiple")
+    share = batch_size // world_size
+    return rank * share, share
+
+
+def as_found(scene: Scene) -> list[Detection]:
+    """A scene as a detector without error would report it."""
+    return [Detection(item.shape, item.color, item.box, 1.0, item.texture) for item in scene.objects]
+
+
+def distinct_examples(rng: np.random.Generator, count: int, weights: dict[str, float]) -> list[tuple[Prompt, Scene]]:
+    """Examples of which no caption is true of another's scene: contrasted texts must not be false negatives."""
+    chosen: list[tuple[Prompt, Scene]] = []
+    while len(chosen) < count:
+        prompt, scene = sample_example(rng, weights)
+        clash = any(
+            judge(other.meta, as_found(scene)).strict or judge(prompt.meta, as_found(their)).strict
+            for other, their in chosen
+        )
+        if not clash:
+            chosen.append((prompt, scene))
+    return chosen
+
+
+class ShapesStream(IterableDataset):
+    """Batch `k` of all ranks together is a function of `(seed, k)`; a rank takes its share of it."""
+
+    def __init__(self, batch_size: int, weights: dict[str, float], seed: int, first: int):
+        self.batch_size, self.weights, self.seed, self.position = batch_size, weights, seed, first
+
+    def __iter__(self):
+        first, share = share_of(self.batch_size)
+        while True:
+            rng = np.random.default_rng((self.seed, 5, self.position))
+            examples = distinct_examples(rng, self.batch_size, self.weights)[first : first + share]
+            self.position += 1
+            yield PixelPairs(
+                list(range(first, first + share)),
+                [prompt.text for prompt, _ in examples],
+                to_pixels(np.stack([render(scene) for _, scene in examples])),
+            )
+
+
+class ShapesPairs(L.LightningDataModule):
+    """Training pairs of the embedded world, rendered on the fly.
+
+    Args:
+        batch_size: pairs a step, over all ranks together: B images under B texts.
+        tasks: which tasks the captions come from, in the shares of `shapes.examples.TASK_WEIGHTS`.
+
+    Raises:
+        UserError: fewer than two pairs (nothing to contrast), or no such task.
+    """
+
+    gives = "pairs"
+
+    def __init__(self, batch_size: int = 16, tasks: tuple[str, ...] = tuple(TASK_WEIGHTS)[:6], seed: int = 0):
+        super().__init__()
+        unknown = [task for task in tasks if task not in TASK_WEIGHTS]
+        if unknown or not tasks:
+            raise UserError(f"data.tasks must be some of {', '.join(TASK_WEIGHTS)}, not {unknown or list(tasks)}")
+        if batch_size < 2:
+            raise UserError(
+                f"data.batch_size={batch_size}: a text needs at least one other to be told from; take 2 or more"
+            )
+        self.batch_size, self.seed = batch_size, seed
+        self.weights = {task: TASK_WEIGHTS[task] for task in tasks}
+        self.prompts = select_prompts("train", 40, tuple(tasks))
+
+    def train_dataloader(self) -> DataLoader:
+        first = self.trainer.lightning_module.batches_done
+        return DataLoader(ShapesStream(self.batch_size, self.weights, self.seed, first), batch_size=None)

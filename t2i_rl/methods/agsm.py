@@ -1,0 +1,183 @@
+"""AGSM: soft tokens that regress to targets moved along the alignment guidance of their own average (arXiv 2605.30038)."""
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+
+from t2i_rl.errors import UserError
+from t2i_rl.methods.alignment_loss import REDUCTIONS, agsm_targets, alignment_guidance, pair_errors
+from t2i_rl.methods.pairs import Grid, PairMethod, all_pairs, frozen_copy, mean_over, settings_of
+from t2i_rl.models.diffusion import LatentDiffusion
+from t2i_rl.models.soft_tokens import SoftTokens
+from t2i_rl.seeding import derive_seed
+
+POSITIVE, NEGATIVE = 0, 1
+_COMMON = {"gamma_positive": 1.0, "gamma_negative": 0.1, "tokens": 4, "buckets": 100, "times": "shared", "noise": "shared", "position": "end",
+           "init": "normal"}  # fmt: skip
+PRESETS = {
+    "ours": {
+        "all": {**_COMMON, "reduction": "mean", "temperature": 0.1, "average_decay": 0.999, "average_init": "copy", "negatives": "equation",
+                "times": "per_image", "noise": "per_image"},
+        "sd15": {"gamma_negative": 1.0},
+    },
+    "paper": {
+        "all": {**_COMMON, "reduction": "sum", "temperature": 1.0, "average_decay": 0.9999, "average_init": "copy", "negatives": "equation"},
+        "sd15": {"gamma_negative": 1.0, "position": "after_bos"},
+        "sdxl": {"gamma_negative": 1.0, "position": "after_bos"},
+        "sd3": {"position": "start"},
+    },
+    "released": {
+        "all": {**_COMMON, "reduction": "mean", "temperature": 0.1, "average_decay": 0.9999, "average_init": "independent",
+                "negatives": "off_at_zero"},
+        "sd15": {"gamma_negative": 1.0, "position": "after_bos", "init": "bos"},
+        "sdxl": {"position": "after_bos", "null_branch": NEGATIVE},
+    },
+}  # fmt: skip
+
+
+class AGSM(PairMethod):
+    """An image's own text regresses to `target + gamma_positive * delta` with the positive tokens, every other text to
+    `target - gamma_negative * delta` with the negative ones; `delta` comes from a slow average of the same tokens. Pictures are drawn with
+    the positive tokens alone.
+
+    Args:
+        variant: `ours`, `paper` or `released`: where they differ, and nothing else is given, decides the settings (docs/alignment.md).
+        gamma_positive, gamma_negative: how far targets move.
+        reduction, temperature: of the errors in the Plackett-Luce weights, see `alignment_guidance`.
+        average_decay, average_init: of the average, float32; it starts as a `copy`, or `independent` of the bank (as released).
+        negatives: `equation` regresses the other texts whatever gamma is; `off_at_zero` leaves them out at `gamma_negative=0` (as released).
+        null_branch: the bank that the empty prompt reads while drawing; None: the positive one, like every other prompt.
+        options: see `PairMethod`.
+    """
+
+    branches = 2
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        optimizer: partial,
+        variant: str = "ours",
+        gamma_positive: float | None = None,
+        gamma_negative: float | None = None,
+        reduction: str | None = None,
+        temperature: float | None = None,
+        average_decay: float | None = None,
+        average_init: str | None = None,
+        negatives: str | None = None,
+        null_branch: int | None = None,
+        tokens: int | None = None,
+        layers: int | list[str] | None = None,
+        buckets: int | None = None,
+        position: str | None = None,
+        init: str | None = None,
+        times: str | None = None,
+        noise: str | None = None,
+        **options,
+    ):
+        given = {
+            "gamma_positive": gamma_positive, "gamma_negative": gamma_negative, "reduction": reduction, "temperature": temperature,
+            "average_decay": average_decay, "average_init": average_init, "negatives": negatives, "null_branch": null_branch,
+            "tokens": tokens, "layers": layers, "buckets": buckets, "position": position, "init": init, "times": times, "noise": noise,
+        }  # fmt: skip
+        settings = settings_of(PRESETS, variant, model.kind, given)
+        self.check({"variant": variant, **settings, **options})
+        names = (
+            "gamma_positive",
+            "gamma_negative",
+            "reduction",
+            "temperature",
+            "average_decay",
+            "average_init",
+            "negatives",
+            "null_branch",
+        )
+        own = {name: settings.pop(name) for name in names}
+        super().__init__(model, optimizer, **settings, **options)
+        self.gamma_positive, self.gamma_negative = own["gamma_positive"], own["gamma_negative"]
+        self.reduction, self.temperature, self.average_decay = (
+            own["reduction"],
+            own["temperature"],
+            own["average_decay"],
+        )
+        self.trains_negatives = not (own["negatives"] == "off_at_zero" and self.gamma_negative == 0)
+        self.settings = {"variant": variant, **own, **settings}
+        model.tokens.null_branch = own["null_branch"]
+        if own["average_init"] == "independent":
+            draws = torch.Generator().manual_seed(derive_seed(self.seed, "average"))
+            self.average = SoftTokens(self.bank.spec, generator=draws).requires_grad_(False)
+        else:
+            self.average = frozen_copy(self.bank)
+
+    @staticmethod
+    def check(options: Mapping) -> None:
+        if options["variant"] not in PRESETS:
+            raise UserError(f"variant must be one of {', '.join(PRESETS)}, not {options['variant']!r}")
+        choices = {
+            "reduction": REDUCTIONS,
+            "average_init": ("copy", "independent"),
+            "negatives": ("equation", "off_at_zero"),
+        }
+        for name, allowed in choices.items():
+            if options.get(name) not in (None, *allowed):
+                raise UserError(f"method.{name} must be one of {', '.join(allowed)}, not {options[name]!r}")
+        if options.get("average_decay") is not None and not 0 <= options["average_decay"] < 1:
+            raise UserError(f"method.average_decay must be from 0 to below 1, not {options['average_decay']}")
+        if options.get("tokens") == 0:
+            raise UserError("method.tokens=0 trains nothing: AGSM learns soft tokens")
+        PairMethod.check(options)
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for mine, learnt in zip(self.average.parameters(), self.bank.parameters(), strict=True):
+            mine.lerp_(learnt, 1 - self.average_decay)
+
+    def accumulate(self, grid: Grid, tokens: torch.Tensor) -> dict[str, float]:
+        with torch.no_grad():
+            averaged = self.emit(self.average, grid.t)
+        texts, parts = len(grid.text), []
+        for rows in torch.arange(len(grid), device=self.device).split(max(1, self.pairs_per_pass // texts)):
+            parts.append(self._rows(grid, tokens, averaged, rows))
+        weights, errors, sizes = (torch.cat(part) for part in zip(*parts, strict=True))
+        positive = torch.nn.functional.one_hot(grid.own, texts).bool()
+        rest = weights.masked_fill(positive, -1.0).amax(dim=1)
+        own = weights[positive]
+        loss_positive, loss_negative = mean_over(errors[positive]), mean_over(errors[~positive]) if texts > 1 else 0.0
+        return {
+            "train/loss": loss_positive + (loss_negative if self.trains_negatives else 0.0),
+            "train/loss_positive": loss_positive,
+            "train/loss_negative": loss_negative,
+            "train/weight_own": mean_over(own),
+            "train/winrate": mean_over((own > rest).float()),
+            "train/margin": mean_over(own - rest),
+            "train/delta_own": mean_over(sizes[positive]),
+        }
+
+    def _rows(
+        self, grid: Grid, tokens: torch.Tensor, averaged: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Backward for a few images under all texts; weights, errors and mean squared deltas, each `(r, B)`."""
+        images, texts = all_pairs(rows, len(grid.text))
+        positive = texts == grid.own[images]
+        branch = torch.where(positive, POSITIVE, NEGATIVE)
+        with torch.no_grad():
+            parts = [
+                self.predict(grid, averaged, images[part], texts[part], branch[part])
+                for part in self.passes(images, texts)
+            ]
+            reference = torch.cat(parts).unflatten(0, (len(rows), -1))
+            weights, delta = alignment_guidance(reference, grid.target[rows], self.temperature, self.reduction)
+            targets = agsm_targets(grid.target[rows], delta, grid.own[rows], self.gamma_positive, self.gamma_negative)
+            targets = targets.flatten(0, 1)
+        share = torch.where(positive, 1 / len(grid), 1 / max(len(grid) * (len(grid.text) - 1), 1))
+        errors = torch.zeros(len(images), device=self.device)
+        trained = torch.arange(len(images), device=self.device)
+        if not self.trains_negatives:
+            trained = trained[positive]
+        for part in self.passes(trained, trained):
+            chosen = trained[part]
+            predicted = self.predict(grid, tokens, images[chosen], texts[chosen], branch[chosen])
+            found = pair_errors(predicted, targets[chosen])
+            (found * share[chosen]).sum().backward()
+            errors[chosen] = found.detach()
+        return weights, errors.view(len(rows), -1), delta.square().mean(dim=(2, 3, 4))

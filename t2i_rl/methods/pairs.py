@@ -1,0 +1,272 @@
+"""What SoftREPA, AGSM and their denoising control share: pairs, draws, soft tokens, passes of bounded size, one optimizer step."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from t2i_rl.errors import UserError
+from t2i_rl.hashing import weights_sha256
+from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
+from t2i_rl.models.soft_tokens import SoftTokens, spec_for
+from t2i_rl.seeding import derive_seed, row_normals
+
+SHARING = ("shared", "per_image")
+
+
+@dataclass
+class Grid:
+    """`R` noised images of this rank and the `B` texts that they are compared under; `own` `(R,)` is each image's own column."""
+
+    x_t: torch.Tensor
+    t: torch.Tensor
+    target: torch.Tensor
+    text: TextEncoding
+    own: torch.Tensor
+    images: int  # of all ranks together
+
+    def __len__(self) -> int:
+        return len(self.x_t)
+
+
+class PairMethod(L.LightningModule):
+    """Trains a bank of soft tokens (a subclass may train adapters) on matching images and texts; the denoiser stays frozen.
+
+    Args:
+        model: an adapter of family `diffusion`.
+        optimizer, scheduler: partials, `optimizer(params)` and `scheduler(optimizer)`; the scheduler steps every `schedule_every` steps.
+        tokens: K, soft tokens a layer; layers: see `splice.layout_of`; buckets: rows of the time table, 0 for none; interpolate between them.
+        position: `start`, `after_bos` or `end` of the text; init: `normal` (0.02) or `bos` (K copies of the empty prompt's first state, which
+            stay copies for ever: attention cannot tell them apart).
+        times, noise: `shared` by all images of a step (as released) or `per_image`; texts of one image always share both.
+        pairs_per_pass: image-text pairs with a live graph at a time; changes memory, not the gradient.
+        gather_negatives: compare under the texts of all ranks.
+        seed: together with step and image it decides every random draw.
+
+    Raises:
+        UserError: an option outside its choices.
+    """
+
+    trains = frozenset({"diffusion"})
+    learns_from = "pairs"
+    branches = 1
+    plan = False  # a diffusion model draws straight from the prompt
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        optimizer: partial,
+        scheduler: partial | None = None,
+        schedule_every: int = 1,
+        tokens: int = 4,
+        layers: int | list[str] | None = None,
+        buckets: int = 100,
+        interpolate: bool = False,
+        tables: int = 1,
+        position: str = "end",
+        init: str = "normal",
+        times: str = "per_image",
+        noise: str = "per_image",
+        pairs_per_pass: int = 64,
+        gather_negatives: bool = False,
+        max_grad_norm: float | None = 1.0,
+        gradient_checkpointing: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.model = model
+        self.optimizer_partial, self.scheduler_partial, self.schedule_every = optimizer, scheduler, schedule_every
+        self.times, self.noise, self.pairs_per_pass = times, noise, pairs_per_pass
+        self.gather_negatives, self.max_grad_norm, self.seed = gather_negatives, max_grad_norm, seed
+        self.batches_done = 0
+        model.requires_grad_(False)
+        self.backbone_sha256 = weights_sha256(model)
+        if gradient_checkpointing:
+            model.denoiser.enable_gradient_checkpointing()
+            model.denoiser.train()  # what diffusers asks before it checkpoints; no dropout in these classes
+        self.bank = None
+        if tokens:
+            spec = spec_for(
+                model.denoiser, layers, tokens, branches=self.branches, buckets=buckets, interpolate=interpolate,
+                tables=tables, position=position,
+            )  # fmt: skip
+            self.bank = SoftTokens(spec, generator=torch.Generator().manual_seed(derive_seed(seed, "bank")))
+            if init == "bos":
+                self._start_from_bos()
+            model.attach(self.bank).enable(False)
+
+    @staticmethod
+    def check(options: Mapping) -> None:
+        """Refuse options, by name as in `__init__`, that cannot train; the command line asks before any weight loads.
+
+        Raises:
+            UserError: one line that names the option and its choices.
+        """
+        for name, choices in (("times", SHARING), ("noise", SHARING), ("init", ("normal", "bos"))):
+            if options.get(name) not in (None, *choices):
+                raise UserError(f"method.{name} must be one of {', '.join(choices)}, not {options[name]!r}")
+        for name, least in (("pairs_per_pass", 1), ("schedule_every", 1), ("tokens", 0), ("buckets", 0)):
+            if options.get(name) is not None and options[name] < least:
+                raise UserError(f"method.{name} must be {least} or more, not {options[name]}")
+
+    def _start_from_bos(self) -> None:
+        with torch.no_grad():
+            first = self.model.encode_prompts([""]).embeds[0, 0].float().cpu()
+            if len(first) != self.bank.spec.dim:
+                raise UserError(
+                    f"method.init=bos needs text states of the blocks' width {self.bank.spec.dim}; take init=normal"
+                )
+            self.bank.tokens.copy_(first.expand_as(self.bank.tokens))
+
+    def setup(self, stage: str) -> None:
+        """From here on pictures are drawn with the tokens, also where a resumed run has nothing left to do."""
+        if stage == "fit" and self.model.tokens is not None:
+            self.model.tokens.enable()
+
+    def training_step(self, batch, index: int) -> None:
+        """One optimizer step on one batch of pairs."""
+        grid = self.grid(batch)
+        emitted = self.emit(self.bank, grid.t)
+        tokens = None if emitted is None else emitted.detach().requires_grad_()
+        metrics = self.accumulate(grid, tokens)
+        if emitted is not None:
+            self.manual_backward((emitted * tokens.grad).sum())
+        learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        norm = torch.nn.utils.clip_grad_norm_(learning, limit)
+        if not torch.isfinite(norm):
+            raise ValueError(f"gradient norm is {norm.item()} at optimizer step {self.global_step}")
+        optimizer = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.batches_done += 1
+        if self.scheduler_partial is not None and self.batches_done % self.schedule_every == 0:
+            self.lr_schedulers().step()
+        self.after_step()
+        metrics |= {"train/grad_norm": float(norm), "train/lr": optimizer.param_groups[0]["lr"]}
+        self.log_dict(metrics, sync_dist=dist.is_initialized(), batch_size=len(grid))
+        self.log("loss", metrics["train/loss"], prog_bar=True, logger=False)
+
+    def accumulate(self, grid: Grid, tokens: torch.Tensor | None) -> dict[str, float]:
+        """Run the passes of one step backward, into `tokens.grad` (or the adapters'); returns what is logged."""
+        raise NotImplementedError
+
+    def after_step(self) -> None:
+        """Nothing, unless a subclass follows its weights."""
+
+    @torch.no_grad()
+    def grid(self, batch) -> Grid:
+        """Encode a batch and noise it. Image `i` of the global batch draws from (seed, step, i): rank count changes nothing."""
+        with torch.autocast(self.device.type, enabled=False):
+            seeds = [derive_seed(self.seed, "pair", self.batches_done, number) for number in batch.numbers]
+            x0, text = batch.encode(self.model, seeds)
+            shape = x0.shape[1:]
+            step = derive_seed(self.seed, "step", self.batches_done)
+            eps = row_normals([seed + 1 for seed in seeds] if self.noise == "per_image" else [step], shape)
+            t = torch.cat(
+                [torch.rand(1, generator=torch.Generator().manual_seed(seed + 2)) for seed in seeds]
+                if self.times == "per_image"
+                else [torch.rand(1, generator=torch.Generator().manual_seed(step + 2))]
+            )
+            t = (t * 1000).floor().clamp(max=999).to(self.device).expand(len(x0))
+            eps = eps.to(self.device).expand_as(x0)
+            own = torch.arange(len(x0), device=self.device)
+            images = len(x0) * (dist.get_world_size() if dist.is_initialized() else 1)
+            if self.gather_negatives and dist.is_initialized():
+                own = own + dist.get_rank() * len(x0)
+                text = text.map(lambda part: torch.cat(_all_gather(part)))
+            return Grid(self.model.add_noise(x0, eps, t), t, self.model.target(x0, eps), text, own, images)
+
+    def emit(self, bank: SoftTokens | None, t: torch.Tensor) -> torch.Tensor | None:
+        """All tokens of a step, `(branches, R, layers, K, D)`."""
+        if bank is None:
+            return None
+        return torch.stack([bank(t, branch) for branch in range(self.branches)])
+
+    def predict(
+        self,
+        grid: Grid,
+        tokens: torch.Tensor | None,
+        rows: torch.Tensor,
+        texts: torch.Tensor,
+        branch: torch.Tensor | int = 0,
+    ) -> torch.Tensor:
+        """Predictions `(P, C, h, w)` for images `rows` `(P,)` under `texts` `(P,)`."""
+        soft = None if tokens is None else tokens[branch, rows]
+        return self.model.predict(grid.x_t[rows], grid.t[rows], grid.text[texts], soft)
+
+    def passes(self, rows: torch.Tensor, texts: torch.Tensor) -> Iterator[slice]:
+        """Slices of a list of pairs, each small enough for one pass."""
+        for first in range(0, len(rows), self.pairs_per_pass):
+            yield slice(first, first + self.pairs_per_pass)
+
+    def backward_pass(self, loss: torch.Tensor, tokens: torch.Tensor | None, last: bool) -> None:
+        """Into the tokens, which hold one step's gradients until they flow into the bank; or into adapters, whose ranks meet at the last."""
+        if tokens is not None:
+            loss.backward()
+            return
+        waits = not last and dist.is_initialized()
+        with self.trainer.strategy.block_backward_sync() if waits else nullcontext():
+            self.manual_backward(loss)
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer_partial([p for p in self.parameters() if p.requires_grad])
+        return optimizer if self.scheduler_partial is None else ([optimizer], [self.scheduler_partial(optimizer)])
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        """Only what learns, and its average: the backbone is named by its hash."""
+        state = super().state_dict(*args, **kwargs)
+        learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        return {name: value for name, value in state.items() if name in learning or name.startswith("average.")}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["pairs"] = {"batches_done": self.batches_done, "backbone_sha256": self.backbone_sha256}
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        saved = checkpoint["pairs"]
+        if saved["backbone_sha256"] != self.backbone_sha256:
+            raise UserError(
+                "this checkpoint was trained on another model than model.path holds: give the model that its run started from"
+            )
+        self.batches_done = saved["batches_done"]
+
+
+def settings_of(presets: Mapping, variant: str, kind: str, given: Mapping) -> dict:
+    """A variant's settings for a kind of model, over which what is given (not None) wins.
+
+    Raises:
+        UserError: no such variant.
+    """
+    if variant not in presets:
+        raise UserError(f"variant must be one of {', '.join(presets)}, not {variant!r}")
+    chosen = dict(presets[variant].get("all", {})) | dict(presets[variant].get(kind, {}))
+    return chosen | {name: value for name, value in given.items() if value is not None or name not in chosen}
+
+
+def _all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return parts
+
+
+def mean_over(values: torch.Tensor) -> float:
+    return float(values.detach().double().mean())
+
+
+def all_pairs(rows: torch.Tensor, texts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Every image of `rows` `(r,)` under every text: `(r * texts,)` each, texts fastest."""
+    return rows.repeat_interleave(texts), torch.arange(texts, device=rows.device).repeat(len(rows))
+
+
+def frozen_copy(bank: nn.Module) -> nn.Module:
+    """A copy that follows and never learns."""
+    import copy
+
+    return copy.deepcopy(bank).requires_grad_(False)

@@ -1,0 +1,61 @@
+"""Stable Diffusion 3 and 3.5: MM-DiT trained by flow matching (Esser et al. 2024)."""
+
+import torch
+from torch import nn
+
+from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding, load_pipeline
+
+
+class SD3(LatentDiffusion):
+    """`x_t = (1 - sigma) x0 + sigma eps` with `sigma = t / 1000`; predicts the velocity `eps - x0`."""
+
+    family = "diffusion"
+    kind = "sd3"
+    denoiser_name = "transformer"
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str = "float32",
+        revision: str | None = None,
+        guidance_scale: float = 4.0,
+        steps: int = 28,
+        size: int | None = None,
+        max_sequence_length: int = 256,
+        soft_tokens: str | None = None,
+        device: str | None = None,
+    ):
+        from diffusers import StableDiffusion3Pipeline
+
+        pipe = load_pipeline(StableDiffusion3Pipeline, path, dtype, revision, device)
+        super().__init__(pipe, guidance_scale, steps, size, soft_tokens)
+        self.path, self.revision, self.max_sequence_length = str(path), revision, max_sequence_length
+
+    def encode_prompts(self, prompts: list[str]) -> TextEncoding:
+        embeds, _, pooled, _ = self.pipe.encode_prompt(
+            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+        )  # fmt: skip
+        return TextEncoding(embeds, pooled)
+
+    def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        sigmas = (t / 1000).view(-1, 1, 1, 1).to(x0)
+        return (1 - sigmas) * x0 + sigmas * eps
+
+    def target(self, x0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
+        return eps - x0
+
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, soft_tokens=None) -> torch.Tensor:
+        return self.denoiser(
+            hidden_states=x_t.to(self.dtype),
+            timestep=t.to(x_t.device),
+            encoder_hidden_states=text.embeds.to(self.dtype),
+            pooled_projections=text.pooled.to(self.dtype),
+            return_dict=False,
+            **self._carried(soft_tokens),
+        )[0].float()
+
+    def _call_settings(self) -> dict:
+        return {"max_sequence_length": self.max_sequence_length}
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.denoiser.transformer_blocks)
