@@ -169,8 +169,9 @@ class AGSM(PairMethod):
             weights, delta = alignment_guidance(reference, grid.target[rows], self.temperature, self.reduction)
             targets = agsm_targets(grid.target[rows], delta, grid.own[rows], self.gamma_positive, self.gamma_negative)
             targets = targets.flatten(0, 1)
-        share = torch.where(positive, 1 / len(grid), 1 / max(len(grid) * (len(grid.text) - 1), 1))
-        errors = torch.zeros(len(images), device=self.device)
+        share, others = positive.to(targets) / len(grid), max(len(grid) * (len(grid.text) - 1), 1)
+        share = share + (~positive).to(targets) / others
+        errors = torch.zeros_like(share)
         trained = torch.arange(len(images), device=self.device)
         if not self.trains_negatives:
             trained = trained[positive]

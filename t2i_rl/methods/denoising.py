@@ -10,6 +10,7 @@ from t2i_rl.errors import UserError
 from t2i_rl.methods.alignment_loss import pair_errors
 from t2i_rl.methods.pairs import Grid, PairMethod, mean_over
 from t2i_rl.models.diffusion import LatentDiffusion
+from t2i_rl.seeding import derive_seed
 
 
 class Denoising(PairMethod):
@@ -27,7 +28,9 @@ class Denoising(PairMethod):
         super().__init__(model, optimizer, tokens=tokens, **options)
         self.settings = {"tokens": tokens, "lora": lora}
         if lora is not None:
-            inject_adapter_in_model(LoraConfig(**lora), model.denoiser)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(self.seed, "adapters"))
+                inject_adapter_in_model(LoraConfig(**lora), model.denoiser)
             for parameter in model.denoiser.parameters():
                 if parameter.requires_grad:  # adapters learn in float32 whatever they are added to
                     parameter.data = parameter.data.float()

@@ -118,11 +118,11 @@ class PairMethod(L.LightningModule):
 
     def _start_from_bos(self) -> None:
         with torch.no_grad():
-            first = self.model.encode_prompts([""]).embeds[0, 0].float().cpu()
-            if len(first) != self.bank.spec.dim:
+            if self.model.denoiser_name != "unet":
                 raise UserError(
-                    f"method.init=bos needs text states of the blocks' width {self.bank.spec.dim}; take init=normal"
+                    "method.init=bos is for UNets, whose blocks read the text encoder's states as they are; take init=normal"
                 )
+            first = self.model.encode_prompts([""]).embeds[0, 0].float().cpu()
             self.bank.tokens.copy_(first.expand_as(self.bank.tokens))
 
     def setup(self, stage: str) -> None:

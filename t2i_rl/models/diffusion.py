@@ -216,17 +216,17 @@ def load_pipeline(stock_class, path: str, dtype: str, revision: str | None = Non
         UserError: it can be neither found nor downloaded, or is not whole; the line names what to do.
     """
     from diffusers.utils import logging
+    from transformers.utils import logging as transformers_logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    for each in (logging, transformers_logging):
+        each.set_verbosity_error()
+        each.disable_progress_bar()
     if dtype not in loading.DTYPES:
         raise UserError(f"dtype must be one of {', '.join(loading.DTYPES)}, not {dtype!r}")
     try:
         index = stock_class.load_config(path, revision=revision)
         absent = {name: None for name, part in index.items() if part == [None, None]}  # SD3 without T5
-        made = stock_class.from_pretrained(
-            path, revision=revision, torch_dtype=getattr(torch, dtype), **(absent | parts)
-        )
+        made = stock_class.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype), **(absent | parts))
     except (OSError, ValueError) as error:
         raise loading.cannot_load(path, error) from error
     return made.to(loading.own_gpu() if device == "auto" else device or "cpu")

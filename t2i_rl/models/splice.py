@@ -95,11 +95,14 @@ class Splice:
             raise UserError(f"this {type(denoiser).__name__} has soft tokens already: remove them before others go in")
         denoiser.soft_token_splice = self
         self.denoiser, self.provide, self.enabled = denoiser, provide, True
-        self.carrier, self.position = carrier(denoiser), position
+        self.carrier = carrier(denoiser)
         self.handles = [denoiser.register_forward_pre_hook(self._fill, with_kwargs=True)]
         blocks = dict(denoiser.named_modules())
         for name in text_blocks(denoiser):  # all of them: whoever has no layer drops the key
-            self._hook(blocks[name], layout.get(name))
+            here = BlockSplice(blocks[name], layout.get(name), self.carrier, position)
+            self.handles.append(blocks[name].register_forward_pre_hook(here.put_in, with_kwargs=True))
+            if type(denoiser).__name__ != "UNet2DConditionModel":  # whose blocks return no text
+                self.handles.append(blocks[name].register_forward_hook(here.take_out))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -122,46 +125,50 @@ class Splice:
             return (*args[:place], {**carried, KEY: tokens}, *args[place + 1 :]), kwargs
         return args, {**kwargs, self.carrier: {**carried, KEY: tokens}}
 
-    def _hook(self, block: nn.Module, layer: int | None) -> None:
-        signature, spliced = inspect.signature(block.forward), []
 
-        def put_in(module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
-            arguments = signature.bind(*args, **kwargs).arguments
-            carried = arguments.get(self.carrier)
-            spliced.clear()
-            if not carried or KEY not in carried:
-                return None
-            arguments[self.carrier] = {key: value for key, value in carried.items() if key != KEY} or None
-            if layer is not None:
-                tokens = carried[KEY][:, layer]
-                spliced.append(tokens.shape[1])
-                self._splice(arguments, tokens)
-            return (), dict(arguments)
+class BlockSplice:
+    """One block's two hooks: tokens into its text before it runs, out of its text after."""
 
-        def take_out(module: nn.Module, args: tuple, output: tuple) -> tuple | None:
-            if not spliced or output[0] is None:  # SD3's last block returns no text
-                return None
-            text, *others = output
-            place = self._place(text.shape[1] - spliced[0])
-            return torch.cat([text[:, :place], text[:, place + spliced[0] :]], dim=1), *others
+    def __init__(self, block: nn.Module, layer: int | None, carrier: str, position: str):
+        self.signature, self.layer, self.carrier, self.position = (
+            inspect.signature(block.forward),
+            layer,
+            carrier,
+            position,
+        )
+        self.spliced = 0  # tokens in the text of the call that is running
 
-        self.handles.append(block.register_forward_pre_hook(put_in, with_kwargs=True))
-        if type(self.denoiser).__name__ != "UNet2DConditionModel":  # whose blocks return no text
-            self.handles.append(block.register_forward_hook(take_out))
+    def put_in(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
+        arguments = self.signature.bind(*args, **kwargs).arguments
+        carried = arguments.get(self.carrier)
+        self.spliced = 0
+        if not carried or KEY not in carried:
+            return None
+        arguments[self.carrier] = {key: value for key, value in carried.items() if key != KEY} or None
+        if self.layer is not None:
+            self._splice(arguments, carried[KEY][:, self.layer])
+        return (), dict(arguments)
+
+    def take_out(self, module: nn.Module, args: tuple, output: tuple) -> tuple | None:
+        text, *others = output
+        if not self.spliced or text is None:  # SD3's last block returns no text
+            return None
+        place = self._place(text.shape[1] - self.spliced)
+        return torch.cat([text[:, :place], text[:, place + self.spliced :]], dim=1), *others
 
     def _splice(self, arguments: dict, tokens: torch.Tensor) -> None:
         text = arguments["encoder_hidden_states"]
         first = text[0] if isinstance(text, tuple) else text  # IP-Adapter: (text, images)
-        place = self._place(first.shape[1])
-        longer = insert(first, tokens.to(first), place)
+        place, self.spliced = self._place(first.shape[1]), tokens.shape[1]
+        longer = torch.cat([first[:, :place], tokens.to(first), first[:, place:]], dim=1)
         arguments["encoder_hidden_states"] = (longer, *text[1:]) if isinstance(text, tuple) else longer
         bias = arguments.get("encoder_attention_mask")
         if bias is not None:  # additive, (B, 1, N)
-            zeros = bias.new_zeros(*bias.shape[:-1], tokens.shape[1])
+            zeros = bias.new_zeros(*bias.shape[:-1], self.spliced)
             arguments["encoder_attention_mask"] = torch.cat([bias[..., :place], zeros, bias[..., place:]], dim=-1)
         if arguments.get("image_rotary_emb") is not None:  # Flux turns no text: its ids are all zero
             cos, sin = arguments["image_rotary_emb"]
-            rows = (tokens.shape[1], cos.shape[-1])
+            rows = (self.spliced, cos.shape[-1])
             arguments["image_rotary_emb"] = (
                 torch.cat([cos[:place], cos.new_ones(rows), cos[place:]]),
                 torch.cat([sin[:place], sin.new_zeros(rows), sin[place:]]),
@@ -169,11 +176,6 @@ class Splice:
 
     def _place(self, length: int) -> int:
         return {"start": 0, "after_bos": 1, "end": length}[self.position]
-
-
-def insert(text: torch.Tensor, tokens: torch.Tensor, place: int) -> torch.Tensor:
-    """`text` `(B, N, D)` with `tokens` `(B, K, D)` before position `place`."""
-    return torch.cat([text[:, :place], tokens, text[:, place:]], dim=1)
 
 
 def times(denoiser: nn.Module, timestep: torch.Tensor, rows: int) -> torch.Tensor:
