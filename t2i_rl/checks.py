@@ -50,8 +50,10 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"mode must be plan or direct, not {cfg.mode!r}")
     if task == "judge" and not (cfg.image and cfg.prompt):
         raise UserError('task=judge takes image=<file> and prompt="three red circles"')
-    if task == "pretrain" and Path(cfg.model.path).name != "janus_tiny":
-        raise UserError("task=pretrain makes model=janus_tiny; the other models are loaded, not made")
+    if task == "pretrain" and Path(cfg.model.path).name not in cfg.task.recipes:
+        raise UserError(
+            f"task=pretrain makes model={', '.join(cfg.task.recipes)}; the other models are loaded, not made"
+        )
     if cfg.ckpt_path and cfg.ckpt_path != "last" and not Path(cfg.ckpt_path).is_file():
         raise UserError(
             f"ckpt_path={cfg.ckpt_path}: there is no such file (ckpt_path=last takes the newest run with these settings)"
@@ -130,6 +132,24 @@ def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: 
         for prompt in prompts if hasattr(reward, "refuses") else ():
             if why := reward.refuses(prompt):
                 raise UserError(f"{name} ({type(reward).__name__}) cannot judge {prompt.text!r}: {why}; {_fix(name)}")
+
+
+def check_validation(cfg: DictConfig, callbacks: dict) -> None:
+    """Whether what validates can read what the model draws.
+
+    Raises:
+        UserError: it reads pictures of another size.
+    """
+    size = get_class(cfg.model._target_).image_size(cfg.model)
+    for name, callback in callbacks.items():
+        benchmark = getattr(callback, "benchmark", None)
+        judges = {f"callbacks.{name}.judges.{key}": judge for key, judge in getattr(callback, "judges", {}).items()}
+        for where, part in {f"callbacks.{name}.benchmark": benchmark, **judges}.items():
+            sizes = getattr(part, "image_sizes", None)
+            if sizes and size not in sizes:
+                raise UserError(
+                    f"{where} reads images of {' or '.join(map(str, sizes))} pixels, but this model draws {size}x{size}: set {where}=null"
+                )
 
 
 def _check_classes(cfg: DictConfig) -> None:

@@ -4,6 +4,7 @@ A program of its own, because transformers' text encoders do not survive the pic
 """
 
 import sys
+import tempfile
 from functools import partial
 
 import lightning as L
@@ -38,7 +39,7 @@ def fit(module, steps: int, ranks: int = 1, ckpt=None, save=None) -> dict[str, t
     """The state after `steps` optimizer steps."""
     trainer = L.Trainer(
         accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_steps=steps, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tempfile.mkdtemp(),
     )  # fmt: skip
     trainer.fit(module, FourPairs(), ckpt_path=ckpt, weights_only=True)
     if save is not None:

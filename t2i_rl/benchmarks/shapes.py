@@ -9,8 +9,9 @@ from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt
 from t2i_rl.shapes.judge import Verdict, judge
 from t2i_rl.shapes.oracle import detect
-from t2i_rl.shapes.scene import CANVASES
-from t2i_rl.shapes.suites import select_prompts
+from t2i_rl.shapes.render import render
+from t2i_rl.shapes.scene import CANVASES, sample_scene
+from t2i_rl.shapes.suites import select_prompts, wishes
 from t2i_rl.shapes.text import GENEVAL_TASKS
 
 
@@ -49,6 +50,7 @@ class Shapes:
         )
         self.image_sizes = (size,)
         self.overall_tasks = tuple(task for task in self.tasks if task in GENEVAL_TASKS) or self.tasks
+        self._reference: np.ndarray | None = None
         self._prompts = select_prompts(split, prompts_per_task, self.tasks, size)
 
     def prompts(self) -> list[Prompt]:
@@ -73,6 +75,14 @@ class Shapes:
         pixels = pixels - np.median(border, axis=1)[:, None, None]
         cell = self.size // 8
         return pixels.reshape(len(images), 8, cell, 8, cell, 3).mean(axis=(2, 4)).reshape(len(images), -1)
+
+    def reference_features(self, count: int = 2000) -> np.ndarray:
+        """Features `(count, 192)` of renders of scenes that satisfy this benchmark's prompts, its prompts in turn: what pictures are compared with."""
+        if self._reference is None:
+            rng, prompts = np.random.default_rng(0), self.prompts()
+            scenes = (sample_scene(wishes(prompts[i % len(prompts)]), rng, self.size) for i in range(count))
+            self._reference = self.features(np.stack([render(scene) for scene in scenes]))
+        return self._reference
 
     def fingerprint(self) -> dict:
         """What a number of this benchmark depends on."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import torch
@@ -215,6 +216,12 @@ class PairMethod(L.LightningModule):
         waits = not last and dist.is_initialized()
         with self.trainer.strategy.block_backward_sync() if waits else nullcontext():
             self.manual_backward(loss)
+
+    def on_train_end(self) -> None:
+        """Leave the tokens as a file of their own, which any pipeline of the same architecture loads."""
+        if self.bank is not None and self.trainer.is_global_zero:
+            facts = {"method": type(self).__name__, "model": self.model.path, "steps": self.global_step}
+            self.bank.save(Path(self.trainer.default_root_dir) / "soft_tokens.safetensors", **facts)
 
     def configure_optimizers(self):
         optimizer = self.optimizer_partial([p for p in self.parameters() if p.requires_grad])

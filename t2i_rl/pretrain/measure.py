@@ -1,8 +1,7 @@
-"""The figures of a freshly made janus_tiny, stage by stage, each with its n and a 95% interval; and its model card."""
+"""The figures of a freshly made janus_tiny, stage by stage, each with its n and a 95% interval."""
 
 import math
 import re
-from datetime import date
 
 import numpy as np
 import torch
@@ -37,20 +36,25 @@ def held_back_scenes(count: int, seed: int) -> list:
 @torch.no_grad()
 def vq_figures(janus: Janus, count: int = 1000, seed: int = 1) -> dict:
     """Reconstruction: PSNR in dB, share of scenes that the oracle reads back unchanged, codes in use."""
+    codes = []
+
+    def there_and_back(images: np.ndarray) -> np.ndarray:
+        codes.append(nearest_codes(janus.model.model.vqmodel, to_pixels(images)))
+        return janus.decode(codes[-1])
+
+    figures = reconstruction_figures(there_and_back, count, seed)
+    used = int(torch.cat(codes).unique().numel())
+    return figures | {"codes_used": used, "codes": janus.model.config.vq_config.num_embeddings}
+
+
+def reconstruction_figures(there_and_back, count: int = 1000, seed: int = 1) -> dict:
+    """An autoencoder on held-back scenes, uint8 images to uint8 images: PSNR in dB, share of scenes that the oracle reads back unchanged."""
     scenes = held_back_scenes(count, seed)
     images = np.stack([render(scene) for scene in scenes])
-    codes = torch.cat(
-        [nearest_codes(janus.model.model.vqmodel, to_pixels(part)) for part in np.array_split(images, 10)]
-    )
-    back = np.concatenate([janus.decode(part) for part in codes.chunk(10)])
+    back = np.concatenate([there_and_back(part) for part in np.array_split(images, 10)])
     error = ((back.astype(float) - images) ** 2).mean(axis=(1, 2, 3))
     agree = sum(contents(found) == contents(scene.objects) for found, scene in zip(detect(back), scenes, strict=True))
-    return {
-        "psnr_db": float(np.mean(10 * np.log10(255**2 / error))),
-        "oracle_agreement": wilson(agree, count),
-        "codes_used": int(codes.unique().numel()),
-        "codes": janus.model.config.vq_config.num_embeddings,
-    }
+    return {"psnr_db": float(np.mean(10 * np.log10(255**2 / error))), "oracle_agreement": wilson(agree, count)}
 
 
 def contents(objects) -> list[str]:
@@ -120,50 +124,3 @@ def describe(janus: Janus, ids: torch.Tensor, image_embeds: torch.Tensor) -> lis
         embeds=embeds,
     )
     return [text.strip() for text in janus.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
-
-
-def card(figures: dict, results: dict, recipe: dict, facts: dict) -> str:
-    """The model card as Markdown: recipe, figures by stage, benchmark with intervals."""
-
-    def interval(cell: dict, digits: int = 1) -> str:
-        return f"{100 * cell['mean']:.{digits}f} % [{100 * cell['low']:.{digits}f}, {100 * cell['high']:.{digits}f}]"
-
-    vq, plans, look = figures["vq"], figures["plan"], figures["look"]
-    stages = [stage for stage in ("base_direct", "base_plan") if stage in results["stages"]]
-    names = [
-        "overall",
-        *(name for name in results["stages"][stages[0]]["metrics"] if name.startswith("task/")),
-        "seen",
-        "held_out",
-        "lenient",
-    ]
-    rows = [
-        "| "
-        + name.removeprefix("task/")
-        + " | "
-        + " | ".join(interval(results["stages"][stage]["metrics"][name]) for stage in stages)
-        + " |"
-        for name in names
-        if name in results["stages"][stages[0]]["metrics"]
-    ]
-    benchmark = results["benchmark"]
-    return "\n".join([
-        "---", "license: apache-2.0", "library_name: transformers", "---", "# janus_tiny", "",
-        "transformers' own `JanusForConditionalGeneration` (language model, generation head, VQ model, understanding tower) trained from nothing on",
-        "the embedded world `shapes`. It is a test bench, not a picture model: an effect seen on it is evidence about the implementation of an",
-        "algorithm, not about Janus-Pro.", "",
-        f"Made on {date.today()} by `{facts['command']}` (seed {facts['seed']}, commit {facts['commit']}, {facts['device']}, {facts['minutes']:.0f} minutes).",
-        f"{facts['parameters'] / 1e6:.2f} M parameters, stored in float16 ({facts['megabytes']:.1f} MB).", "",
-        "## Recipe", "", "```yaml", recipe["yaml"].rstrip(), "```", "",
-        "## Figures by stage", "", "| stage | figure | value |", "|---|---|---|",
-        f"| VQ reconstruction | PSNR | {vq['psnr_db']:.1f} dB |",
-        f"| | oracle reads the same objects (n={vq['oracle_agreement']['n']}) | {interval(vq['oracle_agreement'])} |",
-        f"| | codes in use | {vq['codes_used']} of {vq['codes']} |",
-        f"| plan text | names exactly what the test prompt asks (n={plans['names_what_is_asked']['n']}) | {interval(plans['names_what_is_asked'])} |",
-        f"| image understanding | objects read exactly (n={look['objects_exact']['n']}) | {interval(look['objects_exact'])} |",
-        f"| | whole description word for word | {interval(look['description_exact'])} |", "",
-        f"## `shapes` v{benchmark['version']}, strict, guidance {results['sampling']['guidance_scale']}, temperature {results['sampling']['temperature']}", "",
-        f"{benchmark['n_prompts']} test prompts x {benchmark['samples_per_prompt']} images, seed {results['seed']}, 95 % bootstrap over prompts, "
-        f"prompts sha256 `{benchmark['prompts_sha256'][:12]}`.", "",
-        "| | " + " | ".join(stage.removeprefix("base_") for stage in stages) + " |", "|---|" + "---|" * len(stages), *rows, "",
-    ])  # fmt: skip

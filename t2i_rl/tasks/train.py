@@ -5,7 +5,7 @@ from pathlib import Path
 from hydra.utils import get_class, instantiate
 from rich.console import Console
 
-from t2i_rl.checks import check_needs, check_parts
+from t2i_rl.checks import check_needs, check_parts, check_validation
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table, headline
@@ -22,7 +22,9 @@ def run(cfg) -> dict:
     check_parts(
         cfg, benchmark, data.prompts, {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
     )
-    trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()), logger=build_loggers(cfg))
+    callbacks = instantiate(cfg.callbacks)
+    check_validation(cfg, callbacks)
+    trainer = instantiate(cfg.trainer, callbacks=list(callbacks.values()), logger=build_loggers(cfg))
     model = instantiate(cfg.model)
     method = build_method(cfg, model, reward, watch)
     stages = Stages(trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size)

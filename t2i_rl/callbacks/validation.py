@@ -1,0 +1,166 @@
+"""Draw held-back prompts while training, judge them, and keep the checkpoint that judged best on them (never on the test split)."""
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
+
+from t2i_rl.evaluation.fid import frechet_distance
+from t2i_rl.prompts import Prompt
+from t2i_rl.rewards.output import checked
+from t2i_rl.seeding import derive_seed
+
+
+class Pictures:
+    """What a reward reads of drawn images: pictures and prompts, as in a rollout without tokens."""
+
+    def __init__(self, images: np.ndarray, prompts: list[Prompt]):
+        self.images, self.prompts, self.plans, self.group_size = images, prompts, [""] * len(prompts), 1
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+
+class Validate(L.Callback):
+    """Before the first step (without what learns, where it can be switched off), every `every_n_steps`, and at the end.
+
+    Args:
+        benchmark: its prompts are drawn once each, with the same seeds every time, and judged: `val/overall`, `val/<task>`, and for counting
+            how often too many and too few objects were drawn; None takes the data module's `validation` prompts and only the judges.
+        judges: rewards that read pictures, by name: `val/<name>`.
+        fid: whether to log the Frechet distance of the benchmark's features to those of its own renders (`val/fid`).
+        best: the logged metric by which `checkpoints/best.ckpt` is chosen, larger is better; it is what the run ends with. None keeps the last.
+        batch_size: images drawn together.
+
+    A task whose accuracy falls below the untouched model's by more than its standard error is said once: counting is where these methods pay.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        benchmark=None,
+        judges: dict | None = None,
+        every_n_steps: int = 50,
+        fid: bool = True,
+        best: str | None = "val/overall",
+        batch_size: int = 64,
+    ):
+        self.folder, self.benchmark, self.judges = Path(folder), benchmark, judges or {}
+        self.every_n_steps, self.fid, self.best, self.batch_size = every_n_steps, fid, best, batch_size
+        self.drawn_at, self.best_value, self.best_step, self.base = -1, None, None, None
+        self.warned: list[str] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        tokens = getattr(module.model, "tokens", None)
+        if self.base is None and (tokens is not None or trainer.global_step == 0):
+            with tokens.disabled() if tokens is not None else nullcontext():
+                self.base = self._measure(trainer, module)
+            self._log(trainer, {name.replace("val/", "val_base/", 1): value for name, value in self.base.items()})
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        if trainer.global_step - max(self.drawn_at, 0) >= self.every_n_steps:
+            self._validate(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.global_step > max(self.drawn_at, 0):
+            self._validate(trainer, module)
+        if self.best is not None and self.best_step is not None and self.best_step != trainer.global_step:
+            state = torch.load(self.folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
+            module.load_state_dict(state, strict=False)
+            rank_zero_only(print)(
+                f"best {self.best} {self.best_value:.3f} at step {self.best_step}: the run ends with that checkpoint",
+                flush=True,
+            )
+
+    def _validate(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.drawn_at = trainer.global_step
+        found = self._measure(trainer, module)
+        self._log(trainer, found)
+        self._gate(found)
+        if self.best is None:
+            return
+        if self.best not in found:
+            raise ValueError(f"callbacks.validation.best={self.best} was not measured; there are {', '.join(found)}")
+        if self.best_value is None or found[self.best] > self.best_value:
+            self.best_value, self.best_step = found[self.best], trainer.global_step
+            trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
+
+    def _gate(self, found: dict[str, float]) -> None:
+        for name, value in found.items():
+            before = (self.base or {}).get(name)
+            if before is None or self.benchmark is None or name.removeprefix("val/") not in self.benchmark.tasks:
+                continue
+            n = sum(prompt.tag == name.removeprefix("val/") for prompt in self.benchmark.prompts())
+            error = (2 * max(before * (1 - before), 0.01) / n) ** 0.5
+            if value < before - error and name not in self.warned:
+                self.warned.append(name)
+                rank_zero_only(print)(
+                    f"{name} fell from {before:.2f} (untouched model) to {value:.2f}, n={n}", flush=True
+                )
+
+    @torch.no_grad()
+    def _measure(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, float]:
+        module.model.prepare()
+        prompts = self.benchmark.prompts() if self.benchmark is not None else trainer.datamodule.validation
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine, mode = list(range(len(prompts)))[rank::world], "plan" if module.plan else "direct"
+        rows: list[tuple[int, dict, np.ndarray | None]] = []
+        for first in range(0, len(mine), self.batch_size):
+            places = mine[first : first + self.batch_size]
+            chosen = [prompts[place] for place in places]
+            seeds = [derive_seed("validate", prompt.id) for prompt in chosen]
+            images = module.model.generate([prompt.text for prompt in chosen], seeds, mode=mode, fresh=False).images
+            rows += self._judge(places, chosen, images)
+        if world > 1:
+            gathered: list = [None] * world
+            dist.all_gather_object(gathered, rows)
+            rows = [row for part in gathered for row in part]
+        return self._summary([row for _, row, _ in rows], [features for _, _, features in rows])
+
+    def _judge(self, places: list[int], prompts: list[Prompt], images: np.ndarray) -> list[tuple]:
+        scores = {
+            name: checked(judge(Pictures(images, prompts)), len(prompts), name).total
+            for name, judge in self.judges.items()
+        }
+        rows = [{name: float(values[i]) for name, values in scores.items()} for i in range(len(prompts))]
+        if self.benchmark is None:
+            return [(place, row, None) for place, row in zip(places, rows, strict=True)]
+        verdicts, features = self.benchmark.judge(images, prompts), self.benchmark.features(images)
+        for row, prompt, verdict in zip(rows, prompts, verdicts, strict=True):
+            row |= {"overall": float(verdict.strict), "score": verdict.score, "tag": prompt.tag}
+            if prompt.tag == "counting":
+                row["over_counted"] = float(any(defect.startswith("extra") for defect in verdict.defects))
+                row["under_counted"] = float(any(defect.startswith("missing") for defect in verdict.defects))
+        return list(zip(places, rows, features, strict=True))
+
+    def _summary(self, rows: list[dict], features: list) -> dict[str, float]:
+        names = dict.fromkeys(name for row in rows for name in row if name not in ("tag", "overall"))
+        found = {f"val/{name}": float(np.mean([row[name] for row in rows if name in row])) for name in names}
+        if self.benchmark is None:
+            return found
+        tasks = {
+            tag: [row["overall"] for row in rows if row["tag"] == tag]
+            for tag in dict.fromkeys(row["tag"] for row in rows)
+        }
+        means = {tag: float(np.mean(values)) for tag, values in tasks.items()}
+        found |= {f"val/{tag}": value for tag, value in means.items()}
+        found["val/overall"] = float(np.mean([means[tag] for tag in self.benchmark.overall_tasks]))
+        if self.fid:
+            found["val/fid"] = frechet_distance(np.stack(features), self.benchmark.reference_features())
+        return found
+
+    @staticmethod
+    def _log(trainer: L.Trainer, found: dict[str, float]) -> None:
+        for logger in trainer.loggers:
+            logger.log_metrics(found, step=trainer.global_step)
+
+    def state_dict(self) -> dict:
+        return {name: getattr(self, name) for name in ("drawn_at", "best_value", "best_step", "base", "warned")}
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)

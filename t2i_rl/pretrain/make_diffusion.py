@@ -1,0 +1,72 @@
+"""sd_tiny and sd3_tiny from nothing: one autoencoder recipe, then the denoiser with its text encoders."""
+
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from t2i_rl.models.diffusion import LatentDiffusion
+from t2i_rl.models.diffusion_tiny import build_sd, build_sd3, build_vae
+from t2i_rl.pretrain.card import percent
+from t2i_rl.pretrain.denoiser import CaptionedScenes, DenoiserStage
+from t2i_rl.pretrain.fit import fit
+from t2i_rl.pretrain.measure import reconstruction_figures
+from t2i_rl.pretrain.vae import VAEStage, set_scale
+from t2i_rl.pretrain.vq import SceneImages
+from t2i_rl.shapes.examples import TASK_WEIGHTS
+from t2i_rl.shapes.render import to_pixels
+
+LIBRARY = "diffusers"
+STAGES = ("base_direct",)
+ABOUT = """Stock diffusers classes trained from nothing on the embedded world `shapes`: `{pipeline}.from_pretrained(folder{absent})` loads it. It is a
+test bench, not a picture model: an effect seen on it is evidence about the implementation of an algorithm, not about Stable Diffusion."""
+
+
+def make(cfg, recipe, folder: Path) -> tuple[LatentDiffusion, float]:
+    """Train every stage beside `folder`, save the pipeline into it; returns the model loaded from there and the minutes of training."""
+    out, flows = folder.parent, "shift" in recipe.architecture
+    L.seed_everything(cfg.seed, verbose=False)
+    vae = build_vae(recipe.vae.channels)
+    images = partial(SceneImages, recipe.vae.batch_size, cfg.seed)
+    stage = VAEStage(vae, lr=recipe.vae.lr, kl_weight=recipe.vae.kl_weight)
+    minutes = fit(stage, images, recipe.vae.steps, out / "vae", recipe.vae.precision)
+    set_scale(vae.eval(), list(islice(SceneImages(64, cfg.seed + 1), 8)), shift=flows)
+
+    L.seed_everything(cfg.seed, verbose=False)
+    architecture = OmegaConf.to_container(recipe.architecture)
+    pipe = (build_sd3 if flows else build_sd)(vae, **architecture)
+    pipe.save_pretrained(out / "untrained")
+    model = instantiate(cfg.model, path=str(out / "untrained"), dtype="float32", device=None)
+    part = recipe.denoiser
+    stage = DenoiserStage(model, cfg.seed, **part.optimizer)
+    scenes = partial(CaptionedScenes, part.batch_size, TASK_WEIGHTS, cfg.seed)
+    minutes += fit(stage, scenes, part.steps, out / "denoiser", part.precision, stage.optimizer_count)
+    model.eval().half().pipe.save_pretrained(folder)
+    return instantiate(cfg.model, path=str(folder)), minutes
+
+
+def figures(model: LatentDiffusion) -> list[tuple[str, str, str]]:
+    """Each stage's figures, as rows of the card."""
+    draws = torch.Generator().manual_seed(0)
+
+    @torch.no_grad()
+    def there_and_back(images: np.ndarray) -> np.ndarray:
+        noise = torch.randn(len(images), *model.latent_shape, generator=draws)
+        pixels = model.decode_latents(model.encode_images(to_pixels(images), noise))
+        return ((pixels + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+    found = reconstruction_figures(there_and_back)
+    agreement = found["oracle_agreement"]
+    return [
+        ("autoencoder, sampled latents", "PSNR", f"{found['psnr_db']:.1f} dB"),
+        ("", f"oracle reads the same objects (n={agreement['n']})", percent(agreement)),
+    ]
+
+
+def settings(sampling: dict) -> str:
+    return f"guidance {sampling['guidance_scale']}, {sampling['steps']} steps of {sampling['scheduler']}"
