@@ -44,7 +44,7 @@ def check(cfg: DictConfig) -> None:
     if task == "generate" and bool(cfg.prompt) == bool(cfg.prompts_file):
         raise UserError('task=generate takes one of prompt="three red circles" or prompts_file=<file>')
     for key, file in (("prompts_file", cfg.prompts_file), ("data.path", cfg.data.get("path"))):
-        if file and not Path(file).is_file():
+        if file and not Path(file).exists():
             raise UserError(f"{key}={file}: there is no such file")
     if task == "generate" and cfg.mode not in ("plan", "direct"):
         raise UserError(f"mode must be plan or direct, not {cfg.mode!r}")
@@ -206,7 +206,9 @@ def _check_method(cfg: DictConfig) -> None:
     if rewarded and method.learns_from == "pairs":
         raise UserError(f"{method.__name__} learns from pairs, without a reward: take reward=none")
     if not rewarded and method.learns_from == "prompts":
-        raise UserError(f"{method.__name__} learns from a reward: take one of reward={', '.join(choices('reward'))}")
+        raise UserError(
+            f"{method.__name__} learns from a reward: take one of reward={', '.join(name for name in choices('reward') if name != 'none')}"
+        )
     method.check(instantiate({key: value for key, value in options.items() if key != "_target_"}))
     half = cfg.model.get("dtype") in ("bfloat16", "float16")
     if half and method.learns_from == "prompts" and options["lora"] is None:

@@ -244,5 +244,5 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for noise in (".*isinstance\\(treespec.*", ".*does not have many workers.*", ".*in eval mode at the start.*", ".*Experiment logs directory.*",
-                  ".*overridden `transfer_batch_to_device`.*", ".*IterableDataset.*__len__.*", ".*find_unused_parameters.*"):  # fmt: skip
+                  ".*overridden `transfer_batch_to_device`.*", ".*IterableDataset.*__len__.*", ".*find_unused_parameters.*", ".*local_dir_use_symlinks.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message=noise)

@@ -100,6 +100,8 @@ def cannot_load(path: str, error: Exception) -> UserError:
     if str(path).startswith(("/", ".", "~")) and not Path(path).exists():
         return UserError(f"cannot load {path}: there is no such folder")
     first = first_line(error)
+    if "does not appear to have a file" in first and not Path(path).is_dir():
+        first = "it is not on this machine, and the hub did not give it"
     if "gated" in str(error).lower() or "401" in str(error):
         fix = "ask for access on its page, then set HF_TOKEN"
     elif Path(path).is_dir():

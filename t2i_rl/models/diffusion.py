@@ -105,6 +105,14 @@ class LatentDiffusion(nn.Module):
         """Texts as the pipeline itself encodes them; differentiable in the text encoders."""
         raise NotImplementedError
 
+    def compact(self, text: TextEncoding) -> dict[str, torch.Tensor]:
+        """What has to be kept of texts, without padding that is known beforehand; rows stay rows."""
+        return {name: part for name, part in (("embeds", text.embeds), ("pooled", text.pooled)) if part is not None}
+
+    def expand(self, kept: dict[str, torch.Tensor]) -> TextEncoding:
+        """What `compact` was given."""
+        return TextEncoding(kept["embeds"], kept.get("pooled"))
+
     def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean and standard deviation `(B, C, h, w)`, float32, of the autoencoder's latents of pixels `(B, 3, H, W)` in [-1, 1]."""
         latents = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist

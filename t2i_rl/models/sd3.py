@@ -1,6 +1,7 @@
 """Stable Diffusion 3 and 3.5: MM-DiT trained by flow matching (Esser et al. 2024)."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding, load_pipeline
@@ -36,6 +37,22 @@ class SD3(LatentDiffusion):
             list(prompts), None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )  # fmt: skip
         return TextEncoding(embeds, pooled)
+
+    def compact(self, text: TextEncoding) -> dict[str, torch.Tensor]:
+        """CLIP's states without the zeros that widen them to T5's, and T5's states where there is a T5."""
+        length, width = self.pipe.tokenizer_max_length, self._clip_width
+        kept = {"clip": text.embeds[:, :length, :width], "pooled": text.pooled}
+        return kept | ({"t5": text.embeds[:, length:]} if self.pipe.text_encoder_3 is not None else {})
+
+    def expand(self, kept: dict[str, torch.Tensor]) -> TextEncoding:
+        clip, full = kept["clip"], self.denoiser.config.joint_attention_dim
+        t5 = kept.get("t5", clip.new_zeros(len(clip), self.max_sequence_length, full))
+        return TextEncoding(torch.cat([F.pad(clip, (0, full - clip.shape[-1])), t5], dim=1), kept["pooled"])
+
+    @property
+    def _clip_width(self) -> int:
+        encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2)
+        return sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)
 
     def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         sigmas = (t / 1000).view(-1, 1, 1, 1).to(x0)

@@ -1,0 +1,155 @@
+"""Latents and texts of a data set, encoded once: a shard of rows a file, every row by itself, bfloat16, checksummed, resumable.
+
+An image costs its posterior's mean and deviation (latents are sampled anew each time they are read), a caption what its encoders say and no
+padding that is known beforehand; equal captions are kept once.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from safetensors.torch import load, save
+
+from t2i_rl.errors import UserError
+from t2i_rl.evaluation.results import read_json, write_atomic
+from t2i_rl.hashing import weights_sha256
+from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
+from t2i_rl.seeding import row_normals
+
+FORMAT = "t2i_rl.encodings.1"
+KINDS = ("images", "texts")
+
+
+@dataclass
+class EncodedPairs:
+    """This rank's share of a batch, read from shards. Without `text` the captions are encoded on the fly."""
+
+    numbers: list[int]
+    captions: list[str]
+    mean: torch.Tensor
+    std: torch.Tensor
+    text: dict[str, torch.Tensor] | None
+
+    def encode(self, model: LatentDiffusion, seeds: list[int]) -> tuple[torch.Tensor, TextEncoding]:
+        """Latents `(R, C, h, w)`, row `i` sampled with `seeds[i]`, and texts."""
+        noise = row_normals(seeds, self.mean.shape[1:]).to(self.mean.device)
+        x0 = model.scaled(self.mean.float() + self.std.float() * noise)
+        if self.text is None:
+            return x0, model.encode_prompts(self.captions)
+        return x0, model.expand({name: part.to(model.dtype) for name, part in self.text.items()})
+
+    def to(self, device) -> "EncodedPairs":
+        text = None if self.text is None else {name: part.to(device) for name, part in self.text.items()}
+        return EncodedPairs(self.numbers, self.captions, self.mean.to(device), self.std.to(device), text)
+
+
+def about(model: LatentDiffusion, size: int, images: int, texts: int) -> dict:
+    """What a folder of encodings is of."""
+    return {
+        "format": FORMAT,
+        "kind": model.kind,
+        "encoders_sha256": weights_sha256(torch.nn.ModuleList([model.vae, model.text_encoders])),
+        "size": size,
+        "text_length": getattr(model, "max_sequence_length", None),
+        "images": images,
+        "texts": texts,
+    }
+
+
+def write_shard(folder: Path, kind: str, number: int, keys: list[str], rows: dict[str, torch.Tensor]) -> int:
+    """Write one shard, then the record that makes it count; returns its bytes."""
+    content = save({name: part.to("cpu", torch.bfloat16).contiguous() for name, part in rows.items()})
+    write_atomic(folder / f"{kind}-{number:05d}.safetensors", content)
+    record = {"keys": keys, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    write_atomic(folder / f"{kind}-{number:05d}.json", json.dumps(record))
+    return len(content)
+
+
+def finished(folder: Path, kind: str, number: int, keys: list[str]) -> int | None:
+    """The bytes of a shard that is there already, whole and of these keys; None if it has to be written."""
+    file, record = folder / f"{kind}-{number:05d}.safetensors", folder / f"{kind}-{number:05d}.json"
+    if not (file.is_file() and record.is_file()):
+        return None
+    known = read_json(record)
+    whole = known["keys"] == keys and file.stat().st_size == known["bytes"]
+    return known["bytes"] if whole and hashlib.sha256(file.read_bytes()).hexdigest() == known["sha256"] else None
+
+
+class Encodings:
+    """A finished folder, read row by row; a shard's checksum is compared when it is first opened."""
+
+    def __init__(self, folder: Path, about: dict, places: dict[str, dict[str, tuple[int, int]]], sums: dict[str, str]):
+        self.folder, self.about, self.places, self.sums = folder, about, places, sums
+        self._shard = lru_cache(maxsize=8)(self._read)
+
+    @classmethod
+    def open(cls, path: str) -> "Encodings":
+        """Read the records of a folder.
+
+        Raises:
+            UserError: it is none, or it is not finished.
+        """
+        folder = Path(path)
+        if not (folder / "about.json").is_file():
+            raise UserError(f"data.encodings={path}: no about.json there; make the folder with task=encode")
+        known = read_json(folder / "about.json")
+        if known.get("format") != FORMAT:
+            raise UserError(f"data.encodings={path}: about.json does not say {FORMAT!r}")
+        places: dict[str, dict[str, tuple[int, int]]] = {kind: {} for kind in KINDS}
+        sums = {}
+        for kind in KINDS:
+            for record in sorted(folder.glob(f"{kind}-*.json")):
+                number, shard = int(record.stem.split("-")[1]), read_json(record)
+                sums[f"{kind}-{number:05d}"] = shard["sha256"]
+                places[kind] |= {key: (number, row) for row, key in enumerate(shard["keys"])}
+            if len(places[kind]) < known[kind]:
+                raise UserError(
+                    f"data.encodings={path}: {len(places[kind])} of {known[kind]} {kind} are encoded; the same task=encode again goes on"
+                )
+        return cls(folder, known, places, sums)
+
+    def check(self, model: LatentDiffusion, size: int) -> None:
+        """Whether these are encodings by this model's encoders at this size.
+
+        Raises:
+            UserError: they are not.
+        """
+        mine = about(model, size, self.about["images"], self.about["texts"])
+        for name, value in mine.items():
+            if self.about[name] != value:
+                raise UserError(
+                    f"data.encodings={self.folder}: made with {name}={self.about[name]}, but this run has {value}; encode again"
+                )
+
+    def pairs(self, numbers: list[int], names: list[str], captions: list[str]) -> EncodedPairs:
+        """A batch.
+
+        Raises:
+            UserError: an image or caption was not encoded, or a shard has changed since.
+        """
+        images = self._rows("images", names)
+        text = self._rows("texts", captions) if self.about["texts"] else None
+        return EncodedPairs(numbers, captions, images["mean"], images["std"], text)
+
+    def _rows(self, kind: str, keys: list[str]) -> dict[str, torch.Tensor]:
+        unknown = next((key for key in keys if key not in self.places[kind]), None)
+        if unknown is not None:
+            raise UserError(
+                f"data.encodings={self.folder}: {unknown!r} is not among its {kind}; encode this data set again"
+            )
+        rows = []
+        for key in keys:
+            shard, row = self.places[kind][key]
+            rows.append({name: part[row] for name, part in self._shard(f"{kind}-{shard:05d}").items()})
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _read(self, name: str) -> dict[str, torch.Tensor]:
+        content = (self.folder / f"{name}.safetensors").read_bytes()
+        if hashlib.sha256(content).hexdigest() != self.sums[name]:
+            raise UserError(
+                f"{self.folder / name}.safetensors has changed since it was written: delete it and run task=encode again"
+            )
+        return load(content)

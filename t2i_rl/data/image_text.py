@@ -1,0 +1,133 @@
+"""Training pairs from a disk: any `Source`, cropped square, one caption an image and epoch, in an order that a resumed run continues."""
+
+import lightning as L
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
+
+from t2i_rl.data.encodings import Encodings
+from t2i_rl.data.pairs import PixelPairs, share_of
+from t2i_rl.data.sources import Source, find_source
+from t2i_rl.errors import UserError
+from t2i_rl.prompts import Prompt
+from t2i_rl.seeding import derive_seed
+from t2i_rl.shapes.render import to_pixels
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 `(size, size, 3)`: the shorter side resized to `size` (bicubic), the middle cut out."""
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+class ImageTextStream(IterableDataset):
+    """Batch `k` of all ranks is a function of `(seed, k)`. An image comes once an epoch, under one of its captions; no caption comes twice in a batch."""
+
+    def __init__(
+        self,
+        source: Source,
+        items: list[int],
+        batch_size: int,
+        size: int,
+        seed: int,
+        first: int,
+        encodings: Encodings | None,
+    ):
+        self.source, self.items, self.batch_size, self.size = source, items, batch_size, size
+        self.seed, self.position, self.encodings, self._epoch = seed, first, encodings, None
+
+    def __iter__(self):
+        first, share = share_of(self.batch_size)
+        while True:
+            chosen = self.batch(self.position)[first : first + share]
+            self.position += 1
+            numbers, captions = list(range(first, first + share)), [caption for _, caption in chosen]
+            if self.encodings is not None:
+                yield self.encodings.pairs(numbers, [self.source.names[item] for item, _ in chosen], captions)
+                continue
+            images = np.stack([square(self.source.image(item), self.size) for item, _ in chosen])
+            yield PixelPairs(numbers, captions, to_pixels(images))
+
+    def batch(self, number: int) -> list[tuple[int, str]]:
+        """Items and captions of a batch."""
+        chosen: list[tuple[int, str]] = []
+        for place in range(number * self.batch_size, (number + 1) * self.batch_size):
+            item, attempt = self._item(place), 0
+            while (caption := self._caption(place, item, {text for _, text in chosen})) is None:
+                attempt += 1
+                item = self.items[derive_seed(self.seed, "instead", place, attempt) % len(self.items)]
+                if attempt > 1000:
+                    raise UserError(f"data.batch_size={self.batch_size}: there are not that many different captions")
+            chosen.append((item, caption))
+        return chosen
+
+    def _item(self, place: int) -> int:
+        epoch, offset = divmod(place, len(self.items))
+        if self._epoch != epoch:
+            self._epoch = epoch
+            self._order = np.random.default_rng((self.seed, 6, epoch)).permutation(len(self.items))
+        return self.items[self._order[offset]]
+
+    def _caption(self, place: int, item: int, taken: set[str]) -> str | None:
+        captions, lowered = self.source.captions[item], {text.casefold() for text in taken}
+        start = derive_seed(self.seed, "caption", place, item)
+        turns = (captions[(start + turn) % len(captions)] for turn in range(len(captions)))
+        return next((caption for caption in turns if caption.casefold() not in lowered), None)
+
+
+class ImageText(L.LightningDataModule):
+    """Pairs from a local folder.
+
+    Args:
+        path: where they lie; layout, split: see `sources.find_source`.
+        size: pixels a side that the model is trained at.
+        batch_size: pairs a step, over all ranks together: B images under B texts.
+        held_out: so many items, drawn by `seed`, are never trained on; the first captions of them are the `validation` prompts.
+        encodings: a folder that task=encode has written: latents and texts are read from it, and no image is opened.
+
+    Raises:
+        UserError: nothing to train on, or encodings of something else.
+    """
+
+    gives = "pairs"
+
+    def __init__(
+        self,
+        path: str,
+        layout: str = "auto",
+        split: str = "train2017",
+        size: int = 512,
+        batch_size: int = 4,
+        held_out: int = 50,
+        encodings: str | None = None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.source, self.size, self.batch_size, self.seed = find_source(path, layout, split), size, batch_size, seed
+        order = np.random.default_rng((seed, 7)).permutation(len(self.source)).tolist()
+        held, self.items = order[:held_out], sorted(order[held_out:])
+        if batch_size < 2 or len(self.items) < batch_size:
+            raise UserError(
+                f"data.batch_size={batch_size} of {len(self.items)} training images ({held_out} are held out): take 2 or more, and no more than there are"
+            )
+        captions = [self.source.captions[item][0] for item in held]
+        self.validation = [Prompt(f"held-out-{number}", caption) for number, caption in enumerate(captions)]
+        self.prompts = self.validation or [Prompt("0", self.source.captions[self.items[0]][0])]
+        self.encodings = Encodings.open(encodings) if encodings else None
+
+    def setup(self, stage: str) -> None:
+        if self.encodings is not None:
+            self.encodings.check(self.trainer.lightning_module.model, self.size)
+
+    def train_dataloader(self) -> DataLoader:
+        first = self.trainer.lightning_module.batches_done
+        stream = ImageTextStream(self.source, self.items, self.batch_size, self.size, self.seed, first, self.encodings)
+        return DataLoader(stream, batch_size=None)
+
+    def work(self) -> tuple[list[int], list[str]]:
+        """What task=encode encodes: items, and every different caption of theirs."""
+        captions = dict.fromkeys(caption for item in self.items for caption in self.source.captions[item])
+        return self.items, list(captions)
