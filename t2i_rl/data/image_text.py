@@ -1,5 +1,7 @@
 """Training pairs from a disk: any `Source`, cropped square, one caption an image and epoch, in an order that a resumed run continues."""
 
+from collections.abc import Iterable
+
 import lightning as L
 import numpy as np
 from PIL import Image
@@ -53,16 +55,18 @@ class ImageTextStream(IterableDataset):
 
     def batch(self, number: int) -> list[tuple[int, str]]:
         """Items and captions of a batch."""
-        chosen: list[tuple[int, str]] = []
+        chosen: dict[int, str] = {}
         for place in range(number * self.batch_size, (number + 1) * self.batch_size):
             item, attempt = self._item(place), 0
-            while (caption := self._caption(place, item, {text for _, text in chosen})) is None:
+            while item in chosen or (caption := self._caption(place, item, chosen.values())) is None:
                 attempt += 1
                 item = self.items[derive_seed(self.seed, "instead", place, attempt) % len(self.items)]
                 if attempt > 1000:
-                    raise UserError(f"data.batch_size={self.batch_size}: there are not that many different captions")
-            chosen.append((item, caption))
-        return chosen
+                    raise UserError(
+                        f"data.batch_size={self.batch_size}: there are not that many images with different captions"
+                    )
+            chosen[item] = caption
+        return list(chosen.items())
 
     def _item(self, place: int) -> int:
         epoch, offset = divmod(place, len(self.items))
@@ -71,7 +75,7 @@ class ImageTextStream(IterableDataset):
             self._order = np.random.default_rng((self.seed, 6, epoch)).permutation(len(self.items))
         return self.items[self._order[offset]]
 
-    def _caption(self, place: int, item: int, taken: set[str]) -> str | None:
+    def _caption(self, place: int, item: int, taken: Iterable[str]) -> str | None:
         captions, lowered = self.source.captions[item], {text.casefold() for text in taken}
         start = derive_seed(self.seed, "caption", place, item)
         turns = (captions[(start + turn) % len(captions)] for turn in range(len(captions)))
