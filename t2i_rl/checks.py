@@ -197,21 +197,19 @@ def _check_method(cfg: DictConfig) -> None:
         )
     options = OmegaConf.to_container(cfg.method, resolve=True)
     data, rewarded = get_class(cfg.data._target_), not cfg.reward._target_.endswith(".NoReward")
-    gives = getattr(data, "gives", "prompts")
-    if gives != method.learns_from:
-        fix = "data=shapes_pairs" if method.learns_from == "pairs" else "data=shapes"
-        raise UserError(
-            f"{method.__name__} learns from {method.learns_from}, and {data.__name__} gives {gives}: take {fix}"
-        )
-    if rewarded and method.learns_from == "pairs":
+    gives, wanted = getattr(data, "gives", "prompts"), getattr(method, "learns_from", "prompts")
+    if gives != wanted:
+        fix = "data=shapes_pairs" if wanted == "pairs" else "data=shapes"
+        raise UserError(f"{method.__name__} learns from {wanted}, and {data.__name__} gives {gives}: take {fix}")
+    if rewarded and wanted == "pairs":
         raise UserError(f"{method.__name__} learns from pairs, without a reward: take reward=none")
-    if not rewarded and method.learns_from == "prompts":
+    if not rewarded and wanted == "prompts":
         raise UserError(
             f"{method.__name__} learns from a reward: take one of reward={', '.join(name for name in choices('reward') if name != 'none')}"
         )
     method.check(instantiate({key: value for key, value in options.items() if key != "_target_"}))
     half = cfg.model.get("dtype") in ("bfloat16", "float16")
-    if half and method.learns_from == "prompts" and options["lora"] is None:
+    if half and wanted == "prompts" and "lora" in options and options["lora"] is None:
         raise UserError(
             f"model.dtype={cfg.model.dtype} rounds small updates away: set model.dtype=float32 with trainer.precision=bf16-mixed and "
             "model.rollout.dtype=bfloat16, or train adapters (method=iris_lora)"

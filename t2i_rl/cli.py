@@ -42,7 +42,7 @@ def gpu_or_cpu() -> str:
     return "gpu" if torch.cuda.is_available() else "cpu"
 
 
-def by_family(target: str, autoregressive, diffusion):
+def by_family(target: str, autoregressive, others):
     """What a setting is for the family of the model's class; a class that cannot be found is complained about elsewhere."""
     from t2i_rl.checks import class_attribute
 
@@ -50,7 +50,7 @@ def by_family(target: str, autoregressive, diffusion):
         family = class_attribute(target, "family")
     except (ImportError, AttributeError, StopIteration):
         family = "autoregressive"
-    return {"autoregressive": autoregressive, "diffusion": diffusion}[family]
+    return autoregressive if family == "autoregressive" else others
 
 
 OmegaConf.register_new_resolver("by_family", by_family, replace=True)

@@ -28,7 +28,7 @@ class Columns:
 
 
 def columns_of(records: Sequence[dict]) -> Columns:
-    """The columns that metrics are made of: strict, lenient, score, malformed; plan_length unless a record has null.
+    """The columns that metrics are made of: strict, lenient, score, malformed, over_counted (an object too many) and under_counted; plan_length unless a record has null.
 
     Raises:
         UserError: there is no record.
@@ -36,7 +36,9 @@ def columns_of(records: Sequence[dict]) -> Columns:
     if not records:
         raise UserError("no records to evaluate")
     values = {name: np.array([float(r[name]) for r in records]) for name in ("strict", "lenient", "score")}
-    values["malformed"] = np.array([float(any(d.startswith("malformed") for d in r["defects"])) for r in records])
+    kinds = {"malformed": "malformed", "over_counted": "extra", "under_counted": "missing"}
+    for name, kind in kinds.items():
+        values[name] = np.array([float(any(d.startswith(kind) for d in r["defects"])) for r in records])
     if all(r["plan_length"] is not None for r in records):
         values["plan_length"] = np.array([float(r["plan_length"]) for r in records])
     return Columns(
@@ -82,6 +84,7 @@ def metric_rows(columns: Columns, tasks: Sequence[str]) -> Iterator[tuple[str, s
     metrics += [("seen", "strict", in_tasks & (columns.seen == True))]  # noqa: E712 - elementwise
     metrics += [("held_out", "strict", in_tasks & (columns.seen == False))]  # noqa: E712 - elementwise
     metrics += [("plan_length", "plan_length", everything), ("malformed", "malformed", everything)]
+    metrics += [(name, name, columns.tags == "counting") for name in ("over_counted", "under_counted")]
     for name, column, mask in metrics:
         if column in columns.values and mask.any():
             yield name, column, mask

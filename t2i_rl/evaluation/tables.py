@@ -24,6 +24,8 @@ ROW_NAMES = {
     "vendi": "Vendi score",
     "plan_length": "plan length (tokens)",
     "malformed": "malformed images",
+    "over_counted": "counting: too many",
+    "under_counted": "counting: too few",
 }
 
 

@@ -51,6 +51,6 @@ def run(cfg) -> dict:
 
 def build_method(cfg, model, reward, watch: dict):
     """`cfg.method` on a model; what learns from pairs has no reward and watches none."""
-    if get_class(cfg.method._target_).learns_from == "pairs":
+    if getattr(get_class(cfg.method._target_), "learns_from", "prompts") == "pairs":
         return instantiate(cfg.method, model=model)
     return instantiate(cfg.method, model=model, reward=reward, watch=watch)
