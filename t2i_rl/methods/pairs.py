@@ -13,7 +13,7 @@ from torch import nn
 
 from t2i_rl.errors import UserError
 from t2i_rl.hashing import weights_sha256
-from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
+from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding, attention_for_training
 from t2i_rl.models.soft_tokens import SoftTokens, spec_for
 from t2i_rl.seeding import derive_seed, row_normals
 
@@ -136,7 +136,8 @@ class PairMethod(L.LightningModule):
         grid = self.grid(batch)
         emitted = self.emit(self.bank, grid.t)
         tokens = None if emitted is None else emitted.detach().requires_grad_()
-        metrics = self.accumulate(grid, tokens)
+        with attention_for_training(self.device):
+            metrics = self.accumulate(grid, tokens)
         if emitted is not None:
             self.manual_backward((emitted * tokens.grad).sum())
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]

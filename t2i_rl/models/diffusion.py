@@ -1,11 +1,13 @@
 """What text-to-image denoisers of diffusers have in common: texts, latents, noise, prediction, and pictures from the stock pipeline."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from diffusers import ConfigMixin
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from t2i_rl import loading
 from t2i_rl.errors import UserError
@@ -209,6 +211,11 @@ class LatentDiffusion(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The denoiser's blocks."""
         raise NotImplementedError
+
+
+def attention_for_training(device: torch.device):
+    """Plain matrix products on a CPU, where the fused kernel's backward pass takes twice their time; elsewhere torch's own choice."""
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
 
 
 class _Config(ConfigMixin):

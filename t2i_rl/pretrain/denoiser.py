@@ -3,9 +3,9 @@
 import lightning as L
 import numpy as np
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import IterableDataset
 
+from t2i_rl.models.diffusion import attention_for_training
 from t2i_rl.seeding import derive_seed
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.render import render, to_pixels
@@ -68,7 +68,7 @@ class DenoiserStage(L.LightningModule):
             x0 = self.model.encode_images(pixels, noise)
         eps = torch.randn(x0.shape, generator=draws).to(x0)
         t = self._times(len(x0), draws).to(x0.device)
-        with sdpa_kernel(SDPBackend.MATH):  # on a CPU the backward of the fused kernel takes twice as long
+        with attention_for_training(self.device):
             text = self.model.encode_prompts(captions)
             if torch.rand((), generator=draws) < self.zeros_share:
                 text = self._with_zeros(text)
