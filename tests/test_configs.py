@@ -21,6 +21,15 @@ GIVEN = {  # what has no default
     "reward/t2i_r1": ["reward.parts.orm.path=orm"],
     "experiment/t2i_r1_janus_pro_7b": ["data.path=prompts.jsonl", "reward.parts.orm.path=orm"],
     "model/janus": ["path=somewhere"],
+    "data/coco": ["data.path=coco"],
+    "data/image_text": ["data.path=pairs"],
+    "task/encode": ["task.out=encodings"],
+    "task/import_soft_tokens": ["task.tokens=dc_tokens.pth"],
+    **{
+        f"experiment/{method}_{model}": ["data.path=coco"]
+        for method in ("softrepa", "agsm")
+        for model in ("sd15", "sdxl", "sd3")
+    },
 }
 NEEDS_AN_EXTRA = {"hparams_search/iris_optuna"}
 

@@ -61,15 +61,15 @@ def test_the_numbers_are_the_papers_and_all_but_the_weights_comes_up(name, tmp_p
     for group in ("method", "model", "reward", "data"):
         _check_types(cfg[group], group)
     monkeypatch.setattr(loading, "load_model", lambda *args, **kw: None)
-    for module in ("gdino", "git_vqa", "orm", "hpsv2"):
+    for module in ("gdino", "git_vqa", "orm", "clip_score"):
         monkeypatch.setattr(f"t2i_rl.rewards.{module}.load_part", lambda *args, **kw: None)
-        if module == "hpsv2":
-            monkeypatch.setattr("t2i_rl.rewards.hpsv2.load_open_clip", lambda *args, **kw: None)
+        if module == "clip_score":
+            monkeypatch.setattr("t2i_rl.rewards.clip_score.load_open_clip", lambda *args, **kw: None)
         else:
             monkeypatch.setattr(f"t2i_rl.rewards.{module}.load_model", lambda *args, **kw: None)
     for module in ("git_vqa", "orm"):
         monkeypatch.setattr(f"t2i_rl.rewards.{module}.single_token", lambda *args: 0)
-    monkeypatch.setattr("t2i_rl.rewards.hpsv2.load_part", lambda *args, **kw: type("T", (), {"eos_token_id": 1}))
+    monkeypatch.setattr("t2i_rl.rewards.clip_score.load_part", lambda *args, **kw: type("T", (), {"eos_token_id": 1}))
     reward, data = instantiate(cfg.reward), instantiate(cfg.data)
     assert callable(reward) and len(data.prompts) == 16
     _check_method(cfg)

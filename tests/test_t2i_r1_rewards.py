@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt
+from t2i_rl.rewards.clip_score import ClipScore
 from t2i_rl.rewards.gdino import GroundingDino, spans
 from t2i_rl.rewards.git_vqa import GitVQA, phrases_of
-from t2i_rl.rewards.hpsv2 import HPSv2
 from t2i_rl.rewards.length import Length
 from t2i_rl.rewards.open_clip import convert
 from t2i_rl.rewards.orm import ORM
@@ -37,7 +37,7 @@ QUESTION, TEMPLATE = "a {prompt} ?", "<|im_start|>user {image}\n{question}<|im_e
 
 
 def load_hps(path, **settings):
-    return HPSv2(str(path), device=None, **settings)
+    return ClipScore(str(path), device=None, **settings)
 
 
 def load_gdino(path, **settings):
@@ -164,7 +164,7 @@ def test_an_open_clip_file_gives_what_its_own_architecture_gives(folders, tmp_pa
     assert set(convert(state)) <= set(plain.model.state_dict()) | {f"text_model.encoder.layers.2.{rest}" for rest in names_of_a_layer(plain)}  # fmt: skip
 
 
-def names_of_a_layer(reward: HPSv2) -> set[str]:
+def names_of_a_layer(reward: ClipScore) -> set[str]:
     prefix = "text_model.encoder.layers.0."
     return {name.removeprefix(prefix) for name in reward.model.state_dict() if name.startswith(prefix)}
 

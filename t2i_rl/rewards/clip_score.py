@@ -1,4 +1,4 @@
-"""HPS v2.1: how much people would like the picture for its prompt, the cosine of a CLIP ViT-H/14 tuned on preferences."""
+"""How well a picture fits its text by a CLIP: HPS v2.1 (tuned on preferences), PickScore (the same, another data set), CLIP itself."""
 
 import torch
 
@@ -9,13 +9,16 @@ from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rollout.buffer import Rollout
 
 
-class HPSv2:
-    """Cosine of image and raw prompt, about 0.2 to 0.35, without CLIP's factor of 100 (HPS v2: arXiv 2306.09341; T2I-R1 section 3.4).
+class ClipScore:
+    """Cosine of image and raw prompt, without CLIP's factor of 100 unless `scaled`.
+
+    HPS v2.1 (arXiv 2306.09341; T2I-R1 section 3.4) lies about 0.2 to 0.35; PickScore (arXiv 2305.01569) is published scaled, about 18 to 24.
 
     Args:
         path: a folder or hub id.
-        file: the published open_clip file in it (`HPS_v2.1_compressed.pt`, read as plain tensors); None: `path` is a transformers CLIPModel.
+        file: a published open_clip file in it (`HPS_v2.1_compressed.pt`, read as plain tensors); None: `path` is a transformers CLIPModel.
         processor: where CLIP's tokenizer and image processor come from; None: from `path`.
+        scaled: multiplied by the model's own `exp(logit_scale)`.
         text_heads, vision_heads: attention heads, which an open_clip file does not tell.
 
     Raises:
@@ -30,6 +33,7 @@ class HPSv2:
         path: str,
         file: str | None = None,
         processor: str | None = None,
+        scaled: bool = False,
         text_heads: int = 16,
         vision_heads: int = 16,
         batch_size: int = 16,
@@ -41,7 +45,7 @@ class HPSv2:
 
         if file and not processor:
             raise UserError("reward.file needs reward.processor: the folder of CLIP's tokenizer and image processor")
-        self.batch_size = batch_size
+        self.batch_size, self.scaled = batch_size, scaled
         self.tokenizer = load_part(AutoTokenizer, processor or path, None if processor else revision)
         self.pictures = load_part(AutoImageProcessor, processor or path, None if processor else revision)
         if file:
@@ -57,14 +61,15 @@ class HPSv2:
 
     @torch.no_grad()
     def cosine(self, images, texts: list[str]) -> torch.Tensor:
-        """Cosines `(B,)`, float64, of `images` uint8 `(B, H, W, 3)` with their texts."""
+        """Cosines (scaled, if asked) `(B,)`, float64, of `images` uint8 `(B, H, W, 3)` with their texts."""
         pixels = self.pictures(images=list(images), return_tensors="pt")["pixel_values"]
         words = self.tokenizer(texts, padding=True, truncation=True, max_length=self._longest(), return_tensors="pt")
         output = self.model(
             pixel_values=pixels.to(self.model.device, self.model.dtype), **words.to(self.model.device), return_dict=True
         )
         image, text = (x.double().cpu() for x in (output.image_embeds, output.text_embeds))
-        return torch.nn.functional.cosine_similarity(image, text, dim=-1)
+        cosine = torch.nn.functional.cosine_similarity(image, text, dim=-1)
+        return cosine * self.model.logit_scale.double().exp().cpu() if self.scaled else cosine
 
     def _longest(self) -> int:
         return self.model.config.text_config.max_position_embeddings
