@@ -68,6 +68,12 @@ def check(cfg: DictConfig) -> None:
         instantiate(cfg.model.rollout)
     if task == "train" or cfg.ckpt_path:
         _check_method(cfg)
+    if task in ("train", "evaluate", "generate") and get_class(cfg.model._target_).family == "diffusion":
+        plans = [stage for stage in cfg.evaluation.stages if stage.endswith("_plan")]
+        if plans or cfg.mode == "plan":
+            raise UserError(
+                f"a diffusion model writes no plans: {f'leave {plans[0]} out of evaluation.stages' if plans else 'set mode=direct'}"
+            )
     if task == "train" and cfg.model.get("temperature") == 0:
         raise UserError(
             "model.temperature=0 draws greedily: a group of equal images teaches nothing; take a temperature above 0"
@@ -199,20 +205,31 @@ def _check_method(cfg: DictConfig) -> None:
     data, rewarded = get_class(cfg.data._target_), not cfg.reward._target_.endswith(".NoReward")
     gives, wanted = getattr(data, "gives", "prompts"), getattr(method, "learns_from", "prompts")
     if gives != wanted:
-        fix = "data=shapes_pairs" if wanted == "pairs" else "data=shapes"
+        fix = {"pairs": "data=shapes_pairs", "preferences": "data=preferences", "prompts": "data=shapes"}[wanted]
         raise UserError(f"{method.__name__} learns from {wanted}, and {data.__name__} gives {gives}: take {fix}")
-    if rewarded and wanted == "pairs":
-        raise UserError(f"{method.__name__} learns from pairs, without a reward: take reward=none")
-    if not rewarded and wanted == "prompts":
-        raise UserError(
-            f"{method.__name__} learns from a reward: take one of reward={', '.join(name for name in choices('reward') if name != 'none')}"
-        )
+    if wanted == "prompts" and not rewarded:
+        names = ", ".join(name for name in choices("reward") if name != "none")
+        raise UserError(f"{method.__name__} learns from a reward: take one of reward={names}")
+    if wanted != "prompts":
+        _check_pairs(cfg, method, rewarded)
     method.check(instantiate({key: value for key, value in options.items() if key != "_target_"}))
     half = cfg.model.get("dtype") in ("bfloat16", "float16")
     if half and wanted == "prompts" and "lora" in options and options["lora"] is None:
         raise UserError(
             f"model.dtype={cfg.model.dtype} rounds small updates away: set model.dtype=float32 with trainer.precision=bf16-mixed and "
             "model.rollout.dtype=bfloat16, or train adapters (method=iris_lora)"
+        )
+
+
+def _check_pairs(cfg: DictConfig, method: type, rewarded: bool) -> None:
+    """What holds for every method that learns from given pictures."""
+    if rewarded:
+        raise UserError(f"{method.__name__} learns from {method.learns_from}, without a reward: take reward=none")
+    if OmegaConf.select(cfg, "trainer.strategy._target_"):
+        raise UserError("trainer=fsdp shards what learns, and that is a few megabytes here: take trainer=ddp")
+    if str(cfg.trainer.precision) == "16-mixed":
+        raise UserError(
+            f"{method.__name__} adds its gradients up itself, without float16's loss scaling: take trainer.precision=bf16-mixed"
         )
 
 

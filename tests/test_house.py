@@ -67,8 +67,8 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     ("arguments", "named"),
     [
         (["methd=iris"], "method"),
-        (["-m", "reward=nsq,nsc"], "choose from entropy"),
-        (["~reward"], "choose from entropy"),
+        (["-m", "reward=nsq,nsc"], "choose from clip"),
+        (["~reward"], "choose from clip"),
         (["seed=abc"], "whole number"),
         (["reward._target_=t2i_rl.rewards.nope.Nope"], "there is no such class"),
         (["data=prompts", "data.path=nowhere.txt"], "nowhere.txt"),
@@ -108,6 +108,33 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
             ["data=prompts", "data.path=plain.txt", "data.batch_size=1", "~watch.oracle", "reward=oracle"],
             "another reward",
         ),
+        (["method=softrepa"], "model=sd15, sd3, sd3_tiny, sd_tiny, sdxl"),
+        (["model=sd_tiny"], "model=janus"),
+        (["reward=none"], "reward=clip"),
+        (["data=shapes_pairs"], "data=shapes"),
+        (["method=agsm", "model=sd_tiny", "reward=oracle"], "reward=none"),
+        (["method=agsm", "model=sd_tiny", "data=shapes"], "data=shapes_pairs"),
+        (["method=agsm", "model=sd_tiny", "variant=old"], "ours, paper, released"),
+        (["method=agsm", "model=sd_tiny", "method.reduction=max"], "mean, sum"),
+        (["method=agsm", "model=sd_tiny", "method.optimizer.lr=-1"], "Invalid learning rate"),
+        (["method=agsm", "model=sd_tiny", "trainer=fsdp_sim"], "trainer=ddp"),
+        (["method=agsm", "model=sd_tiny", "trainer.precision=16-mixed"], "bf16-mixed"),
+        (["method=agsm", "model=sd_tiny", "evaluation.stages=[base_plan]"], "no plans"),
+        (["method=agsm", "model=sd_tiny", "data.batch_size=1"], "2 or more"),
+        (["method=agsm", "model=sd_tiny", "model.size=48"], "draws 48x48"),
+        (
+            ["method=agsm", "model=sd_tiny", "model.size=48", "evaluation.stages=[]"],
+            "callbacks.validation.benchmark=null",
+        ),
+        (["method=denoising", "model=sd_tiny", "method.tokens=0"], "method.lora"),
+        (["method=softrepa", "model=sd15"], "stable-diffusion-v1-5/stable-diffusion-v1-5"),
+        (["method=softrepa", "model=sdxl", "data=coco"], "data.path"),
+        (["method=softrepa", "model=sd_tiny", "data=coco", "data.path=."], "annotations"),
+        (["task=edit", "model=sd_tiny"], "sd3_tiny"),
+        (["task=edit", "model=sd3_tiny", "image=plain.txt"], "task.source"),
+        (["task=generate", "model=sd_tiny", "prompt=a red circle", "mode=plan"], "mode=direct"),
+        (["task=import_soft_tokens", "model=sd15", "task.tokens=plain.txt", "task.times=plain.txt"], "torch.save"),
+        (["task=pretrain", "model=sd15"], "sd_tiny, sd3_tiny"),
     ],
 )
 def test_refusals_are_exactly_one_line_before_any_weight_loads(tmp_path, monkeypatch, capfd, arguments, named):
@@ -115,6 +142,7 @@ def test_refusals_are_exactly_one_line_before_any_weight_loads(tmp_path, monkeyp
     row = '{"prompt": "a car", "task_type": "object", "nouns": ["car"], "include": [{"class": "car", "count": 1}]}'
     (tmp_path / "annotated.jsonl").write_text(row + "\n")
     monkeypatch.setattr("t2i_rl.models.janus.load_pretrained", None)
+    monkeypatch.setattr("t2i_rl.models.diffusion.load_pipeline", None)
     assert call(monkeypatch, tmp_path, *arguments) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]

@@ -116,6 +116,13 @@ class PairMethod(L.LightningModule):
         for name, least in (("pairs_per_pass", 1), ("schedule_every", 1), ("tokens", 0), ("buckets", 0)):
             if options.get(name) is not None and options[name] < least:
                 raise UserError(f"method.{name} must be {least} or more, not {options[name]}")
+        try:
+            if options.get("optimizer") is not None:
+                optimizer = options["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
+                if options.get("scheduler") is not None:
+                    options["scheduler"](optimizer)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method.optimizer or method.scheduler: {error}") from error
 
     def _start_from_bos(self) -> None:
         with torch.no_grad():

@@ -28,15 +28,19 @@ def run(cfg) -> dict:
         raise UserError(
             "task.adapter=true writes what LoRA has learnt: give ckpt_path=<checkpoint> and its method.lora"
         )
-    janus = instantiate(cfg.model)
+    model = instantiate(cfg.model)
     if cfg.ckpt_path:
-        load_trained(cfg, janus)
+        load_trained(cfg, model)
     half_done = out.with_name(f"{out.name}.part")
     shutil.rmtree(half_done, ignore_errors=True)
+    learner = model.denoiser if model.family == "diffusion" else model.model
     if cfg.task.adapter:
-        write_adapter(janus.model, half_done, base=janus.path)
+        write_adapter(learner, half_done, base=model.path)
+    elif model.family == "diffusion":
+        merge_adapters(learner)
+        model.pipe.save_pretrained(half_done)
     else:
-        write_model(janus, half_done)
+        write_model(model, half_done)
     if out.exists():
         out.rmdir()
     half_done.rename(out)

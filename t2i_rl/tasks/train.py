@@ -50,7 +50,7 @@ def run(cfg) -> dict:
 
 
 def build_method(cfg, model, reward, watch: dict):
-    """`cfg.method` on a model; what learns from pairs has no reward and watches none."""
-    if getattr(get_class(cfg.method._target_), "learns_from", "prompts") == "pairs":
+    """`cfg.method` on a model; what learns from given pictures has no reward and watches none."""
+    if getattr(get_class(cfg.method._target_), "learns_from", "prompts") != "prompts":
         return instantiate(cfg.method, model=model)
     return instantiate(cfg.method, model=model, reward=reward, watch=watch)

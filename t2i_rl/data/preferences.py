@@ -1,0 +1,88 @@
+"""Preferences on `shapes`: several pictures a training prompt, drawn by the model itself and ranked by the exact judge."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
+
+from t2i_rl.data.pairs import share_of
+from t2i_rl.errors import UserError
+from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
+from t2i_rl.prompts import Prompt
+from t2i_rl.seeding import derive_seed, row_normals
+from t2i_rl.shapes.render import to_pixels
+
+
+@dataclass
+class Preferred:
+    """This rank's share of a batch: `pixels` `(2 R, 3, H, W)` are the preferred pictures of `captions` `(R,)`, then the others."""
+
+    numbers: list[int]
+    captions: list[str]
+    pixels: torch.Tensor
+
+    def encode(self, model: LatentDiffusion, seeds: list[int]) -> tuple[torch.Tensor, TextEncoding]:
+        noise = row_normals(seeds, model.latent_shape)
+        text = model.encode_prompts(self.captions)
+        return model.encode_images(self.pixels, noise), text.map(lambda part: torch.cat([part, part]))
+
+    def to(self, device) -> "Preferred":
+        return Preferred(self.numbers, self.captions, self.pixels.to(device))
+
+
+class PreferenceStream(IterableDataset):
+    """Batch `k` of all ranks is a function of `(seed, k)`; every epoch is its own order. Both pictures of a pair have one number: one draw."""
+
+    def __init__(self, folder: Path, rows: list[dict], batch_size: int, seed: int, first: int):
+        self.folder, self.rows, self.batch_size, self.seed, self.position = folder, rows, batch_size, seed, first
+
+    def __iter__(self):
+        first, share = share_of(self.batch_size)
+        while True:
+            places = range(self.position * self.batch_size + first, self.position * self.batch_size + first + share)
+            chosen = [self.rows[self._item(place)] for place in places]
+            self.position += 1
+            images = [self._read(row["preferred"]) for row in chosen] + [self._read(row["other"]) for row in chosen]
+            numbers = list(range(first, first + share))
+            yield Preferred(numbers + numbers, [row["prompt"] for row in chosen], to_pixels(np.stack(images)))
+
+    def _item(self, place: int) -> int:
+        epoch, offset = divmod(place, len(self.rows))
+        return int(
+            np.random.default_rng(derive_seed(self.seed, "preferences", epoch)).permutation(len(self.rows))[offset]
+        )
+
+    def _read(self, name: str) -> np.ndarray:
+        return np.asarray(Image.open(self.folder / name).convert("RGB"))
+
+
+class Preferences(L.LightningDataModule):
+    """Pairs that task=make_preferences has written.
+
+    Raises:
+        UserError: there are none, or fewer than a batch.
+    """
+
+    gives = "preferences"
+
+    def __init__(self, path: str, batch_size: int = 16, seed: int = 0):
+        super().__init__()
+        self.folder, self.batch_size, self.seed = Path(path), batch_size, seed
+        file = self.folder / "preferences.jsonl"
+        if not file.is_file():
+            raise UserError(
+                f"data.path={path}: there is no preferences.jsonl; make the folder with task=make_preferences"
+            )
+        self.rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if len(self.rows) < batch_size:
+            raise UserError(f"data.batch_size={batch_size}, but there are only {len(self.rows)} preferences")
+        self.prompts = [Prompt(str(number), row["prompt"]) for number, row in enumerate(self.rows)]
+
+    def train_dataloader(self) -> DataLoader:
+        first = self.trainer.lightning_module.batches_done
+        return DataLoader(PreferenceStream(self.folder, self.rows, self.batch_size, self.seed, first), batch_size=None)
