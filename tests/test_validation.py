@@ -1,0 +1,139 @@
+"""Validation while training: what it logs, which checkpoint it keeps, what it says of a task that falls; and the Frechet distance."""
+
+import csv
+from functools import partial
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from t2i_rl.benchmarks.shapes import Shapes
+from t2i_rl.callbacks.validation import Validate
+from t2i_rl.evaluation.fid import frechet_distance
+from t2i_rl.methods.softrepa import SoftREPA
+from t2i_rl.models.diffusion import Drawing
+from t2i_rl.models.sd3 import SD3
+from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.shapes.render import render
+from t2i_rl.shapes.scene import sample_scene
+from t2i_rl.shapes.suites import wishes
+from tests.pair_ranks import FourPairs
+from tests.small_diffusers import pipeline
+
+TASKS = ("single_object", "counting")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(pipeline("sd3", tmp_path_factory.mktemp("sd3") / "p"))
+
+
+class Painter:
+    """Draws with tokens as told for the step, without them `base`: right renders for a share of the prompts of each task, blank otherwise."""
+
+    def __init__(self, benchmark, shares: list[dict], base: dict, method):
+        self.benchmark, self.shares, self.base, self.method, self.calls = benchmark, shares, base, method, 0
+
+    def __call__(self, prompts, seeds, mode="direct", fresh=True) -> Drawing:
+        assert mode == "direct" and len(set(seeds)) == len(seeds)
+        share = self.shares[self.calls] if self.method.model.tokens.enabled else self.base
+        self.calls += self.method.model.tokens.enabled
+        by_text, rng, images = (
+            {prompt.text: prompt for prompt in self.benchmark.prompts()},
+            np.random.default_rng(0),
+            [],
+        )
+        done = dict.fromkeys(TASKS, 0)
+        for text in prompts:
+            prompt = by_text[text]
+            wanted = sum(other.tag == prompt.tag for other in self.benchmark.prompts()) * share[prompt.tag]
+            right = done[prompt.tag] < wanted
+            done[prompt.tag] += 1
+            images.append(render(sample_scene(wishes(prompt), rng)) if right else np.full((32, 32, 3), 240, np.uint8))
+        return Drawing(np.stack(images), [""] * len(prompts), [0] * len(prompts))
+
+
+class Brightness:
+    needs_images = True
+
+    def __call__(self, rollout) -> RewardOutput:
+        return RewardOutput(torch.tensor([float(image.mean()) for image in rollout.images]))
+
+
+def share(single: float, counting: float) -> dict:
+    return {"single_object": single, "counting": counting}
+
+
+def fit(folder, out, shares, steps: int, ckpt=None, **options):
+    method = SoftREPA(
+        SD3(folder, max_sequence_length=2), partial(torch.optim.SGD, lr=1.0), temperature=1.0, pairs_per_pass=4
+    )
+    benchmark = Shapes(tasks=TASKS, prompts_per_task=10, samples_per_prompt=1, split="validation")
+    callback = Validate(
+        str(out / "checkpoints"), benchmark, {"bright": Brightness()}, every_n_steps=2, batch_size=100, **options
+    )
+    method.model.generate = Painter(benchmark, shares, share(1.0, 0.5), method)
+    trainer = L.Trainer(
+        accelerator="cpu", max_steps=steps, callbacks=[callback], logger=CSVLogger(out, name="", version=""), enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=out, log_every_n_steps=1,
+    )  # fmt: skip
+    trainer.fit(method, FourPairs(), ckpt_path=ckpt, weights_only=True)
+    return method, callback, trainer
+
+
+def test_the_run_ends_with_the_checkpoint_that_judged_best(folder, tmp_path, capsys):
+    shares = [share(1.0, 0.8), share(1.0, 0.2), share(0.9, 0.5)]
+    method, callback, trainer = fit(folder, tmp_path, shares, steps=5)
+    assert (callback.best_step, callback.best_value) == (2, pytest.approx(0.9))
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    for name, value in method.state_dict().items():
+        assert torch.equal(value, best[name])
+    said = capsys.readouterr().out
+    assert "best val/overall 0.900 at step 2" in said
+    assert said.count("val/counting fell from 0.50 (untouched model) to 0.20") == 1
+    with (tmp_path / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    measured = [row for row in rows if row["val/overall"]]
+    assert [int(row["step"]) for row in measured] == [2, 4, 5]
+    assert [float(row["val/counting"]) for row in measured] == pytest.approx([0.8, 0.2, 0.5])
+    base = next(row for row in rows if row["val_base/overall"])
+    assert float(base["val_base/counting"]) == pytest.approx(0.5) and int(base["step"]) == 0
+    assert float(measured[0]["val/under_counted"]) == pytest.approx(0.2) and float(measured[0]["val/over_counted"]) == 0
+    assert float(measured[0]["val/bright"]) > 100 and 0 < float(measured[0]["val/fid"]) < float(measured[1]["val/fid"])
+    tokens = method.bank.tokens.detach().clone()
+    last, _, _ = fit(folder, tmp_path / "last", shares, steps=5, best=None)
+    assert not torch.equal(last.bank.tokens, tokens)
+
+
+def test_a_resumed_run_remembers_the_best_and_the_base(folder, tmp_path):
+    _, _, trainer = fit(folder, tmp_path / "a", [share(1.0, 1.0)], steps=2)
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    _, callback, _ = fit(folder, tmp_path / "a", [share(1.0, 0.3)], steps=4, ckpt=tmp_path / "two.ckpt")
+    assert callback.best_step == 2 and callback.best_value == 1.0 and callback.base["val/counting"] == 0.5
+
+
+def test_an_unmeasured_metric_cannot_choose(folder, tmp_path):
+    with pytest.raises(ValueError, match="val/clip was not measured"):
+        fit(folder, tmp_path, [share(1.0, 1.0)], steps=2, best="val/clip")
+
+
+def test_frechet_distance_is_that_of_two_gaussians():
+    rng = np.random.default_rng(0)
+    mixing = rng.normal(size=(3, 3))
+    a, b = rng.normal(size=(400, 3)) @ mixing + 1.0, rng.normal(size=(500, 3)) * [1.0, 2.0, 0.5]
+    first, second = np.cov(a.T), np.cov(b.T)
+    roots = np.linalg.eigvals(first @ second).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first + second) - 2 * np.sqrt(np.maximum(roots, 0)).sum()
+    assert frechet_distance(a, b) == pytest.approx(expected, rel=1e-6)
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    for wrong in (a[:1], a[:, :2]):
+        with pytest.raises(ValueError, match="Frechet"):
+            frechet_distance(wrong, b)
+
+
+def test_reference_features_are_of_right_pictures():
+    benchmark = Shapes(tasks=TASKS, prompts_per_task=5, split="validation")
+    features = benchmark.reference_features(40)
+    assert features.shape == (40, 192) and benchmark.reference_features(40) is features
