@@ -101,7 +101,7 @@ class ShapesPairs(L.LightningDataModule):
 
     gives = "pairs"
 
-    def __init__(self, batch_size: int = 16, tasks: tuple[str, ...] = tuple(TASK_WEIGHTS)[:6], seed: int = 0):
+    def __init__(self, batch_size: int = 8, tasks: tuple[str, ...] = tuple(TASK_WEIGHTS)[:6], seed: int = 0):
         super().__init__()
         unknown = [task for task in tasks if task not in TASK_WEIGHTS]
         if unknown or not tasks:
