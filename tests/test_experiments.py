@@ -69,3 +69,56 @@ def test_table_and_figure_say_what_the_runs_say(runner, tmp_path):
 def test_every_arm_composes(runner):
     for overrides in runner.ARMS.values():
         composed("experiment=iris_shapes", *overrides)
+
+
+@pytest.fixture
+def ladder(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("alignment_run", ROOT / "experiments" / "alignment_shapes" / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    return module
+
+
+def test_every_rung_of_the_alignment_ladder_composes_and_lora_is_as_large_as_the_tokens(ladder):
+    from hydra.utils import instantiate
+
+    for model in ladder.MODELS:
+        sizes = {}
+        for arm, settings in ladder.TRAINED.items():
+            extra = (
+                [f"method.lora={ladder.LORA[model]}"] if arm == "lora" else ["data.path=made"] if arm == "dpo" else []
+            )
+            cfg = composed("experiment=alignment_shapes", f"model={model}", *settings, *extra)
+            assert cfg.trainer.max_steps == 300 and list(cfg.evaluation.stages) == ["base_direct", "trained_direct"]
+            if arm in ("denoising", "lora"):
+                method = instantiate(cfg.method, model=instantiate(cfg.model))
+                sizes[arm] = sum(part.numel() for part in method.parameters() if part.requires_grad)
+        assert 0.85 < sizes["lora"] / sizes["denoising"] < 1.15, sizes
+
+
+def test_the_alignment_table_says_what_the_runs_say(ladder, tmp_path):
+    for model in ladder.MODELS:
+        for seed in ladder.SEEDS:
+            for arm in (*ladder.ARMS, *(f"guidance {scale}" for scale in ladder.GUIDANCE)):
+                folder = make_run(
+                    ladder.folder(model, arm, seed), seed=seed, rate=1.0 if arm == "agsm" else 0.5, per_task=4
+                )
+                for plan, direct in (("base_plan", "base_direct"), ("trained_plan", "trained_direct")):
+                    (folder / "evaluation" / plan).rename(folder / "evaluation" / direct)
+                    np.save(
+                        folder / "evaluation" / direct / "features.npy", np.random.default_rng(seed).random((48, 192))
+                    )
+                results = json.loads((folder / "results.json").read_text())
+                results["benchmark"] |= {"n_prompts": 12, "samples_per_prompt": 2}
+                (folder / "results.json").write_text(json.dumps(results))
+                (folder / "provenance.json").write_text(
+                    json.dumps({"git_commit": "0123456789", "device": "a made-up machine"})
+                )
+    ladder.write_table()
+    ladder.write_figure()
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    row = {arm: next(line for line in lines if line.startswith(f"| {arm} |")).split(" | ") for arm in ladder.ARMS}
+    assert "**" in row["agsm"][1] and "**" not in row["softrepa"][1] and (tmp_path / "figure.png").is_file()
+    assert sum(line.startswith("## sd") for line in lines) == 2

@@ -341,3 +341,17 @@ def test_rows_of_a_batch_do_not_depend_on_one_another(folders):
     torch.testing.assert_close(part.x_t, whole.x_t[2:], atol=1e-5, rtol=1e-5)
     assert torch.equal(part.t, whole.t[2:])
     assert isinstance(whole.text, TextEncoding)
+
+
+def test_plain_attention_products_are_chosen_in_bfloat16_on_a_cpu_alone(folders):
+    from contextlib import nullcontext
+
+    from t2i_rl.models.diffusion import attention_for_training
+
+    model = load(folders)
+    assert isinstance(attention_for_training(model), nullcontext)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not isinstance(attention_for_training(model), nullcontext)
+    assert not isinstance(
+        attention_for_training(SD3(folders["sd3"], dtype="bfloat16", max_sequence_length=2)), nullcontext
+    )

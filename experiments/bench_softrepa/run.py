@@ -58,7 +58,7 @@ def ours(method, batch, optimizer):
         grid = method.grid(kept)
         emitted = method.emit(method.bank, grid.t)
         tokens = emitted.detach().requires_grad_()
-        with attention_for_training(method.device):
+        with attention_for_training(method.model):
             method.accumulate(grid, tokens)
         (emitted * tokens.grad).sum().backward()
         optimizer.step()

@@ -4,13 +4,11 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
 
 from t2i_rl.errors import UserError
 from t2i_rl.methods.alignment_loss import pair_errors
-from t2i_rl.methods.pairs import Grid, PairMethod, mean_over
+from t2i_rl.methods.pairs import Grid, PairMethod, add_adapters, check_lora, mean_over
 from t2i_rl.models.diffusion import LatentDiffusion
-from t2i_rl.seeding import derive_seed
 
 
 class Denoising(PairMethod):
@@ -28,12 +26,7 @@ class Denoising(PairMethod):
         super().__init__(model, optimizer, tokens=tokens, **options)
         self.settings = {"tokens": tokens, "lora": lora}
         if lora is not None:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(self.seed, "adapters"))
-                inject_adapter_in_model(LoraConfig(**lora), model.denoiser)
-            for parameter in model.denoiser.parameters():
-                if parameter.requires_grad:  # adapters learn in float32 whatever they are added to
-                    parameter.data = parameter.data.float()
+            add_adapters(model.denoiser, lora, self.seed)
 
     @staticmethod
     def check(options: Mapping) -> None:
@@ -41,10 +34,7 @@ class Denoising(PairMethod):
             raise UserError(
                 "method=denoising trains either soft tokens (method.tokens=4) or adapters (method.lora={r: 4} method.tokens=0)"
             )
-        try:
-            LoraConfig(**(options.get("lora") or {}))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"method.lora: {error}") from error
+        check_lora(options.get("lora"))
         PairMethod.check(options)
 
     def accumulate(self, grid: Grid, tokens: torch.Tensor | None) -> dict[str, float]:

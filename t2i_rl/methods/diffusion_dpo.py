@@ -6,14 +6,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from t2i_rl.errors import UserError
 from t2i_rl.methods.alignment_loss import pair_errors
-from t2i_rl.methods.pairs import Grid, PairMethod, mean_over
+from t2i_rl.methods.pairs import Grid, PairMethod, add_adapters, check_lora, mean_over
 from t2i_rl.models.diffusion import LatentDiffusion
-from t2i_rl.seeding import derive_seed
 
 
 class DiffusionDPO(PairMethod):
@@ -32,22 +30,14 @@ class DiffusionDPO(PairMethod):
         self.check({"lora": lora, "beta": beta, **options})
         super().__init__(model, optimizer, tokens=0, **options)
         self.beta = beta
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed(self.seed, "adapters"))
-            inject_adapter_in_model(LoraConfig(**lora), model.denoiser)
-        for parameter in model.denoiser.parameters():
-            if parameter.requires_grad:  # adapters learn in float32 whatever they are added to
-                parameter.data = parameter.data.float()
+        add_adapters(model.denoiser, lora, self.seed)
         self.adapters = [module for module in model.denoiser.modules() if isinstance(module, BaseTunerLayer)]
 
     @staticmethod
     def check(options: Mapping) -> None:
         if options["beta"] <= 0:
             raise UserError(f"method.beta must be above 0, not {options['beta']}")
-        try:
-            LoraConfig(**(options["lora"] or {}))
-        except (TypeError, ValueError) as error:
-            raise UserError(f"method.lora: {error}") from error
+        check_lora(options["lora"])
         PairMethod.check(options)
 
     @contextmanager

@@ -1,5 +1,6 @@
 """What SoftREPA, AGSM and their denoising control share: pairs, draws, soft tokens, passes of bounded size, one optimizer step."""
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import torch
 import torch.distributed as dist
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from t2i_rl.errors import UserError
@@ -143,7 +145,7 @@ class PairMethod(L.LightningModule):
         grid = self.grid(batch)
         emitted = self.emit(self.bank, grid.t)
         tokens = None if emitted is None else emitted.detach().requires_grad_()
-        with attention_for_training(self.device):
+        with attention_for_training(self.model):
             metrics = self.accumulate(grid, tokens)
         if emitted is not None:
             self.manual_backward((emitted * tokens.grad).sum())
@@ -253,6 +255,28 @@ class PairMethod(L.LightningModule):
         self.batches_done = saved["batches_done"]
 
 
+def check_lora(lora: Mapping | None) -> None:
+    """Whether peft takes these arguments.
+
+    Raises:
+        UserError: it does not.
+    """
+    try:
+        LoraConfig(**(lora or {}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method.lora: {error}") from error
+
+
+def add_adapters(denoiser: nn.Module, lora: Mapping, seed: int) -> None:
+    """LoRA in a frozen denoiser, started from `seed`; it learns in float32 whatever it is added to."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, "adapters"))
+        inject_adapter_in_model(LoraConfig(**lora), denoiser)
+    for parameter in denoiser.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def settings_of(presets: Mapping, variant: str, kind: str, given: Mapping) -> dict:
     """A variant's settings for a kind of model, over which what is given (not None) wins.
 
@@ -282,6 +306,4 @@ def all_pairs(rows: torch.Tensor, texts: int) -> tuple[torch.Tensor, torch.Tenso
 
 def frozen_copy(bank: nn.Module) -> nn.Module:
     """A copy that follows and never learns."""
-    import copy
-
     return copy.deepcopy(bank).requires_grad_(False)

@@ -213,9 +213,10 @@ class LatentDiffusion(nn.Module):
         raise NotImplementedError
 
 
-def attention_for_training(device: torch.device):
-    """Plain matrix products on a CPU, where the fused kernel's backward pass takes twice their time; elsewhere torch's own choice."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+def attention_for_training(model: LatentDiffusion):
+    """Plain matrix products in bfloat16 on a CPU, where the fused kernel's backward pass doubles a step's time; else torch's own choice."""
+    half = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type)
+    return sdpa_kernel(SDPBackend.MATH) if half and model.device.type == "cpu" else nullcontext()
 
 
 class _Config(ConfigMixin):

@@ -95,7 +95,7 @@ class Splice:
             raise UserError(f"this {type(denoiser).__name__} has soft tokens already: remove them before others go in")
         denoiser.soft_token_splice = self
         self.denoiser, self.provide, self.enabled = denoiser, provide, True
-        self.carrier = carrier(denoiser)
+        self.carrier, self.signature = carrier(denoiser), inspect.signature(denoiser.forward)
         self.handles = [denoiser.register_forward_pre_hook(self._fill, with_kwargs=True)]
         blocks = dict(denoiser.named_modules())
         for name in text_blocks(denoiser):  # all of them: whoever has no layer drops the key
@@ -111,7 +111,7 @@ class Splice:
 
     def _fill(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple | None:
         """Before the whole model: ask for the tokens of this call and put them among its arguments."""
-        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+        bound = self.signature.bind_partial(*args, **kwargs).arguments
         carried = bound.get(self.carrier) or {}
         if not self.enabled or self.provide is None or KEY in carried:
             return None
@@ -119,8 +119,7 @@ class Splice:
         tokens = self.provide(times(module, bound["timestep"], rows))
         if tokens is None:
             return None
-        names = list(inspect.signature(module.forward).parameters)
-        place = names.index(self.carrier)
+        place = list(self.signature.parameters).index(self.carrier)
         if len(args) > place:
             return (*args[:place], {**carried, KEY: tokens}, *args[place + 1 :]), kwargs
         return args, {**kwargs, self.carrier: {**carried, KEY: tokens}}

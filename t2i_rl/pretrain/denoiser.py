@@ -68,7 +68,7 @@ class DenoiserStage(L.LightningModule):
             x0 = self.model.encode_images(pixels, noise)
         eps = torch.randn(x0.shape, generator=draws).to(x0)
         t = self._times(len(x0), draws).to(x0.device)
-        with attention_for_training(self.device):
+        with attention_for_training(self.model):
             text = self.model.encode_prompts(captions)
             if torch.rand((), generator=draws) < self.zeros_share:
                 text = self._with_zeros(text)
