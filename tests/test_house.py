@@ -134,6 +134,8 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         (["task=edit", "model=sd3_tiny", "image=plain.txt"], "task.source"),
         (["task=generate", "model=sd_tiny", "prompt=a red circle", "mode=plan"], "mode=direct"),
         (["task=import_soft_tokens", "model=sd15", "task.tokens=plain.txt", "task.times=plain.txt"], "torch.save"),
+        (["task=encode", "model=sd_tiny", "method=agsm", "task.out=enc"], "data=coco"),
+        (["task=export", "model=sd_tiny", "method=agsm", "ckpt_path=plain.txt"], "soft_tokens.safetensors"),
         (["task=pretrain", "model=sd15"], "sd_tiny, sd3_tiny"),
     ],
 )

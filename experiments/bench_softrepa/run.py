@@ -178,7 +178,7 @@ def main() -> None:
     (HERE / "results").mkdir(exist_ok=True)
     for model in arguments.models:
         rows = [row for method in arguments.methods for row in grow(model, method, arguments)]
-        result = {"model": model, "device": device, "bf16": arguments.bf16, "pairs": arguments.pairs, "steps": arguments.steps,
+        result = {"command": " ".join(["python experiments/bench_softrepa/run.py", *sys.argv[1:]]), "model": model, "device": device, "bf16": arguments.bf16, "pairs": arguments.pairs, "steps": arguments.steps,
                   "repeats": arguments.repeats, "rows": rows, "drawing": drawing(model, arguments.repeats)}  # fmt: skip
         name = f"{model}_{'bf16' if arguments.bf16 else 'fp32'}_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
         (HERE / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
@@ -212,12 +212,13 @@ def table(results: list[dict]) -> str:
     lines = [
         "# A training step against B",
         "",
-        "Made by `python experiments/bench_softrepa/run.py`; what is compared is said there. Ratios: median [least, greatest] over rounds.",
+        "What is compared is said in run.py. Ratios: median [least, greatest] over rounds.",
         "",
     ]
     for result in results:
         lines += [
             f"## {result['model']}, {'bfloat16 autocast' if result['bf16'] else 'float32'}, {result['device']}, {result['pairs']} pairs a pass", "",
+            f"`{result['command']}`, {result['repeats']} rounds.", "",
             "| method | B | plain, ms a pair | ours, ms a pair | plain / ours | plain, MB | ours, MB |", "|---|--:|--:|--:|--:|--:|--:|",
         ]  # fmt: skip
         for row in result["rows"]:

@@ -78,7 +78,7 @@ class Shapes:
 
     def reference_features(self, count: int = 2000) -> np.ndarray:
         """Features `(count, 192)` of renders of scenes that satisfy this benchmark's prompts, its prompts in turn: what pictures are compared with."""
-        if self._reference is None:
+        if self._reference is None or len(self._reference) != count:
             rng, prompts = np.random.default_rng(0), self.prompts()
             scenes = (sample_scene(wishes(prompts[i % len(prompts)]), rng, self.size) for i in range(count))
             self._reference = self.features(np.stack([render(scene) for scene in scenes]))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from rich.console import Console
 from rich.progress import track
 
@@ -22,6 +22,8 @@ def run(cfg) -> dict:
     Raises:
         UserError: the folder holds encodings of something else.
     """
+    if not hasattr(get_class(cfg.data._target_), "work"):
+        raise UserError("task=encode takes pairs from a disk: data=coco or data=image_text")
     data = instantiate(cfg.data)
     items, captions = data.work()
     captions = captions if cfg.task.texts else []

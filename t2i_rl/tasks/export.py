@@ -24,9 +24,13 @@ def run(cfg) -> dict:
     out = Path(cfg.task.out or Path(cfg.paths.output_dir) / "export")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"task.out={out} is there already and not empty: name another folder")
-    if cfg.task.adapter and not (cfg.ckpt_path and cfg.method.lora):
+    if cfg.task.adapter and not (cfg.ckpt_path and cfg.method.get("lora")):
         raise UserError(
             "task.adapter=true writes what LoRA has learnt: give ckpt_path=<checkpoint> and its method.lora"
+        )
+    if cfg.ckpt_path and cfg.method.get("variant"):
+        raise UserError(
+            "soft tokens are a file of their own, soft_tokens.safetensors in the run's folder: there is no pipeline to export"
         )
     model = instantiate(cfg.model)
     if cfg.ckpt_path:
