@@ -81,14 +81,13 @@ def call(log: Path, *arguments: str) -> None:
 def run_seed(job: tuple[str, int]) -> None:
     """Every arm of one model and seed, one after another, resumed where a killed run stopped."""
     model, seed = job
-    for scale in GUIDANCE:
-        evaluate(model, f"guidance {scale}", seed, f"model.guidance_scale={scale}")
+    evaluate(model, "guidance 3.0", seed)
     for arm, settings in TRAINED.items():
         out = folder(model, arm, seed)
         if arm == "dpo":
             settings = [*settings, f"data.path={preferences(model, seed)}"]
         if arm == "lora":
-            settings = [*settings, f"method.lora={LORA[model]}"]
+            settings = [*settings, f"method.lora={LORA[model]}", "method.optimizer.lr=1e-3"]
         train(model, out, seed, settings)
     tuned, tokens = folder(model, "dpo", seed) / "export", folder(model, "agsm", seed) / "soft_tokens.safetensors"
     if not tuned.exists():
@@ -96,6 +95,8 @@ def run_seed(job: tuple[str, int]) -> None:
         path = f"data.path={preferences(model, seed)}"
         call(OUTPUTS / model / "export.log", "task=export", "method=diffusion_dpo", path, f"model={model}", f"ckpt_path={best}", f"task.out={tuned}")  # fmt: skip
     evaluate(model, TRANSFERRED, seed, f"model.path={tuned}", f"model.soft_tokens={tokens}")
+    for scale in GUIDANCE:
+        evaluate(model, f"guidance {scale}", seed, f"model.guidance_scale={scale}")
 
 
 def train(model: str, out: Path, seed: int, settings: list[str]) -> None:
@@ -124,6 +125,7 @@ def evaluate(model: str, arm: str, seed: int, *settings: str) -> None:
         call(
             out / "job.log",
             "task=evaluate",
+            "experiment=alignment_shapes",
             f"model={model}",
             f"seed={seed}",
             f"hydra.run.dir={out}",
@@ -141,6 +143,8 @@ def preferences(model: str, seed: int) -> Path:
             OUTPUTS / model / "preferences.log",
             "task=make_preferences",
             f"model={model}",
+            "model.dtype=bfloat16",
+            "task.prompts_per_task=60",
             f"seed={seed}",
             f"task.out={out}",
         )
