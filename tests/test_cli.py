@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 QUICK = [
     "debug=fdr",
+    "method.group_size=2",
     "benchmark.prompts_per_task=1",
     "evaluation.stages=[base_plan,trained_plan]",
     "~callbacks.progress",

@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 CURVES = ("reward/total", "train/loss", "train/kl", "train/grad_norm", "image/self_certainty", "text/self_certainty")
 COMMON = [
-    "reward=nsc", "debug=fdr", "method.image_loss_weight=1", "method.optimizer.lr=1e-5", "evaluation.stages=[trained_plan]",
+    "reward=nsc", "debug=fdr", "method.group_size=2", "method.image_loss_weight=1", "method.optimizer.lr=1e-5", "evaluation.stages=[trained_plan]",
     "benchmark.prompts_per_task=1", "benchmark.samples_per_prompt=1", "method.micro_batch_size=2", "~callbacks.progress",
 ]  # fmt: skip
 

@@ -132,6 +132,16 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
         (["method=softrepa", "model=sd_tiny", "data=coco", "data.path=."], "annotations"),
         (["task=edit", "model=sd_tiny"], "sd3_tiny"),
         (["task=edit", "model=sd3_tiny", "image=plain.txt"], "task.source"),
+        (["task=edit", "model=sd3_tiny", "task.start=51"], "task.start is from 0 to task.steps=50"),
+        (
+            [
+                "method=agsm",
+                "model=sd_tiny",
+                "callbacks.validation.fid={_target_: t2i_rl.evaluation.inception.InceptionFeatures, images: nowhere}",
+            ],
+            "fid.images=nowhere",
+        ),
+        (["reward=image_reward", "reward.tokenizer=./nowhere"], "no such folder"),
         (["task=generate", "model=sd_tiny", "prompt=a red circle", "mode=plan"], "mode=direct"),
         (["task=import_soft_tokens", "model=sd15", "task.tokens=plain.txt", "task.times=plain.txt"], "torch.save"),
         (["task=encode", "model=sd_tiny", "method=agsm", "task.out=enc"], "data=coco"),

@@ -51,13 +51,14 @@ def test_the_reward_that_the_readme_adds_runs_as_printed(tmp_path):
 
 
 def test_the_method_the_benchmark_and_the_model_that_the_docs_add_run_as_printed(tmp_path):
-    assert write_files(ADDING, tmp_path) == 6
-    trained, blind = run_as_printed(ADDING, tmp_path)
+    assert write_files(ADDING, tmp_path) == 8
+    paired, trained, blind = run_as_printed(ADDING, tmp_path)
+    assert (paired["method"], paired["steps"]) == ("pseudo_huber", 2)
     assert trained["method"] == "best_of_group" and trained["headline"]["tasks"] == ["color"]
     assert blind["model"] == "blind" and blind["stages"]["base_direct"]["metrics"]["overall"]["mean"] < 0.3
 
 
-OWN = ("method=best_of_group", "benchmark=color_only", "model=blind")  # what docs/adding.md adds
+OWN = ("method=best_of_group", "method=pseudo_huber", "benchmark=color_only", "model=blind")  # what docs/adding.md adds
 
 
 def test_every_command_composes():

@@ -8,13 +8,17 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 
 from t2i_rl.benchmarks.shapes import Shapes
 from t2i_rl.callbacks.validation import Validate
+from t2i_rl.errors import UserError
 from t2i_rl.evaluation.fid import frechet_distance
+from t2i_rl.evaluation.inception import InceptionFeatures
 from t2i_rl.methods.softrepa import SoftREPA
 from t2i_rl.models.diffusion import Drawing
 from t2i_rl.models.sd3 import SD3
+from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.scene import sample_scene
@@ -137,3 +141,71 @@ def test_reference_features_are_of_right_pictures():
     benchmark = Shapes(tasks=TASKS, prompts_per_task=5, split="validation")
     features = benchmark.reference_features(40)
     assert features.shape == (40, 192) and benchmark.reference_features(40) is features
+
+
+class ThirdOfPixels(torch.nn.Module):
+    """Stands where torchmetrics puts Inception: 2048 numbers of a uint8 picture."""
+
+    def __init__(self, name, features_list, weights):
+        super().__init__()
+        assert (name, features_list, weights) == ("inception-v3-compat", ["2048"], None)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        assert pixels.dtype == torch.uint8 and pixels.shape[1] == 3
+        return pixels.flatten(1)[:, :2048].float()
+
+
+@pytest.fixture
+def inception(monkeypatch):
+    monkeypatch.setattr("t2i_rl.evaluation.inception.find_spec", lambda name: True)
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", ThirdOfPixels)
+
+
+def test_inceptions_features_are_of_the_folders_pictures_scaled_and_cropped(tmp_path, inception):
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (5, 32, 32, 3)).astype(np.uint8)
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tmp_path / f"{number}.png")
+    (tmp_path / "captions.txt").write_text("not a picture")
+    found = InceptionFeatures(str(tmp_path), size=32, batch_size=2, device="cpu")
+    expected = pictures.transpose(0, 3, 1, 2).reshape(5, -1)[:, :2048].astype(float)
+    np.testing.assert_array_equal(found.features(pictures), expected)
+    np.testing.assert_array_equal(found.reference_features(), expected)
+    Image.fromarray(np.concatenate([pictures[0]] * 2)).save(tmp_path / "5.png")
+    (tmp_path / "6.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="6.png"):
+        InceptionFeatures(str(tmp_path), size=32, device="cpu").reference_features()
+
+
+def test_pictures_without_a_benchmark_have_a_frechet_distance_too(tmp_path, folder):
+    class Features:
+        def features(self, images):
+            return images.reshape(len(images), -1)[:, :3].astype(float)
+
+        def reference_features(self):
+            return np.random.default_rng(0).normal(size=(50, 3))
+
+    callback = Validate(str(tmp_path), None, {"bright": Brightness()}, fid=Features())
+    prompts = [Prompt(str(i), "a red circle", "", {}) for i in range(4)]
+    images = np.random.default_rng(1).integers(0, 255, (4, 8, 8, 3)).astype(np.uint8)
+    rows = callback._judge(list(range(4)), prompts, images)
+    found = callback._summary([row for _, row, _ in rows], [features for *_, features in rows])
+    assert set(found) == {"val/bright", "val/fid"}
+    expected = frechet_distance(Features().features(images), Features().reference_features())
+    assert found["val/fid"] == pytest.approx(expected)
+    plain = Validate(str(tmp_path), None, {"bright": Brightness()})
+    rows = plain._judge(list(range(4)), prompts, images)
+    assert set(plain._summary([row for _, row, _ in rows], [None] * 4)) == {"val/bright"}
+
+
+def test_what_inception_needs_is_said_before_anything_is_drawn(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="a folder of pictures"):
+        InceptionFeatures(str(tmp_path))
+    for number in range(2):
+        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{number}.png")
+    monkeypatch.setattr("t2i_rl.evaluation.inception.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install torch-fidelity"):
+        InceptionFeatures(str(tmp_path))
+    monkeypatch.setattr("t2i_rl.evaluation.inception.find_spec", lambda name: True)
+    with pytest.raises(UserError, match="no such file"):
+        InceptionFeatures(str(tmp_path), weights=str(tmp_path / "weights.pth"))

@@ -32,7 +32,8 @@ class Validate(L.Callback):
         benchmark: its prompts are drawn once each, with the same seeds every time, and judged: `val/overall`, `val/<task>`, and for counting
             how often too many and too few objects were drawn; None takes the data module's `validation` prompts and only the judges.
         judges: rewards that read pictures, by name: `val/<name>`.
-        fid: whether to log the Frechet distance of the benchmark's features to those of its own renders (`val/fid`).
+        fid: true logs the Frechet distance of the benchmark's features to those of its own renders (`val/fid`); an object with `features`
+            and `reference_features`, such as `InceptionFeatures`, takes the place of the benchmark's.
         best: the logged metric by which `checkpoints/best.ckpt` is chosen, larger is better; it is what the run ends with. None keeps the last.
         batch_size: images drawn together.
 
@@ -45,12 +46,13 @@ class Validate(L.Callback):
         benchmark=None,
         judges: dict | None = None,
         every_n_steps: int = 50,
-        fid: bool = True,
+        fid=True,
         best: str | None = "val/overall",
         batch_size: int = 64,
     ):
         self.folder, self.benchmark, self.judges = Path(folder), benchmark, judges or {}
-        self.every_n_steps, self.fid, self.best, self.batch_size = every_n_steps, fid, best, batch_size
+        self.every_n_steps, self.best, self.batch_size = every_n_steps, best, batch_size
+        self.features = benchmark if fid is True else fid or None
         self.drawn_at, self.best_value, self.best_step, self.base = -1, None, None, None
         self.warned: list[str] = []
 
@@ -127,10 +129,10 @@ class Validate(L.Callback):
             for name, judge in self.judges.items()
         }
         rows = [{name: float(values[i]) for name, values in scores.items()} for i in range(len(prompts))]
+        features = self.features.features(images) if self.features else [None] * len(prompts)
         if self.benchmark is None:
-            return [(place, row, None) for place, row in zip(places, rows, strict=True)]
-        verdicts, features = self.benchmark.judge(images, prompts), self.benchmark.features(images)
-        for row, prompt, verdict in zip(rows, prompts, verdicts, strict=True):
+            return list(zip(places, rows, features, strict=True))
+        for row, prompt, verdict in zip(rows, prompts, self.benchmark.judge(images, prompts), strict=True):
             row |= {"overall": float(verdict.strict), "score": verdict.score, "tag": prompt.tag}
             if prompt.tag == "counting":
                 row["over_counted"] = float(any(defect.startswith("extra") for defect in verdict.defects))
@@ -140,6 +142,8 @@ class Validate(L.Callback):
     def _summary(self, rows: list[dict], features: list) -> dict[str, float]:
         names = dict.fromkeys(name for row in rows for name in row if name not in ("tag", "overall"))
         found = {f"val/{name}": float(np.mean([row[name] for row in rows if name in row])) for name in names}
+        if self.features:
+            found["val/fid"] = frechet_distance(np.stack(features), self.features.reference_features())
         if self.benchmark is None:
             return found
         tasks = {
@@ -149,8 +153,6 @@ class Validate(L.Callback):
         means = {tag: float(np.mean(values)) for tag, values in tasks.items()}
         found |= {f"val/{tag}": value for tag, value in means.items()}
         found["val/overall"] = float(np.mean([means[tag] for tag in self.benchmark.overall_tasks]))
-        if self.fid:
-            found["val/fid"] = frechet_distance(np.stack(features), self.benchmark.reference_features())
         return found
 
     @staticmethod

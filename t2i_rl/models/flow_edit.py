@@ -10,6 +10,18 @@ from t2i_rl.seeding import derive_seed, row_normals
 CONVENTIONS = ("standard", "released")
 
 
+def check_flow(steps: int, start: int, average: int, convention: str) -> None:
+    """Whether an edit can be asked for so; the command line asks before any weight loads.
+
+    Raises:
+        UserError: `start`, `average` or `convention` outside its range.
+    """
+    if not 0 <= start <= steps or average < 1 or convention not in CONVENTIONS:
+        raise UserError(
+            f"task.start is from 0 to task.steps={steps}, task.average 1 or more, task.convention {' or '.join(CONVENTIONS)}"
+        )
+
+
 def guided(cond: torch.Tensor, null: torch.Tensor, scale: float, convention: str = "standard") -> torch.Tensor:
     """Velocity under guidance. `standard`: `null + scale (cond - null)`; `released` (SoftREPA's editor, for the target text only):
     `cond + scale (cond - null)`, which is the standard one at `scale + 1`."""
@@ -42,10 +54,7 @@ def flow_edit(
     Raises:
         UserError: `start`, `average` or `convention` outside its range.
     """
-    if not 0 <= start <= steps or average < 1 or convention not in CONVENTIONS:
-        raise UserError(
-            f"task.start is from 0 to task.steps={steps}, task.average 1 or more, task.convention {' or '.join(CONVENTIONS)}"
-        )
+    check_flow(steps, start, average, convention)
     scheduler, rows = model.pipe.scheduler, len(x_source)
     scheduler.set_timesteps(steps, device=x_source.device)
     sigmas = torch.cat([scheduler.timesteps / 1000, scheduler.timesteps.new_zeros(1)]).to(x_source)

@@ -109,5 +109,5 @@ def read_state(path: str, file: str, revision: str | None) -> dict[str, torch.Te
         raise UserError(f"{local} is truncated or broken ({first_line(error)}); fetch it again") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise UserError(f"{local} holds more or less than named tensors: it is no checkpoint of open_clip")
+        raise UserError(f"{local} holds more or less than named tensors")
     return state

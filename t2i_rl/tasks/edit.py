@@ -14,7 +14,7 @@ from t2i_rl.data.image_text import square
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.grid import caption_grid
 from t2i_rl.evaluation.results import write_atomic
-from t2i_rl.models.flow_edit import flow_edit
+from t2i_rl.models.flow_edit import check_flow, flow_edit
 from t2i_rl.models.sd3 import SD3
 from t2i_rl.pretrain.measure import wilson
 from t2i_rl.seeding import derive_seed
@@ -38,6 +38,7 @@ def run(cfg) -> dict:
         raise UserError(f"task=edit needs a flow-matching model (model=sd3_tiny, sd3), not {kind.__name__}")
     if cfg.image and not (cfg.prompt and cfg.task.source):
         raise UserError('task=edit takes image=<file> task.source="what it shows" prompt="what it shall show"')
+    check_flow(**{name: cfg.task[name] for name in ("steps", "start", "average", "convention")})
     model = instantiate(cfg.model).requires_grad_(False)
     if cfg.ckpt_path:
         load_trained(cfg, model)

@@ -1,0 +1,139 @@
+"""ImageReward: which picture of a text people would rank higher, by a BLIP that reads the text while it looks, and a small head."""
+
+import re
+
+import torch
+from torch import nn
+
+from t2i_rl.errors import UserError
+from t2i_rl.loading import DTYPES, first_line, load_part, own_gpu
+from t2i_rl.rewards.open_clip import read_state
+from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.rollout.buffer import Rollout
+
+MEAN, STD = 0.16717179, 1.0333394  # of the raw score over the training set, as released
+LONGEST = 35  # tokens of a text, as released
+RENAMED = (
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^norm\.", "post_layernorm."),
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.norm1\.", ".layer_norm1."),
+    (r"\.norm2\.", ".layer_norm2."),
+)
+
+
+class ImageReward:
+    """Score of a picture and its raw prompt, standardised as released: about -2 to 2 (arXiv 2304.05977). Tables often show it times 100.
+
+    Args:
+        path: a folder or hub id with `file`, the published `ImageReward.pt`, read as plain tensors: nothing in it is executed.
+        tokenizer: BERT's, a folder or hub id.
+        text_heads, vision_heads: attention heads, which the file does not tell.
+
+    Raises:
+        UserError: a checkpoint that cannot be loaded.
+    """
+
+    needs_images = True
+    distribution = None
+
+    def __init__(
+        self,
+        path: str,
+        file: str = "ImageReward.pt",
+        tokenizer: str = "google-bert/bert-base-uncased",
+        text_heads: int = 12,
+        vision_heads: int = 16,
+        batch_size: int = 16,
+        dtype: str = "float32",
+        device: str | None = "auto",
+        revision: str | None = None,
+    ):
+        from transformers import AutoTokenizer, CLIPImageProcessor
+
+        if dtype not in DTYPES:
+            raise UserError(f"reward.dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+        self.batch_size = batch_size
+        self.tokenizer = load_part(AutoTokenizer, tokenizer)
+        state = read_state(path, file, revision)
+        try:
+            self.vision, self.text, self.head = build(state, text_heads, vision_heads)
+        except (KeyError, IndexError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path}/{file} is no ImageReward: {first_line(error)}") from error
+        place = own_gpu() if device == "auto" else device
+        for part in (self.vision, self.text, self.head):
+            part.to(device=place, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
+        side = self.vision.config.image_size
+        self.pictures = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+
+    def __call__(self, rollout: Rollout) -> RewardOutput:
+        texts = [prompt.text for prompt in rollout.prompts]
+        parts = [slice(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)]
+        return RewardOutput(torch.cat([self.score(rollout.images[part], texts[part]) for part in parts]))
+
+    @torch.no_grad()
+    def score(self, images, texts: list[str]) -> torch.Tensor:
+        """Standardised scores `(B,)`, float64, of `images` uint8 `(B, H, W, 3)` under their texts."""
+        pixels = self.pictures(images=list(images), return_tensors="pt")["pixel_values"]
+        words = self.tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
+        words = words.to(self.vision.device)
+        seen = self.vision(pixels.to(self.vision.device, self.vision.dtype)).last_hidden_state
+        read = self.text(words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen)
+        raw = self.head(read.last_hidden_state[:, 0]).squeeze(-1)
+        return (raw.double().cpu() - MEAN) / STD
+
+
+def build(state: dict[str, torch.Tensor], text_heads: int, vision_heads: int) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """Vision encoder, text encoder and head that hold the released weights; sizes are read off them."""
+    from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
+    from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+    seen = {_renamed(name): value for name, value in _under(state, "blip.visual_encoder.").items()}
+    read, head = _under(state, "blip.text_encoder."), _under(state, "mlp.layers.")
+    read.pop("embeddings.position_ids", None)
+    patches, words = seen["embeddings.patch_embedding.weight"], read["embeddings.word_embeddings.weight"]
+    vision = BlipVisionModel(
+        BlipVisionConfig(
+            hidden_size=len(patches), intermediate_size=len(seen["encoder.layers.0.mlp.fc1.weight"]),
+            num_hidden_layers=_layers(seen, r"encoder\.layers\.(\d+)\."), num_attention_heads=vision_heads,
+            image_size=round((seen["embeddings.position_embedding"].shape[1] - 1) ** 0.5) * patches.shape[-1],
+            patch_size=patches.shape[-1], layer_norm_eps=1e-6,
+        )
+    )  # fmt: skip
+    text = BlipTextModel(
+        BlipTextConfig(
+            vocab_size=len(words), hidden_size=words.shape[1], encoder_hidden_size=len(patches),
+            intermediate_size=len(read["encoder.layer.0.intermediate.dense.weight"]),
+            num_hidden_layers=_layers(read, r"encoder\.layer\.(\d+)\."), num_attention_heads=text_heads,
+            max_position_embeddings=len(read["embeddings.position_embeddings.weight"]),
+        ),
+        add_pooling_layer=False,
+    )  # fmt: skip
+    # as released: linear layers with dropout between some of them, and nothing else
+    widths = {int(name.split(".")[0]): value.shape for name, value in head.items() if name.endswith("weight")}
+    layers = [nn.Linear(*widths[i][::-1]) if i in widths else nn.Identity() for i in range(max(widths) + 1)]
+    mlp = nn.Sequential(*layers)
+    for part, weights in ((vision, seen), (text, read), (mlp, head)):
+        part.load_state_dict(weights)
+    return vision, text, mlp
+
+
+def _under(state: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    found = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    if not found:
+        raise KeyError(f"no weights under {prefix}")
+    return found
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _layers(state: dict[str, torch.Tensor], pattern: str) -> int:
+    return 1 + max(int(found[1]) for name in state if (found := re.match(pattern, name)))
