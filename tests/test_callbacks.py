@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from t2i_rl.callbacks.checkpoint import CheckpointEvery
+from t2i_rl.callbacks.progress import Progress
 from t2i_rl.callbacks.rng_state import RNGState, generators, set_generators
 from t2i_rl.callbacks.sample_grid import SampleGrid
 from t2i_rl.loggers import log_results, wandb_logger
@@ -54,6 +55,13 @@ def train(module: Module, folder, callbacks: list, max_steps: int, ckpt_path=Non
 
 def saved_at(path) -> int:
     return torch.load(path, weights_only=True)["global_step"]
+
+
+def test_the_bar_counts_steps_and_not_epochs(tmp_path, capsys):
+    shown = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+    L.Trainer(max_steps=4, default_root_dir=tmp_path, callbacks=[Progress()], **shown).fit(Module())
+    said = capsys.readouterr().out
+    assert "training" in said and "/4" in said and "Epoch" not in said
 
 
 def test_saves_are_not_skipped_when_a_batch_takes_several_steps(tmp_path):

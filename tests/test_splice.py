@@ -59,11 +59,12 @@ def test_where_in_the_text_tokens_stand_does_not_matter(name):
         torch.testing.assert_close(other, outputs[0], atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("position, place", [("start", 0), ("after_bos", 1), ("end", TEXT)])
 @pytest.mark.parametrize("name", DENOISERS)
-def test_blocks_see_their_own_layer_and_leave_the_text_as_long_as_it_was(name):
-    """What each block reads, and that tokens neither pile up nor reach blocks beyond the layout."""
+def test_blocks_see_their_own_layer_and_leave_the_text_as_long_as_it_was(name, position, place):
+    """What each block reads and where, and that tokens neither pile up nor reach blocks beyond the layout."""
     model, seen = denoiser(name), {}
-    bank = bank_for(model, name)
+    bank = bank_for(model, name, position=position)
     blocks = dict(model.named_modules())
     tokens = bank(inputs(name)["timestep"] * (1000 if name == "flux" else 1))
     with Attached(model, bank):
@@ -79,8 +80,20 @@ def test_blocks_see_their_own_layer_and_leave_the_text_as_long_as_it_was(name):
     for block, text in seen.items():
         assert text.shape[1] == TEXT + 3 * (block in layout)
         if block in layout:
-            torch.testing.assert_close(text[:, TEXT:], tokens[:, layout[block]])
+            torch.testing.assert_close(text[:, place : place + 3], tokens[:, layout[block]])
     assert set(layout) < set(seen)
+
+
+def test_flux_turns_tokens_as_its_own_embedder_turns_a_longer_text():
+    model, seen = denoiser("flux"), {}
+    made = inputs("flux")
+    longer = torch.cat([made["txt_ids"].new_zeros(TEXT + 3, 3), made["img_ids"]])
+    with Attached(model, bank_for(model, "flux")):
+        block = model.transformer_blocks[0]
+        block.register_forward_pre_hook(lambda m, a, k: seen.update(k), with_kwargs=True)
+        run(model, "flux")
+    for found, expected in zip(seen["image_rotary_emb"], model.pos_embed(longer), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_upper_layers_are_the_first_and_unets_choose_their_parts():
