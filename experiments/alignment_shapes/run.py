@@ -95,6 +95,11 @@ def run_seed(job: tuple[str, int]) -> None:
         path = f"data.path={preferences(model, seed)}"
         call(OUTPUTS / model / "export.log", "task=export", "method=diffusion_dpo", path, f"model={model}", f"ckpt_path={best}", f"task.out={tuned}")  # fmt: skip
     evaluate(model, TRANSFERRED, seed, f"model.path={tuned}", f"model.soft_tokens={tokens}")
+
+
+def sweep_guidance(job: tuple[str, int]) -> None:
+    """The base of one model and seed under every guidance scale."""
+    model, seed = job
     for scale in GUIDANCE:
         evaluate(model, f"guidance {scale}", seed, f"model.guidance_scale={scale}")
 
@@ -273,6 +278,8 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if not options.only_table:
         with ThreadPoolExecutor(options.workers) as pool:
-            list(pool.map(run_seed, [(model, seed) for seed in SEEDS for model in options.models]))
+            jobs = [(model, seed) for seed in SEEDS for model in options.models]
+            list(pool.map(run_seed, jobs))
+            list(pool.map(sweep_guidance, jobs))
     write_table()
     write_figure()
