@@ -1,4 +1,4 @@
-"""The sign experiment's runner: its table and figure from made-up runs, and its arms compose."""
+"""The experiments' runners: tables and figures from made-up runs, and their arms compose."""
 
 import csv
 import importlib.util
@@ -14,14 +14,19 @@ from tests.test_configs import composed
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def runner(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("iris_shapes_run", ROOT / "experiments" / "iris_shapes" / "run.py")
+def loaded(name: str, tmp_path, monkeypatch):
+    """The runner of an experiment, with its jobs and its table under `tmp_path`."""
+    spec = importlib.util.spec_from_file_location(f"{name}_run", ROOT / "experiments" / name / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
     monkeypatch.setattr(module, "HERE", tmp_path)
     return module
+
+
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    return loaded("iris_shapes", tmp_path, monkeypatch)
 
 
 def finished(module, arm: str, seed: int, rate: float) -> None:
@@ -73,12 +78,7 @@ def test_every_arm_composes(runner):
 
 @pytest.fixture
 def ladder(tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("alignment_run", ROOT / "experiments" / "alignment_shapes" / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
-    monkeypatch.setattr(module, "HERE", tmp_path)
-    return module
+    return loaded("alignment_shapes", tmp_path, monkeypatch)
 
 
 def test_every_rung_of_the_alignment_ladder_composes_and_lora_is_as_large_as_the_tokens(ladder):
@@ -122,3 +122,30 @@ def test_the_alignment_table_says_what_the_runs_say(ladder, tmp_path):
     row = {arm: next(line for line in lines if line.startswith(f"| {arm} |")).split(" | ") for arm in ladder.ARMS}
     assert "**" in row["agsm"][1] and "**" not in row["softrepa"][1] and (tmp_path / "figure.png").is_file()
     assert sum(line.startswith("## sd") for line in lines) == 2
+
+
+def test_the_edit_table_says_what_the_runs_say(tmp_path, monkeypatch):
+    """AGSM mends every second removal that fails untouched and costs 2 dB there; nothing else changes."""
+    edits = loaded("edit_shapes", tmp_path, monkeypatch)
+    for arm in edits.ARMS:
+        for seed in edits.SEEDS:
+            folder = edits.OUTPUTS / arm / f"seed_{seed}"
+            folder.mkdir(parents=True)
+            rows = []
+            for kind in edits.KINDS:
+                mended = arm == "agsm" and kind == "remove"
+                (folder / f"{kind}.png").write_bytes(b"a picture")
+                rows += [
+                    {"kind": kind, "strict": n % 4 == 0 or (mended and n % 4 == 1), "psnr_kept": 20.0 + n - 2 * mended}
+                    for n in range(edits.CASES)
+                ]
+            (folder / "edits.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            (folder / "edits.json").write_text(json.dumps({"flow": {"steps": 50}}))
+            (folder / "provenance.json").write_text(json.dumps({"git_commit": "0123456789"}))
+    edits.write_table()
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    table = {tuple(cell.strip() for cell in line.split("|")[1:3]): line.split(" | ") for line in lines}
+    assert table["remove", "agsm"][3].startswith("**+25.0") and table["remove", "agsm"][4] == "+25.0 [+25.0, +25.0]"
+    assert table["remove", "agsm"][6] == "-2.0 [-2.0, -2.0]" and table["remove", "agsm"][2].startswith("50.0")
+    assert table["add", "agsm"][3] == table["remove", "softrepa"][3] == "+0.0 [+0.0, +0.0]"
+    assert (tmp_path / "remove.png").is_file()

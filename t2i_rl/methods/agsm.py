@@ -13,6 +13,7 @@ from t2i_rl.models.soft_tokens import SoftTokens
 from t2i_rl.seeding import derive_seed
 
 POSITIVE, NEGATIVE = 0, 1
+OWN = ("gamma_positive", "gamma_negative", "reduction", "temperature", "average_decay", "average_init", "negatives", "null_branch")  # fmt: skip
 _COMMON = {"gamma_positive": 1.0, "gamma_negative": 0.1, "tokens": 4, "buckets": 100, "times": "shared", "noise": "shared", "position": "end",
            "init": "normal"}  # fmt: skip
 PRESETS = {
@@ -82,24 +83,11 @@ class AGSM(PairMethod):
         }  # fmt: skip
         settings = settings_of(PRESETS, variant, model.kind, given)
         self.check({"variant": variant, **settings, **options})
-        names = (
-            "gamma_positive",
-            "gamma_negative",
-            "reduction",
-            "temperature",
-            "average_decay",
-            "average_init",
-            "negatives",
-            "null_branch",
-        )
-        own = {name: settings.pop(name) for name in names}
+        own = {name: settings.pop(name) for name in OWN}
         super().__init__(model, optimizer, **settings, **options)
         self.gamma_positive, self.gamma_negative = own["gamma_positive"], own["gamma_negative"]
-        self.reduction, self.temperature, self.average_decay = (
-            own["reduction"],
-            own["temperature"],
-            own["average_decay"],
-        )
+        self.reduction, self.temperature = own["reduction"], own["temperature"]
+        self.average_decay = own["average_decay"]
         self.trains_negatives = not (own["negatives"] == "off_at_zero" and self.gamma_negative == 0)
         self.settings = {"variant": variant, **own, **settings}
         model.tokens.null_branch = own["null_branch"]
