@@ -80,6 +80,16 @@ def check(cfg: DictConfig) -> None:
         )
 
 
+def learns_from_prompts(cfg: DictConfig) -> bool:
+    """Whether `cfg.method` draws pictures of its own and has them judged, rather than be given some."""
+    return getattr(get_class(cfg.method._target_), "learns_from", "prompts") == "prompts"
+
+
+def watched(cfg: DictConfig) -> DictConfig:
+    """`cfg.watch`, the judges of what is drawn while training; none where nothing is."""
+    return cfg.watch if learns_from_prompts(cfg) else OmegaConf.create()
+
+
 def check_needs(cfg: DictConfig, prompts: Sequence[Prompt]) -> None:
     """What can be known of model and rewards before any of them is made: making a reward may load gigabytes.
 
@@ -87,8 +97,8 @@ def check_needs(cfg: DictConfig, prompts: Sequence[Prompt]) -> None:
         UserError: the model's checkpoint is not there, or a reward's class needs metadata that a prompt lacks.
     """
     get_class(cfg.model._target_).image_size(cfg.model)
-    watched = {f"watch.{name}": node for name, node in cfg.watch.items() if node}
-    for name, node in {"reward": cfg.reward, **watched}.items():
+    judges = {f"watch.{name}": node for name, node in watched(cfg).items() if node}
+    for name, node in {"reward": cfg.reward, **judges}.items():
         for part in [node, *(part for part in (node.get("parts") or {}).values() if part)]:
             kind = _locate(part._target_)
             _check_meta(name, kind, getattr(kind, "needs_meta", ()), prompts)

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from rich.console import Console
 
-from t2i_rl.checks import check_needs, check_parts, check_validation
+from t2i_rl.checks import check_needs, check_parts, check_validation, learns_from_prompts, watched
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table, headline
@@ -18,7 +18,7 @@ def run(cfg) -> dict:
     benchmark, data = instantiate(cfg.benchmark), instantiate(cfg.data)
     check_needs(cfg, data.prompts)
     reward = instantiate(cfg.reward)
-    watch = {name: judge for name, judge in instantiate(cfg.watch).items() if judge is not None}
+    watch = {name: judge for name, judge in instantiate(watched(cfg)).items() if judge is not None}
     check_parts(
         cfg, benchmark, data.prompts, {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
     )
@@ -51,6 +51,6 @@ def run(cfg) -> dict:
 
 def build_method(cfg, model, reward, watch: dict):
     """`cfg.method` on a model; what learns from given pictures has no reward and watches none."""
-    if getattr(get_class(cfg.method._target_), "learns_from", "prompts") != "prompts":
+    if not learns_from_prompts(cfg):
         return instantiate(cfg.method, model=model)
     return instantiate(cfg.method, model=model, reward=reward, watch=watch)
