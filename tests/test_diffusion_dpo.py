@@ -1,7 +1,11 @@
 """Diffusion-DPO against the written loss, its data, and the export of what it has learnt as a stock pipeline."""
 
 import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from t2i_rl.models.stable_diffusion import StableDiffusion
 from t2i_rl.tasks import export, make_preferences
 from tests.small_diffusers import pipeline
 
+ROOT = Path(__file__).parents[1]
 LORA = {"r": 2, "lora_alpha": 2, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"]}
 
 
@@ -139,3 +144,23 @@ def test_preferences_are_made_of_right_and_wrong_pictures(folder, tmp_path):
     assert all(row["scores"][0] > row["scores"][1] and (tmp_path / "made" / row["other"]).is_file() for row in rows)
     with pytest.raises(UserError, match="already"):
         make_preferences.run(cfg)
+
+
+def test_from_preferences_to_a_tuned_pipeline_on_the_command_line(tmp_path):
+    small = ["model=sd_tiny", "model.steps=4"]
+    tuned = [
+        *small, "method=diffusion_dpo", f"data.path={tmp_path / 'made'}", "data.batch_size=2", "trainer.max_steps=2", "evaluation.stages=[]",
+        "callbacks.validation.every_n_steps=1", "callbacks.validation.benchmark.prompts_per_task=1", "~callbacks.progress",
+    ]  # fmt: skip
+    jobs = {
+        "preferences": [*small, "task=make_preferences", f"task.out={tmp_path / 'made'}", "task.prompts_per_task=3"],
+        "run": tuned,
+        "export": [*tuned, "task=export", f"ckpt_path={tmp_path / 'run/checkpoints/best.ckpt'}", f"task.out={tmp_path / 'out'}"],
+    }  # fmt: skip
+    for name, arguments in jobs.items():
+        command = [sys.executable, "run.py", *arguments, f"hydra.run.dir={tmp_path / name}"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 2
+    assert len(StableDiffusion(str(tmp_path / "out"), steps=1).sample(["a red circle"], [0])) == 1

@@ -91,7 +91,7 @@ def run_seed(job: tuple[str, int]) -> None:
         train(model, out, seed, settings)
     tuned, tokens = folder(model, "dpo", seed) / "export", folder(model, "agsm", seed) / "soft_tokens.safetensors"
     if not tuned.exists():
-        best = folder(model, "dpo", seed) / "checkpoints" / "last.ckpt"
+        best = folder(model, "dpo", seed) / "checkpoints" / "best.ckpt"  # what the arm was evaluated with
         path = f"data.path={preferences(model, seed)}"
         call(OUTPUTS / model / "export.log", "task=export", "method=diffusion_dpo", path, f"model={model}", f"ckpt_path={best}", f"task.out={tuned}")  # fmt: skip
     evaluate(model, TRANSFERRED, seed, f"model.path={tuned}", f"model.soft_tokens={tokens}")
