@@ -11,11 +11,14 @@ def gathered(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def weights_sha256(model: torch.nn.Module, adapters: bool = True) -> str:
-    """Hex sha256 of every weight's name and bytes; `adapters=False` sees the model under its LoRA adapters."""
+def weights_sha256(model: torch.nn.Module, adapters: bool = True, dtype: torch.dtype | None = None) -> str:
+    """Hex sha256 of every weight's name and bytes; `adapters=False` sees the model under its LoRA adapters. With `dtype` fractions are
+    rounded to it first: float32 weights and the same loaded in bfloat16 are one model to `dtype=torch.bfloat16`."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if adapters or "lora_" not in name:
             digest.update(name.replace(".base_layer", "").encode())
-            digest.update(gathered(tensor).cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            tensor = gathered(tensor).cpu()
+            tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

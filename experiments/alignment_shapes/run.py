@@ -75,6 +75,7 @@ def call(log: Path, *arguments: str) -> None:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
     if done.returncode:
+        print(f"failed: see {log}", flush=True)
         raise SystemExit(f"{' '.join(arguments)} failed with exit code {done.returncode}: see {log}")
 
 
@@ -279,7 +280,7 @@ if __name__ == "__main__":
     if not options.only_table:
         with ThreadPoolExecutor(options.workers) as pool:
             jobs = [(model, seed) for seed in SEEDS for model in options.models]
-            list(pool.map(run_seed, jobs))
-            list(pool.map(sweep_guidance, jobs))
+            for each in (run_seed, sweep_guidance):
+                list(pool.map(each, jobs))
     write_table()
     write_figure()

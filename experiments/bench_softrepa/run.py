@@ -19,6 +19,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).parent
@@ -26,14 +27,18 @@ METHODS = ("softrepa", "agsm")
 MODELS = ("sd_tiny", "sd3_tiny")
 
 
-def load(model: str, device: torch.device):
+def load(model: str, device: torch.device, dtype: str = "float32"):
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
     from t2i_rl import cli
 
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return instantiate(compose("config", [f"model={model}"]).model).requires_grad_(False).to(device)
+        return (
+            instantiate(compose("config", [f"model={model}", f"model.dtype={dtype}"]).model)
+            .requires_grad_(False)
+            .to(device)
+        )
 
 
 def batch_of(count: int):
@@ -132,27 +137,24 @@ def peak(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def drawing(model_name: str, repeats: int) -> dict:
-    """Seconds to draw 16 pictures without tokens, and with them, alternating."""
+def drawing(model_name: str, repeats: int, dtype: str) -> dict:
+    """Seconds to draw 16 pictures without tokens, and with them, alternating in pairs that change sides."""
     from t2i_rl.models.soft_tokens import SoftTokens, spec_for
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load(model_name, device)
+    model = load(model_name, device, dtype)
     handle = model.attach(SoftTokens(spec_for(model.denoiser, None, 4)).to(device))
     times = {True: [], False: []}
-    for _ in range(repeats + 1):
-        for on in (False, True):
+    for turn in range(repeats + 1):
+        for on in (False, True) if turn % 2 else (True, False):
             handle.enable(on)
             start = time.perf_counter()
             model.sample(["three red circles"] * 16, list(range(16)))
             times[on].append(time.perf_counter() - start)
     ratios = [a / b for a, b in zip(times[True][1:], times[False][1:], strict=True)]
-    return {
-        "plain": statistics.median(times[False][1:]),
-        "ratio": statistics.median(ratios),
-        "low": min(ratios),
-        "high": max(ratios),
-    }
+    draws = np.random.default_rng(0).choice(ratios, (2000, len(ratios)))
+    low, high = np.percentile(np.median(draws, axis=1), [2.5, 97.5])
+    return {"plain": statistics.median(times[False][1:]), "ratio": statistics.median(ratios), "low": low, "high": high, "n": repeats}  # fmt: skip
 
 
 def main() -> None:
@@ -163,6 +165,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=64, help="rows with a live graph at a time, in ours")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--drawings", type=int, default=20, help="pairs of drawings without and with tokens")
     parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--way", choices=("plain", "ours"), help="one cell, in this process")
     parser.add_argument("--model", help="with --way")
@@ -179,7 +182,7 @@ def main() -> None:
     for model in arguments.models:
         rows = [row for method in arguments.methods for row in grow(model, method, arguments)]
         result = {"command": " ".join(["python experiments/bench_softrepa/run.py", *sys.argv[1:]]), "model": model, "device": device, "bf16": arguments.bf16, "pairs": arguments.pairs, "steps": arguments.steps,
-                  "repeats": arguments.repeats, "rows": rows, "drawing": drawing(model, arguments.repeats)}  # fmt: skip
+                  "repeats": arguments.repeats, "rows": rows, "drawing": drawing(model, arguments.drawings, "bfloat16" if arguments.bf16 else "float32")}  # fmt: skip
         name = f"{model}_{'bf16' if arguments.bf16 else 'fp32'}_{'cuda' if torch.cuda.is_available() else 'cpu'}.json"
         (HERE / "results" / name).write_text(json.dumps(result, indent=1) + "\n")
     (HERE / "table.md").write_text(
@@ -212,7 +215,7 @@ def table(results: list[dict]) -> str:
     lines = [
         "# A training step against B",
         "",
-        "What is compared is said in run.py. Ratios: median [least, greatest] over rounds.",
+        "What is compared is said in run.py. Ratios: median [least, greatest] over rounds of plain / ours within a round.",
         "",
     ]
     for result in results:
@@ -231,7 +234,7 @@ def table(results: list[dict]) -> str:
         drawn = result["drawing"]
         lines += [
             "",
-            f"Drawing 16 pictures: {drawn['plain']:.2f} s; with tokens {drawn['ratio']:.3f} [{drawn['low']:.3f}, {drawn['high']:.3f}] times that.",
+            f"Drawing 16 pictures: {drawn['plain']:.2f} s; with tokens {drawn['ratio']:.3f} [{drawn['low']:.3f}, {drawn['high']:.3f}] times that (median of {drawn['n']} pairs, bootstrap).",
             "",
         ]
     return "\n".join(lines)

@@ -90,7 +90,7 @@ class PairMethod(L.LightningModule):
         self.gather_negatives, self.max_grad_norm, self.seed = gather_negatives, max_grad_norm, seed
         self.batches_done = 0
         model.requires_grad_(False)
-        self.backbone_sha256 = weights_sha256(model)
+        self.backbone_sha256 = weights_sha256(model, dtype=torch.bfloat16)  # whatever dtype it is loaded in
         if gradient_checkpointing:
             model.denoiser.enable_gradient_checkpointing()
             model.denoiser.train()  # what diffusers asks before it checkpoints; no dropout in these classes
@@ -250,7 +250,8 @@ class PairMethod(L.LightningModule):
         saved = checkpoint["pairs"]
         if saved["backbone_sha256"] != self.backbone_sha256:
             raise UserError(
-                "this checkpoint was trained on another model than model.path holds: give the model that its run started from"
+                "this checkpoint was trained on another model than model.path holds: give the model that its run started from "
+                "(float32 and bfloat16 are one; float16 is its own)"
             )
         self.batches_done = saved["batches_done"]
 
