@@ -118,6 +118,8 @@ def test_the_alignment_table_says_what_the_runs_say(ladder, tmp_path):
                 )
     ladder.write_table()
     ladder.write_figure()
+    ladder.write_pictures()
+    assert all((tmp_path / f"{model}.png").is_file() for model in ladder.MODELS)
     lines = (tmp_path / "table.md").read_text().splitlines()
     row = {arm: next(line for line in lines if line.startswith(f"| {arm} |")).split(" | ") for arm in ladder.ARMS}
     assert "**" in row["agsm"][1] and "**" not in row["softrepa"][1] and (tmp_path / "figure.png").is_file()

@@ -18,9 +18,11 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+from PIL import Image
 
 from t2i_rl.evaluation.fid import frechet_distance
-from t2i_rl.evaluation.results import read_json, read_results, read_stage, write_atomic
+from t2i_rl.evaluation.grid import RIGHT, WRONG, caption_grid, first_of_each_task
+from t2i_rl.evaluation.results import image_path, read_json, read_results, read_stage, write_atomic
 from t2i_rl.evaluation.stats import aggregate, compare_over_seeds, seed_interval
 from t2i_rl.evaluation.tables import excludes_zero
 
@@ -29,6 +31,7 @@ import matplotlib.pyplot as plt
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OUTPUTS = ROOT / "outputs" / "alignment_shapes"
+BENCH = ROOT / "experiments" / "bench_softrepa" / "results"
 SEEDS = (0, 1, 2)
 MODELS = ("sd_tiny", "sd3_tiny")
 GUIDANCE = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
@@ -98,11 +101,10 @@ def run_seed(job: tuple[str, int]) -> None:
     evaluate(model, TRANSFERRED, seed, f"model.path={tuned}", f"model.soft_tokens={tokens}")
 
 
-def sweep_guidance(job: tuple[str, int]) -> None:
-    """The base of one model and seed under every guidance scale."""
-    model, seed = job
+def sweep_guidance(model: str) -> None:
+    """The base under every guidance scale, first seed."""
     for scale in GUIDANCE:
-        evaluate(model, f"guidance {scale}", seed, f"model.guidance_scale={scale}")
+        evaluate(model, f"guidance {scale}", SEEDS[0], f"model.guidance_scale={scale}")
 
 
 def train(model: str, out: Path, seed: int, settings: list[str]) -> None:
@@ -161,8 +163,8 @@ def stage_of(arm: str) -> str:
     return "trained_direct" if arm in TRAINED else "base_direct"
 
 
-def records(model: str, arm: str, stage: str | None = None) -> list[list[dict]]:
-    return [list(read_stage(folder(model, arm, seed), stage or stage_of(arm)).values()) for seed in SEEDS]
+def records(model: str, arm: str) -> list[list[dict]]:
+    return [list(read_stage(folder(model, arm, seed), stage_of(arm)).values()) for seed in SEEDS]
 
 
 def compared(model: str, arm: str, with_arm: str = "guidance 3.0") -> dict:
@@ -217,17 +219,12 @@ def write_table() -> None:
         lines += [
             f"## {model}",
             "",
-            "| base at guidance | overall | counting | too many | too few |",
+            f"| base at guidance (seed {SEEDS[0]}) | overall | counting | too many | too few |",
             "|---|--:|--:|--:|--:|",
         ]
         for scale in GUIDANCE:
-            pooled = aggregate(
-                [
-                    dict(row, prompt_id=f"{row['prompt_id']}")
-                    for part in records(model, f"guidance {scale}")
-                    for row in part
-                ]
-            )
+            drawn = read_stage(folder(model, f"guidance {scale}", SEEDS[0]), "base_direct")
+            pooled = aggregate(list(drawn.values()))
             shown = [pooled[name] for name in ("overall", "task/counting", "over_counted", "under_counted")]
             lines.append(
                 f"| {scale} | "
@@ -248,6 +245,12 @@ def write_table() -> None:
             )
         found = compared(model, TRANSFERRED, "dpo")
         lines += [f"| {TRANSFERRED}, against dpo | " + " | ".join(cell(found[name]) for name in names) + " | |", ""]
+        cost = read_json(BENCH / f"{model}_bf16_cpu.json")["drawing"]
+        lines += [
+            f"Drawing with soft tokens takes {cost['ratio']:.3f} [{cost['low']:.3f}, {cost['high']:.3f}] times as long as without "
+            f"([bench_softrepa](../bench_softrepa/table.md), {cost['n']} pairs of 16 pictures).",
+            "",
+        ]
     write_atomic(HERE / "table.md", "\n".join(lines))
     print(f"wrote {HERE / 'table.md'}")
 
@@ -271,6 +274,22 @@ def write_figure() -> None:
     print(f"wrote {HERE / 'figure.png'}")
 
 
+def write_pictures() -> None:
+    """The first prompts of each task under every arm of the first seed, chosen without looking; green where the judge agrees."""
+    for model in MODELS:
+        images, captions, frames = [], [], []
+        for arm in ("guidance 3.0", *ARMS):
+            stage, run = stage_of(arm), folder(model, arm, SEEDS[0])
+            found = read_stage(run, stage)
+            for key in first_of_each_task(list(found.values()), 2):
+                images.append(np.asarray(Image.open(image_path(run, stage, found[key])).convert("RGB")))
+                captions.append(f"{'base' if arm == 'guidance 3.0' else arm}: {found[key]['prompt']}")
+                frames.append(RIGHT if found[key]["strict"] else WRONG)
+        columns = len(images) // (len(ARMS) + 1)
+        caption_grid(images, captions, columns, 3, frames).save(HERE / f"{model}.png")
+        print(f"wrote {HERE / f'{model}.png'}")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only-table", action="store_true", help="rebuild table and figure from finished jobs")
@@ -280,7 +299,8 @@ if __name__ == "__main__":
     if not options.only_table:
         with ThreadPoolExecutor(options.workers) as pool:
             jobs = [(model, seed) for seed in SEEDS for model in options.models]
-            for each in (run_seed, sweep_guidance):
-                list(pool.map(each, jobs))
+            list(pool.map(run_seed, jobs))
+            list(pool.map(sweep_guidance, options.models))
     write_table()
     write_figure()
+    write_pictures()

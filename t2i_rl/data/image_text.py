@@ -115,7 +115,7 @@ class ImageText(L.LightningDataModule):
         held, self.items = order[:held_out], sorted(order[held_out:])
         if batch_size < 2 or len(self.items) < batch_size:
             raise UserError(
-                f"data.batch_size={batch_size} of {len(self.items)} training images ({held_out} are held out): take 2 or more, and no more than there are"
+                f"data.batch_size={batch_size} must be from 2 to the {len(self.items)} training images that data.held_out={held_out} leaves of {len(order)}: lower one of them"
             )
         captions = [self.source.captions[item][0] for item in held]
         self.validation = [Prompt(f"held-out-{number}", caption) for number, caption in enumerate(captions)]
