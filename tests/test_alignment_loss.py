@@ -93,6 +93,18 @@ def test_alignment_guidance_by_brute_force(reduction, temperature):
     torch.testing.assert_close(torch.einsum("ij,ijchw->ichw", weights, delta), torch.zeros(3, 2, 3, 3).double())
 
 
+def test_guidance_is_exact_under_autocast():
+    """Texts of one image differ by a few thousandths: bfloat16 products would round that away."""
+    target = normal(2, 4, 8, 8).float()
+    reference = (target.unsqueeze(1) + 0.003 * normal(2, 8, 4, 8, 8, seed=1)).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        weights, delta = alignment_guidance(reference, target)
+    exact, expected = alignment_guidance(reference.double(), target.double())
+    assert delta.dtype == torch.float32
+    torch.testing.assert_close(delta.double(), expected, atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(weights.double(), exact, atol=1e-6, rtol=1e-5)
+
+
 def test_guidance_is_the_gradient_of_the_log_plackett_luce_probability():
     """The derivation's step 4 with the Jacobian taken as one: grad log p(own) = grad r_own - sum_k w_k grad r_k,
     where grad r_j = -(prediction_j - target) up to a constant; checked by finite differences on the shared target's offset."""

@@ -101,7 +101,7 @@ def test_every_rung_of_the_alignment_ladder_composes_and_lora_is_as_large_as_the
 def test_the_alignment_table_says_what_the_runs_say(ladder, tmp_path):
     for model in ladder.MODELS:
         for seed in ladder.SEEDS:
-            for arm in (*ladder.ARMS, *(f"guidance {scale}" for scale in ladder.GUIDANCE)):
+            for arm in (*ladder.ARMS, ladder.TUNED, *(f"guidance {scale}" for scale in ladder.GUIDANCE)):
                 folder = make_run(
                     ladder.folder(model, arm, seed), seed=seed, rate=1.0 if arm == "agsm" else 0.5, per_task=4
                 )

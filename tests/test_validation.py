@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 
 from t2i_rl.benchmarks.shapes import Shapes
+from t2i_rl.callbacks.checkpoint import CheckpointEvery
 from t2i_rl.callbacks.validation import Validate
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.fid import frechet_distance
@@ -18,6 +19,7 @@ from t2i_rl.evaluation.inception import InceptionFeatures
 from t2i_rl.methods.softrepa import SoftREPA
 from t2i_rl.models.diffusion import Drawing
 from t2i_rl.models.sd3 import SD3
+from t2i_rl.models.soft_tokens import SoftTokens
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.shapes.render import render
@@ -70,7 +72,8 @@ def share(single: float, counting: float) -> dict:
     return {"single_object": single, "counting": counting}
 
 
-def fit(folder, out, shares, steps: int, ckpt=None, **options):
+def fit(folder, out, shares, steps: int, ckpt=None, every: int | None = None, **options):
+    """`every`: checkpoints every so many steps, as a run has them."""
     method = SoftREPA(
         SD3(folder, max_sequence_length=2), partial(torch.optim.SGD, lr=1.0), temperature=1.0, pairs_per_pass=4
     )
@@ -79,8 +82,9 @@ def fit(folder, out, shares, steps: int, ckpt=None, **options):
         str(out / "checkpoints"), benchmark, {"bright": Brightness()}, every_n_steps=2, batch_size=100, **options
     )
     method.model.generate = Painter(benchmark, shares, share(1.0, 0.5), method)
+    saves = [CheckpointEvery(str(out / "checkpoints"), every)] if every else []
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=steps, callbacks=[callback], logger=CSVLogger(out, name="", version=""), enable_checkpointing=False,
+        accelerator="cpu", max_steps=steps, callbacks=[callback, *saves], logger=CSVLogger(out, name="", version=""), enable_checkpointing=bool(saves),
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=out, log_every_n_steps=1,
     )  # fmt: skip
     trainer.fit(method, FourPairs(), ckpt_path=ckpt, weights_only=True)
@@ -116,6 +120,27 @@ def test_a_resumed_run_remembers_the_best_and_the_base(folder, tmp_path):
     trainer.save_checkpoint(tmp_path / "two.ckpt")
     _, callback, _ = fit(folder, tmp_path / "a", [share(1.0, 0.3)], steps=4, ckpt=tmp_path / "two.ckpt")
     assert callback.best_step == 2 and callback.best_value == 1.0 and callback.base["val/counting"] == 0.5
+
+
+def test_a_finished_run_that_is_resumed_still_ends_with_its_best_and_last_is_the_last(folder, tmp_path):
+    """Killed between training and evaluation, with three steps of five judged."""
+    shares = [share(1.0, 0.8), share(1.0, 0.2), share(0.9, 0.5)]
+    whole, _, _ = fit(folder, tmp_path, shares, steps=5, every=2)
+    last = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)
+    best = torch.load(tmp_path / "checkpoints" / "best.ckpt", weights_only=True)["state_dict"]
+    assert last["global_step"] == 5 and not torch.equal(last["state_dict"]["bank.tokens"], best["bank.tokens"])
+    (tmp_path / "soft_tokens.safetensors").unlink()
+    again, callback, _ = fit(folder, tmp_path, [], steps=5, every=2, ckpt=tmp_path / "checkpoints" / "last.ckpt")
+    assert callback.best_step == 2
+    for method in (whole, again):
+        assert torch.equal(method.bank.tokens, best["bank.tokens"])
+    assert torch.equal(SoftTokens.load(tmp_path / "soft_tokens.safetensors").tokens, best["bank.tokens"])
+
+
+def test_a_run_resumed_into_another_folder_chooses_among_what_comes_now(folder, tmp_path):
+    fit(folder, tmp_path / "a", [share(1.0, 1.0)], steps=2, every=2)
+    made = fit(folder, tmp_path / "b", [share(1.0, 0.3)], steps=4, ckpt=tmp_path / "a" / "checkpoints" / "last.ckpt")
+    assert made[1].best_step == 4
 
 
 def test_an_unmeasured_metric_cannot_choose(folder, tmp_path):

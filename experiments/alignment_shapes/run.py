@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from PIL import Image
 from t2i_rl.evaluation.fid import frechet_distance
 from t2i_rl.evaluation.grid import RIGHT, WRONG, caption_grid, first_of_each_task
 from t2i_rl.evaluation.results import image_path, read_json, read_results, read_stage, write_atomic
-from t2i_rl.evaluation.stats import aggregate, compare_over_seeds, seed_interval
+from t2i_rl.evaluation.stats import aggregate, compare, compare_over_seeds, seed_interval
 from t2i_rl.evaluation.tables import excludes_zero
 
 matplotlib.use("Agg")
@@ -48,7 +49,7 @@ TRAINED = {
     "agsm": ["method=agsm"],
     "dpo": ["method=diffusion_dpo"],
 }
-TRANSFERRED = "dpo + agsm tokens"
+TUNED, TRANSFERRED = "dpo, merged", "dpo, merged + agsm tokens"
 ARMS = (*TRAINED, TRANSFERRED)
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 METRICS = (
@@ -93,12 +94,14 @@ def run_seed(job: tuple[str, int]) -> None:
         if arm == "lora":
             settings = [*settings, f"method.lora={LORA[model]}", "method.optimizer.lr=1e-3"]
         train(model, out, seed, settings)
+    best = folder(model, "dpo", seed) / "checkpoints" / "best.ckpt"  # what the arm was evaluated with
     tuned, tokens = folder(model, "dpo", seed) / "export", folder(model, "agsm", seed) / "soft_tokens.safetensors"
-    if not tuned.exists():
-        best = folder(model, "dpo", seed) / "checkpoints" / "best.ckpt"  # what the arm was evaluated with
+    if not done_after(tuned / "model_index.json", best):
+        shutil.rmtree(tuned, ignore_errors=True)
         path = f"data.path={preferences(model, seed)}"
         call(OUTPUTS / model / "export.log", "task=export", "method=diffusion_dpo", path, f"model={model}", f"ckpt_path={best}", f"task.out={tuned}")  # fmt: skip
-    evaluate(model, TRANSFERRED, seed, f"model.path={tuned}", f"model.soft_tokens={tokens}")
+    evaluate(model, TUNED, seed, f"model.path={tuned}", after=[best])
+    evaluate(model, TRANSFERRED, seed, f"model.path={tuned}", f"model.soft_tokens={tokens}", after=[best, tokens])
 
 
 def sweep_guidance(model: str) -> None:
@@ -127,9 +130,15 @@ def train(model: str, out: Path, seed: int, settings: list[str]) -> None:
     print(f"{out.relative_to(OUTPUTS)}: done", flush=True)
 
 
-def evaluate(model: str, arm: str, seed: int, *settings: str) -> None:
+def done_after(result: Path, *inputs: Path) -> bool:
+    """Whether a result is there and none of its inputs is younger."""
+    return result.exists() and all(result.stat().st_mtime > each.stat().st_mtime for each in inputs)
+
+
+def evaluate(model: str, arm: str, seed: int, *settings: str, after: Sequence[Path] = ()) -> None:
     out = folder(model, arm, seed)
-    if not (out / "results.json").exists():
+    if not done_after(out / "results.json", *after):
+        shutil.rmtree(out, ignore_errors=True)
         call(
             out / "job.log",
             "task=evaluate",
@@ -219,20 +228,19 @@ def write_table() -> None:
         lines += [
             f"## {model}",
             "",
-            f"| base at guidance (seed {SEEDS[0]}) | overall | counting | too many | too few |",
-            "|---|--:|--:|--:|--:|",
+            f"| base at guidance (seed {SEEDS[0]}) | overall | against 3, paired | counting | too many | too few |",
+            "|---|--:|--:|--:|--:|--:|",
         ]
         for scale in GUIDANCE:
             drawn = read_stage(folder(model, f"guidance {scale}", SEEDS[0]), "base_direct")
             pooled = aggregate(list(drawn.values()))
-            shown = [pooled[name] for name in ("overall", "task/counting", "over_counted", "under_counted")]
-            lines.append(
-                f"| {scale} | "
-                + " | ".join(
-                    f"{100 * each['mean']:.1f} [{100 * each['low']:.1f}, {100 * each['high']:.1f}]" for each in shown
-                )
-                + " |"
-            )
+            three = read_stage(folder(model, "guidance 3.0", SEEDS[0]), "base_direct")
+            change = compare(list(three.values()), list(drawn.values()))["overall"]
+            shown = [
+                f"{100 * pooled[name]['mean']:.1f} [{100 * pooled[name]['low']:.1f}, {100 * pooled[name]['high']:.1f}]"
+                for name in ("overall", "task/counting", "over_counted", "under_counted")
+            ]
+            lines.append(f"| {scale} | {' | '.join([shown[0], cell(change), *shown[1:]])} |")
         lines += ["", "Against the base at guidance 3, same prompts, same seeds:", ""]
         lines += [
             "| arm | " + " | ".join(name.removeprefix("task/") for name in names) + " | FID |",
@@ -243,8 +251,8 @@ def write_table() -> None:
             lines.append(
                 f"| {arm} | " + " | ".join(cell(found[name]) for name in names) + f" | {cell(fid(model, arm), 1, 2)} |"
             )
-        found = compared(model, TRANSFERRED, "dpo")
-        lines += [f"| {TRANSFERRED}, against dpo | " + " | ".join(cell(found[name]) for name in names) + " | |", ""]
+        found = compared(model, TRANSFERRED, TUNED)
+        lines += [f"| {TRANSFERRED}, against {TUNED} | " + " | ".join(cell(found[name]) for name in names) + " | |", ""]
         cost = read_json(BENCH / f"{model}_bf16_cpu.json")["drawing"]
         lines += [
             f"Drawing with soft tokens takes {cost['ratio']:.3f} [{cost['low']:.3f}, {cost['high']:.3f}] times as long as without "

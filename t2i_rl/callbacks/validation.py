@@ -70,6 +70,9 @@ class Validate(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if trainer.global_step > max(self.drawn_at, 0):
             self._validate(trainer, module)
+
+    def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """After the last checkpoint is saved, and also where a resumed run had nothing left to train."""
         if self.best is not None and self.best_step is not None and self.best_step != trainer.global_step:
             state = torch.load(self.folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
             module.load_state_dict(state, strict=False)
@@ -166,3 +169,5 @@ class Validate(L.Callback):
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+        if not (self.folder / "best.ckpt").is_file():  # resumed into another folder: only what comes now can be chosen
+            self.best_value = self.best_step = None

@@ -51,7 +51,8 @@ def alignment_guidance(
     reference = reference.detach()
     errors = pair_errors(reference, target.unsqueeze(1), reduction)
     weights = torch.softmax(-errors / temperature, dim=1)
-    return weights, reference - torch.einsum("rb,rbchw->rchw", weights, reference).unsqueeze(1)
+    # no einsum: autocast would make it bfloat16, whose rounding is as large as the difference between captions
+    return weights, reference - (weights[:, :, None, None, None] * reference).sum(dim=1, keepdim=True)
 
 
 def agsm_targets(

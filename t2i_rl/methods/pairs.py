@@ -227,7 +227,7 @@ class PairMethod(L.LightningModule):
         with self.trainer.strategy.block_backward_sync() if waits else nullcontext():
             self.manual_backward(loss)
 
-    def on_train_end(self) -> None:
+    def on_fit_end(self) -> None:
         """Leave the tokens as a file of their own, which any pipeline of the same architecture loads."""
         if self.bank is not None and self.trainer.is_global_zero:
             facts = {"method": type(self).__name__, "model": self.model.path, "steps": self.global_step}
