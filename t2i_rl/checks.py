@@ -237,9 +237,13 @@ def _check_pairs(cfg: DictConfig, method: type, rewarded: bool) -> None:
         raise UserError(f"{method.__name__} learns from {method.learns_from}, without a reward: take reward=none")
     if OmegaConf.select(cfg, "trainer.strategy._target_"):
         raise UserError("trainer=fsdp shards what learns, and that is a few megabytes here: take trainer=ddp")
-    if str(cfg.trainer.precision) == "16-mixed":
+    if str(cfg.trainer.precision) in ("16", "16-mixed") or cfg.model.get("dtype") == "float16":
         raise UserError(
-            f"{method.__name__} adds its gradients up itself, without float16's loss scaling: take trainer.precision=bf16-mixed"
+            f"{method.__name__} adds its gradients up itself, without float16's loss scaling: take trainer.precision=bf16-mixed and model.dtype=bfloat16"
+        )
+    if str(cfg.trainer.precision).endswith("-true") and str(cfg.trainer.precision) != "32-true":
+        raise UserError(
+            f"trainer.precision={cfg.trainer.precision} rounds what learns: take trainer.precision=bf16-mixed (and model.dtype=bfloat16)"
         )
 
 

@@ -35,11 +35,11 @@ class FourPairs(L.LightningDataModule):
         return DataLoader(ShapesStream(4, {"colors": 0.5, "color_attr": 0.5}, 0, first), batch_size=None)
 
 
-def fit(module, steps: int, ranks: int = 1, ckpt=None, save=None) -> dict[str, torch.Tensor]:
+def fit(module, steps: int, ranks: int = 1, ckpt=None, save=None, folder=None) -> dict[str, torch.Tensor]:
     """The state after `steps` optimizer steps."""
     trainer = L.Trainer(
         accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_steps=steps, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=tempfile.mkdtemp(),
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder or tempfile.mkdtemp(),
     )  # fmt: skip
     trainer.fit(module, FourPairs(), ckpt_path=ckpt, weights_only=True)
     if save is not None:

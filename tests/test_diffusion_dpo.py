@@ -121,7 +121,7 @@ def test_what_was_learnt_is_exported_as_a_stock_pipeline(folder, tmp_path, monke
             "task": {"out": str(tmp_path / "out"), "adapter": False},
             "ckpt_path": None,
             "model": {},
-            "method": {"lora": None},
+            "method": {"_target_": "t2i_rl.methods.diffusion_dpo.DiffusionDPO", "lora": {"r": 2}},
             "paths": {},
         }
     )

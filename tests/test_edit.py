@@ -79,16 +79,36 @@ def test_tokens_are_read_by_all_four_predictions(model, latents):
     plain = flow_edit(model, latents, SOURCE, TARGET, [1, 2], steps=2, start=1)
     rows = []
     handle = model.attach(bank)
-    model.denoiser.register_forward_pre_hook(
+    hook = model.denoiser.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(
             [len(part) for part in (kwargs["joint_attention_kwargs"] or {}).values()]
         ),
         with_kwargs=True,
     )
     touched = flow_edit(model, latents, SOURCE, TARGET, [1, 2], steps=2, start=1)
+    hook.remove()
     handle.remove()
     model.tokens = None
     assert rows == [[8]] and (touched - plain).abs().max() > 1e-4
+
+
+def test_empty_prompts_and_they_alone_read_the_null_branch(model, latents):
+    bank = SoftTokens(spec_for(model.denoiser, 2, 4, branches=2), std=1.0, generator=torch.Generator().manual_seed(0))
+    bank.null_branch = 1
+    given = []
+    handle = model.attach(bank)
+    encode, look = model.encode_prompts, lambda m, a, k: given.append((k["encoder_hidden_states"], k["joint_attention_kwargs"]))  # fmt: skip
+    hook = model.denoiser.register_forward_pre_hook(look, with_kwargs=True)
+    flow_edit(model, latents, SOURCE, TARGET, [1, 2], steps=2, start=1)
+    hook.remove()
+    handle.remove()
+    model.tokens = None
+    (text, carried), empty = given[0], encode([""]).embeds[0]
+    tokens, t = next(iter(carried.values())), torch.full((1,), float(model.pipe.scheduler.timesteps[1]))
+    for row in range(8):
+        is_empty = bool(torch.equal(text[row], empty))
+        assert is_empty == (row < 4)
+        torch.testing.assert_close(tokens[row], bank(t, int(is_empty))[0])
 
 
 def test_options_out_of_range_are_refused(model, latents):

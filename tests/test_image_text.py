@@ -17,6 +17,8 @@ from PIL import Image
 
 from t2i_rl.data.encodings import Encodings
 from t2i_rl.data.image_text import ImageText, ImageTextStream, square
+from t2i_rl.data.pairs import PixelPairs
+from t2i_rl.data.preferences import Preferred
 from t2i_rl.data.sources import find_source
 from t2i_rl.errors import UserError
 from t2i_rl.methods.agsm import AGSM
@@ -231,17 +233,51 @@ def test_encoded_pairs_are_those_of_the_fly_and_train_the_same(small, tmp_path):
     assert kept.text.embeds.shape == fly.text.embeds.shape and torch.equal(kept.t, fly.t)
 
 
-def test_equal_captions_are_kept_once_and_the_held_out_not_at_all(small, tmp_path):
+def test_pixels_of_another_size_than_is_drawn_are_encoded_at_their_own(small):
+    """SDXL and SD3 train at 512 and draw at 1024."""
+    sd3 = SD3(small[0]["path"], max_sequence_length=2)
+    batch = PixelPairs([0, 1], ["a", "b"], torch.rand(2, 3, 16, 16) * 2 - 1)
+    x0, _ = batch.encode(sd3, [1, 2])
+    assert x0.shape == (2, 4, 4, 4) and sd3.latent_shape == (4, 8, 8)
+    pictures = Preferred([0, 0], ["a"], batch.pixels)
+    assert torch.equal(pictures.encode(sd3, [1, 2])[0], x0)
+
+
+def test_equal_captions_are_kept_once(small, tmp_path):
     model, folder = small
     for n in range(COUNT):
         (folder / f"{n:03d}.txt").write_text("always the same\n" if n < 5 else f"number {n}\n")
     encode.run(encoding(tmp_path, model, folder))
     known = json.loads((tmp_path / "enc/about.json").read_text())
-    data = ImageText(str(folder), size=32, batch_size=2, held_out=1)
-    assert (
-        known["images"] == COUNT - 1
-        and known["texts"] == len({data.source.captions[i][0] for i in data.items}) < COUNT - 1
-    )
+    assert known["images"] == COUNT and known["texts"] == 5
+
+
+def test_encodings_serve_every_seed_and_a_new_picture_is_missed_before_the_first_step(small, tmp_path):
+    model, folder = small
+    encode.run(encoding(tmp_path, model, folder))
+    method = AGSM(SD3(model["path"], max_sequence_length=2), partial(torch.optim.SGD, lr=0.1))
+    for seed in range(3):
+        data = ImageText(
+            str(folder), size=32, batch_size=COUNT - 3, held_out=3, seed=seed, encodings=str(tmp_path / "enc")
+        )
+        data.trainer = type("Trainer", (), {"lightning_module": method})
+        data.setup("fit")
+        assert len(next(iter(data.train_dataloader())).mean) == COUNT - 3
+    picture(3).save(folder / "new.png")
+    (folder / "new.txt").write_text("a new picture\n")
+    data = ImageText(str(folder), size=32, batch_size=2, held_out=0, encodings=str(tmp_path / "enc"))
+    data.trainer = type("Trainer", (), {"lightning_module": method})
+    with pytest.raises(UserError, match="new.png.*is not among its images"):
+        data.setup("fit")
+
+
+def test_several_lines_of_one_image_are_captions_of_one_item(tmp_path):
+    folder = make("metadata", tmp_path / "data")
+    lines = [json.dumps({"file_name": f"{n:03d}.png", "text": text}) for n in range(COUNT) for text in texts(n)]
+    (folder / "metadata.jsonl").write_text("\n".join(reversed(lines)))
+    source = find_source(str(folder), "auto", "train2017")
+    assert len(source) == COUNT == len(set(source.names))
+    assert sorted(map(len, source.captions)) == sorted(len(texts(n)) for n in range(COUNT))
 
 
 def test_encoding_goes_on_after_a_kill_and_says_what_is_wrong(small, tmp_path):

@@ -296,6 +296,47 @@ def test_options_that_cannot_train_are_refused_in_one_line(folders):
         method(folders, "softrepa", init="bos")
 
 
+def test_a_checkpoint_of_other_tokens_or_adapters_is_refused(folders, tmp_path):
+    """Of equal shape, in other blocks; and adapters where tokens are learnt."""
+    made = {
+        "down": method(folders, "softrepa", "sd15", layers=["down"]),
+        "mid": method(folders, "softrepa", "sd15", layers=["mid"]),
+        "lora": method(folders, "denoising", "sd15", **LORA),
+        "tokens": method(folders, "denoising", "sd15"),
+    }
+    for name, module in made.items():
+        checkpoint = {}
+        module.on_save_checkpoint(checkpoint)
+        module.on_load_checkpoint(checkpoint)
+        for other in made.values():
+            if other is not module and {name} != {"down", "tokens"}:
+                with pytest.raises(UserError, match="other soft tokens, or other adapters"):
+                    other.on_load_checkpoint(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["softrepa", "agsm"])
+def test_one_text_alone_is_nothing_to_learn_from(folders, name):
+    """As on four ranks with a batch of four: the cross-entropy of one class is 0, and nothing would be trained."""
+    batch = next(iter(ShapesStream(2, {"colors": 1.0}, 0, 0)))
+    lonely = PixelPairs(batch.numbers[:1], batch.captions[:1], batch.pixels[:1])
+    with pytest.raises(UserError, match="raise data.batch_size"):
+        method(folders, name).grid(lonely)
+    assert len(method(folders, "denoising").grid(lonely)) == 1
+
+
+def test_tokens_remember_what_the_empty_prompt_reads(folders, tmp_path):
+    module = method(folders, "agsm", null_branch=1, optimizer=ADAM)
+    fit(module, 1, folder=tmp_path)
+    assert module.model.sampling()["null_branch"] == 1
+    model = SD3(folders["sd3"], max_sequence_length=2, steps=1, soft_tokens=str(tmp_path / "soft_tokens.safetensors"))
+    assert model.tokens.null_branch == 1
+    with pytest.raises(UserError, match="branch for the empty prompt"):
+        model.sample(["a red circle", "a cross"], [0, 1], guidance_scale=1.0)
+    assert len(model.sample(["a red circle"], [0])) == 1
+    with pytest.raises(UserError, match="null_branch"):
+        method(folders, "agsm", null_branch=2)
+
+
 def test_a_checkpoint_goes_on_in_another_dtype_of_its_backbone_and_on_no_other(folders, tmp_path):
     fit(method(folders, "softrepa"), 1, save=tmp_path / "1.ckpt")
     half = SoftREPA(SD3(folders["sd3"], dtype="bfloat16", max_sequence_length=2), SGD, max_grad_norm=None)

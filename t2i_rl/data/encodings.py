@@ -7,11 +7,11 @@ padding that is known beforehand; equal captions are kept once.
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import torch
-from safetensors.torch import load, save
+from safetensors import safe_open
+from safetensors.torch import save
 
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.results import read_json, write_atomic
@@ -83,7 +83,7 @@ class Encodings:
 
     def __init__(self, folder: Path, about: dict, places: dict[str, dict[str, tuple[int, int]]], sums: dict[str, str]):
         self.folder, self.about, self.places, self.sums = folder, about, places, sums
-        self._shard = lru_cache(maxsize=8)(self._read)
+        self._shards: dict[str, safe_open] = {}
 
     @classmethod
     def open(cls, path: str) -> "Encodings":
@@ -124,6 +124,18 @@ class Encodings:
                     f"data.encodings={self.folder}: made with {name}={self.about[name]}, but this run has {value}; encode again"
                 )
 
+    def check_holds(self, names: list[str]) -> None:
+        """Whether all images of these names were encoded.
+
+        Raises:
+            UserError: one was not.
+        """
+        lacking = next((name for name in names if name not in self.places["images"]), None)
+        if lacking is not None:
+            raise UserError(
+                f"data.encodings={self.folder}: {lacking!r} is not among its images; encode this data set again, into another folder"
+            )
+
     def pairs(self, numbers: list[int], names: list[str], captions: list[str]) -> EncodedPairs:
         """A batch.
 
@@ -142,14 +154,17 @@ class Encodings:
             )
         rows = []
         for key in keys:
-            shard, row = self.places[kind][key]
-            rows.append({name: part[row] for name, part in self._shard(f"{kind}-{shard:05d}").items()})
+            number, row = self.places[kind][key]
+            shard = self._shard(f"{kind}-{number:05d}")
+            rows.append({name: shard.get_slice(name)[row] for name in shard.keys()})  # noqa: SIM118
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
-    def _read(self, name: str) -> dict[str, torch.Tensor]:
-        content = (self.folder / f"{name}.safetensors").read_bytes()
-        if hashlib.sha256(content).hexdigest() != self.sums[name]:
-            raise UserError(
-                f"{self.folder / name}.safetensors has changed since it was written: delete it and run task=encode again"
-            )
-        return load(content)
+    def _shard(self, name: str) -> safe_open:
+        """A shard, mapped and not read, after its checksum was compared once."""
+        if name not in self._shards:
+            file = self.folder / f"{name}.safetensors"
+            with file.open("rb") as content:
+                if hashlib.file_digest(content, "sha256").hexdigest() != self.sums[name]:
+                    raise UserError(f"{file} has changed since it was written: delete it and run task=encode again")
+            self._shards[name] = safe_open(file, "pt")
+        return self._shards[name]

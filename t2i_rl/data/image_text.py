@@ -124,6 +124,7 @@ class ImageText(L.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         if self.encodings is not None:
+            self.encodings.check_holds([self.source.names[item] for item in self.items])
             self.encodings.check(self.trainer.lightning_module.model, self.size)
 
     def train_dataloader(self) -> DataLoader:
@@ -132,6 +133,6 @@ class ImageText(L.LightningDataModule):
         return DataLoader(stream, batch_size=None)
 
     def work(self) -> tuple[list[int], list[str]]:
-        """What task=encode encodes: items, and every different caption of theirs."""
-        captions = dict.fromkeys(caption for item in self.items for caption in self.source.captions[item])
-        return self.items, list(captions)
+        """What task=encode encodes: all items, whatever a seed holds out of them, and every different caption."""
+        captions = dict.fromkeys(caption for texts in self.source.captions for caption in texts)
+        return list(range(len(self.source))), list(captions)

@@ -30,11 +30,16 @@ class PixelPairs:
 
     def encode(self, model: LatentDiffusion, seeds: list[int]) -> tuple[torch.Tensor, TextEncoding]:
         """Latents `(R, C, h, w)`, row `i` sampled with `seeds[i]`, and texts."""
-        noise = row_normals(seeds, model.latent_shape)
-        return model.encode_images(self.pixels, noise), model.encode_prompts(self.captions)
+        return sampled_latents(model, self.pixels, seeds), model.encode_prompts(self.captions)
 
     def to(self, device) -> "PixelPairs":
         return PixelPairs(self.numbers, self.captions, self.pixels.to(device))
+
+
+def sampled_latents(model: LatentDiffusion, pixels: torch.Tensor, seeds: list[int]) -> torch.Tensor:
+    """Latents of pixels of any size, `(B, C, h, w)`; row `i` is sampled from its posterior with `seeds[i]`."""
+    mean, std = model.posterior(pixels)
+    return model.scaled(mean + std * row_normals(seeds, mean.shape[1:]).to(mean))
 
 
 def share_of(batch_size: int) -> tuple[int, int]:
@@ -56,14 +61,24 @@ def as_found(scene: Scene) -> list[Detection]:
 
 
 def distinct_examples(rng: np.random.Generator, count: int, weights: dict[str, float]) -> list[tuple[Prompt, Scene]]:
-    """Examples of which no caption is true of another's scene: contrasted texts must not be false negatives."""
+    """Examples of which no caption is true of another's scene: contrasted texts must not be false negatives.
+
+    Raises:
+        UserError: these tasks have not so many.
+    """
     chosen: list[tuple[Prompt, Scene]] = []
+    clashes = 0
     while len(chosen) < count:
+        if clashes > 1000:
+            raise UserError(
+                f"data.batch_size={count}: data.tasks={list(weights)} have only about {len(chosen)} captions that are not true of one another's pictures; take fewer pairs, or more tasks"
+            )
         prompt, scene = sample_example(rng, weights)
         clash = any(
             judge(other.meta, as_found(scene)).strict or judge(prompt.meta, as_found(their)).strict
             for other, their in chosen
         )
+        clashes = clashes + 1 if clash else 0
         if not clash:
             chosen.append((prompt, scene))
     return chosen
@@ -96,7 +111,7 @@ class ShapesPairs(L.LightningDataModule):
         tasks: which tasks the captions come from, in the shares of `shapes.examples.TASK_WEIGHTS`.
 
     Raises:
-        UserError: fewer than two pairs (nothing to contrast), or no such task.
+        UserError: fewer than two pairs (nothing to contrast), more than the tasks have captions for, or no such task.
     """
 
     gives = "pairs"
@@ -113,6 +128,7 @@ class ShapesPairs(L.LightningDataModule):
         self.batch_size, self.seed = batch_size, seed
         self.weights = {task: TASK_WEIGHTS[task] for task in tasks}
         self.prompts = select_prompts("train", 40, tuple(tasks))
+        distinct_examples(np.random.default_rng(seed), batch_size, self.weights)  # there are so many
 
     def train_dataloader(self) -> DataLoader:
         first = self.trainer.lightning_module.batches_done

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
-from t2i_rl.data.pairs import share_of
+from t2i_rl.data.pairs import sampled_latents, share_of
 from t2i_rl.errors import UserError
 from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
 from t2i_rl.prompts import Prompt
-from t2i_rl.seeding import derive_seed, row_normals
+from t2i_rl.seeding import derive_seed
 from t2i_rl.shapes.render import to_pixels
 
 
@@ -27,9 +27,8 @@ class Preferred:
     pixels: torch.Tensor
 
     def encode(self, model: LatentDiffusion, seeds: list[int]) -> tuple[torch.Tensor, TextEncoding]:
-        noise = row_normals(seeds, model.latent_shape)
         text = model.encode_prompts(self.captions)
-        return model.encode_images(self.pixels, noise), text.map(lambda part: torch.cat([part, part]))
+        return sampled_latents(model, self.pixels, seeds), text.map(lambda part: torch.cat([part, part]))
 
     def to(self, device) -> "Preferred":
         return Preferred(self.numbers, self.captions, self.pixels.to(device))

@@ -62,18 +62,17 @@ def coco(path: Path, split: str) -> Source:
 
 
 def folder(path: Path, split: str) -> Source:
-    """Images with `<name>.txt` beside them, a caption a line; or a `metadata.jsonl` of `file_name` and `text` (or `caption`)."""
+    """Images with `<name>.txt` beside them, a caption a line; or a `metadata.jsonl` of `file_name` and `text` (or `caption`), a line or several an image."""
     table = path / "metadata.jsonl"
     if table.is_file():
-        files, captions = [], []
+        captions: dict[Path, list[str]] = {}
         for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
             try:
                 row = json.loads(line)
-                files.append(path / row["file_name"])
-                captions.append(_texts(row.get("text", row.get("caption"))))
+                captions.setdefault(path / row["file_name"], []).extend(_texts(row.get("text", row.get("caption"))))
             except (json.JSONDecodeError, KeyError, TypeError) as error:
                 raise UserError(f"{table}:{number}: expected an object with file_name and text") from error
-        return _present(Files(files, captions))
+        return _present(Files(list(captions), list(captions.values())))
     files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
     lacking = next((file for file in files if not file.with_suffix(".txt").is_file()), None)
     if lacking:

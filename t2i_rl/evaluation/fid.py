@@ -16,7 +16,7 @@ class _Given(torch.nn.Module):
 
 
 def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
-    """FID's distance between features `(N, D)` and `(M, D)` (Heusel et al. 2017): biased upwards the more, the smaller N; compare equal N.
+    """Of what is given, on this rank alone: FID's distance between features `(N, D)` and `(M, D)` (Heusel et al. 2017): biased upwards the more, the smaller N; compare equal N.
 
     Raises:
         ValueError: fewer than two rows, or widths that differ.
@@ -27,7 +27,7 @@ def frechet_distance(features: np.ndarray, reference: np.ndarray) -> float:
         raise ValueError(
             f"the Frechet distance compares two rows or more of equal width, not {features.shape} with {reference.shape}"
         )
-    metric = FrechetInceptionDistance(feature=_Given(features.shape[1])).set_dtype(torch.float64)
+    metric = FrechetInceptionDistance(feature=_Given(features.shape[1]), sync_on_compute=False).set_dtype(torch.float64)
     for rows, real in ((features, False), (reference, True)):
         metric.update(torch.from_numpy(np.asarray(rows, dtype=np.float64)), real=real)
     return float(metric.compute())

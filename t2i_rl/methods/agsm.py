@@ -109,6 +109,8 @@ class AGSM(PairMethod):
         for name, allowed in choices.items():
             if options.get(name) not in (None, *allowed):
                 raise UserError(f"method.{name} must be one of {', '.join(allowed)}, not {options[name]!r}")
+        if options.get("null_branch") not in (None, POSITIVE, NEGATIVE):
+            raise UserError(f"method.null_branch must be {POSITIVE} or {NEGATIVE}, not {options['null_branch']}")
         if options.get("average_decay") is not None and not 0 <= options["average_decay"] < 1:
             raise UserError(f"method.average_decay must be from 0 to below 1, not {options['average_decay']}")
         if options.get("tokens") == 0:

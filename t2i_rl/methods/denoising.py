@@ -19,6 +19,8 @@ class Denoising(PairMethod):
         options: see `PairMethod`.
     """
 
+    contrasts = False
+
     def __init__(
         self, model: LatentDiffusion, optimizer: partial, tokens: int = 4, lora: dict | None = None, **options
     ):

@@ -25,6 +25,7 @@ class DiffusionDPO(PairMethod):
     """
 
     learns_from = "preferences"
+    contrasts = False
 
     def __init__(self, model: LatentDiffusion, optimizer: partial, lora: dict, beta: float = 2000.0, **options):
         self.check({"lora": lora, "beta": beta, **options})

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -58,6 +58,7 @@ class PairMethod(L.LightningModule):
     trains = frozenset({"diffusion"})
     learns_from = "pairs"
     branches = 1
+    contrasts = True  # an image's own text is told from others
     plan = False  # a diffusion model draws straight from the prompt
 
     def __init__(
@@ -193,6 +194,10 @@ class PairMethod(L.LightningModule):
             if self.gather_negatives and dist.is_initialized():
                 own = own + dist.get_rank() * len(x0)
                 text = text.map(lambda part: torch.cat(_all_gather(part)))
+            if self.contrasts and len(text) < 2:
+                raise UserError(
+                    f"{type(self).__name__} tells texts apart, and this rank has one: raise data.batch_size, or set method.gather_negatives=true"
+                )
             return Grid(self.model.add_noise(x0, eps, t), t, self.model.target(x0, eps), text, own, images)
 
     def emit(self, bank: SoftTokens | None, t: torch.Tensor) -> torch.Tensor | None:
@@ -231,6 +236,8 @@ class PairMethod(L.LightningModule):
         """Leave the tokens as a file of their own, which any pipeline of the same architecture loads."""
         if self.bank is not None and self.trainer.is_global_zero:
             facts = {"method": type(self).__name__, "model": self.model.path, "steps": self.global_step}
+            if self.model.tokens.null_branch is not None:
+                facts["null_branch"] = self.model.tokens.null_branch
             self.bank.save(Path(self.trainer.default_root_dir) / "soft_tokens.safetensors", **facts)
 
     def configure_optimizers(self):
@@ -244,7 +251,11 @@ class PairMethod(L.LightningModule):
         return {name: value for name, value in state.items() if name in learning or name.startswith("average.")}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["pairs"] = {"batches_done": self.batches_done, "backbone_sha256": self.backbone_sha256}
+        checkpoint["pairs"] = {
+            "batches_done": self.batches_done,
+            "backbone_sha256": self.backbone_sha256,
+            "learns": self._learns(),
+        }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved = checkpoint["pairs"]
@@ -253,7 +264,19 @@ class PairMethod(L.LightningModule):
                 "this checkpoint was trained on another model than model.path holds: give the model that its run started from "
                 "(float32 and bfloat16 are one; float16 is its own)"
             )
+        if saved["learns"] != self._learns():
+            raise UserError(
+                "this checkpoint holds other soft tokens, or other adapters, than this run learns: give the method, variant, layers, tokens, buckets, "
+                "position or lora of its own run"
+            )
         self.batches_done = saved["batches_done"]
+
+    def _learns(self) -> dict:
+        """What must be the same where a checkpoint is loaded: the place and shape of the tokens, or where adapters sit."""
+        if self.bank is not None:
+            return {"soft tokens": asdict(self.bank.spec)}
+        names = (name for name, parameter in self.named_parameters() if parameter.requires_grad)
+        return {"adapters": sorted(f"{name} {tuple(self.get_parameter(name).shape)}" for name in names)}
 
 
 def check_lora(lora: Mapping | None) -> None:

@@ -182,16 +182,30 @@ class LatentDiffusion(nn.Module):
             "scheduler": type(self.pipe.scheduler).__name__,
             "scheduler_config": scheduler,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "soft_tokens": weights_sha256(self.tokens.bank) if self.tokens and self.tokens.enabled else None,
+            **self._tokens_drawn_with(),
         }
+
+    def _tokens_drawn_with(self) -> dict:
+        if self.tokens is None or not self.tokens.enabled:
+            return {"soft_tokens": None}
+        null = self.tokens.null_branch
+        return {"soft_tokens": weights_sha256(self.tokens.bank)} | ({} if null is None else {"null_branch": null})
 
     @torch.no_grad()
     def sample(self, prompts: list[str], seeds: list[int], **settings) -> np.ndarray:
         """One image a prompt, uint8 `(B, H, W, 3)`, by the stock pipeline; row `i` depends on `seeds[i]` alone."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        chosen = {"guidance_scale": self.guidance_scale, "num_inference_steps": self.steps} | self._call_settings()
+        chosen = (
+            {"guidance_scale": self.guidance_scale, "num_inference_steps": self.steps}
+            | self._call_settings()
+            | settings
+        )
+        if self.tokens is not None and self.tokens.null_branch is not None and chosen["guidance_scale"] <= 1:
+            raise UserError(
+                f"these soft tokens have a branch for the empty prompt, which model.guidance_scale={chosen['guidance_scale']} never asks: take one above 1"
+            )
         drawn = self.pipe(
-            prompt=list(prompts), generator=generators, height=self.size, width=self.size, output_type="np", **(chosen | settings)
+            prompt=list(prompts), generator=generators, height=self.size, width=self.size, output_type="np", **chosen
         ).images  # fmt: skip
         return np.rint(drawn * 255).astype(np.uint8)
 

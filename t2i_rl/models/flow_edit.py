@@ -60,7 +60,9 @@ def flow_edit(
     sigmas = torch.cat([scheduler.timesteps / 1000, scheduler.timesteps.new_zeros(1)]).to(x_source)
     texts = [model.encode_prompts(words) for words in ([""] * rows, source, target)]
     null, told, wanted = texts
-    text = _stack([null, told, null, wanted])
+    text = _stack(
+        [null, null, told, wanted]
+    )  # empty prompts first, as in the pipeline: soft tokens may have a branch for them
     edited = x_source.clone()
     for step in range(steps - start, steps):
         t, ahead = sigmas[step], sigmas[step + 1]
@@ -71,9 +73,9 @@ def flow_edit(
             )
             noised = (1 - t) * x_source + t * noise
             moved = edited + noised - x_source
-            both = torch.cat([noised, noised, moved, moved])
+            both = torch.cat([noised, moved, noised, moved])
             velocity = model.predict(both, (t * 1000).expand(len(both)), text)
-            source_null, source_cond, target_null, target_cond = velocity.chunk(4)
+            source_null, target_null, source_cond, target_cond = velocity.chunk(4)
             change += guided(target_cond, target_null, target_guidance, convention)
             change -= guided(source_cond, source_null, source_guidance)
         edited = edited + (ahead - t) * change / average

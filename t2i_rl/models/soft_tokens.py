@@ -57,7 +57,7 @@ class SoftTokens(nn.Module):
 
     def __init__(self, spec: TokenSpec, std: float = 0.02, generator: torch.Generator | None = None):
         super().__init__()
-        self.spec = spec
+        self.spec, self.null_branch = spec, None
         shape = (spec.branches, spec.layers, spec.tokens, spec.dim)
         self.tokens = nn.Parameter(torch.randn(shape, generator=generator) * std)
         table = (spec.tables, spec.buckets, spec.layers, spec.dim)
@@ -115,6 +115,7 @@ class SoftTokens(nn.Module):
         bank = cls(TokenSpec(**json.loads(about["spec"])))
         bank.load_state_dict(tensors)
         bank.facts = {key: value for key, value in about.items() if key not in ("format", "spec")}
+        bank.null_branch = int(bank.facts["null_branch"]) if "null_branch" in bank.facts else None
         return bank
 
 
@@ -135,7 +136,8 @@ class Attached:
         for chosen in (branch, null_branch or 0):
             if not 0 <= chosen < bank.spec.branches:
                 raise UserError(f"these soft tokens have {bank.spec.branches} branches: there is no branch {chosen}")
-        self.bank, self.branch, self.null_branch = bank, branch, null_branch
+        self.bank, self.branch = bank, branch
+        self.null_branch = bank.null_branch if null_branch is None else null_branch
         self.splice = Splice(denoiser, bank.spec.layout, bank.spec.position, self._tokens)
 
     def _tokens(self, t: torch.Tensor) -> torch.Tensor:
@@ -195,6 +197,8 @@ def check_fits(denoiser: nn.Module, spec: TokenSpec) -> None:
 
 def load_soft_tokens(pipe, path: str | Path, branch: int = 0, null_branch: int | None = None) -> Attached:
     """Put saved soft tokens into a stock diffusers pipeline; `pipe(...)` is used as before. Returns the handle (`enable`, `remove`).
+
+    `null_branch` None is what the tokens were trained to be drawn with (released for SDXL: the negative ones; else the same as `branch`).
 
     Raises:
         UserError: the file is broken, or made for another architecture.
