@@ -1,4 +1,4 @@
-"""Train each pair method for two steps on one or two ranks and save what it learnt: `python -m tests.pair_ranks <pipeline> <ranks> <file>`.
+"""Train each pair method for two steps on one or two ranks and save what it learnt and what it measures: `python -m tests.pair_ranks <pipeline> <ranks> <file>`.
 
 A program of its own, because transformers' text encoders do not survive the pickling that spawned ranks need.
 """
@@ -8,10 +8,12 @@ import tempfile
 from functools import partial
 
 import lightning as L
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from t2i_rl.data.pairs import ShapesStream
+from t2i_rl.evaluation.fid import frechet_distance
 from t2i_rl.methods.agsm import AGSM
 from t2i_rl.methods.denoising import Denoising
 from t2i_rl.methods.softrepa import SoftREPA
@@ -54,6 +56,8 @@ def main(folder: str, ranks: str, file: str) -> None:
         module = method(model, partial(torch.optim.SGD, lr=1.0), max_grad_norm=None, pairs_per_pass=3, **options)
         learnt |= {f"start/{name}/{key}": value.clone() for key, value in module.state_dict().items()}
         learnt |= {f"{name}/{key}": value for key, value in fit(module, 2, int(ranks)).items()}
+    features = np.random.default_rng(0).normal(size=(40, 3))
+    learnt["fid"] = torch.tensor(frechet_distance(features[:15], features[15:] * 2))  # every rank holds all rows
     torch.save(learnt, file)
 
 

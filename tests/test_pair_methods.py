@@ -205,6 +205,7 @@ def test_two_ranks_under_all_texts_train_as_one(folders, tmp_path):
         learnt.append(torch.load(tmp_path / ranks, weights_only=True))
     one, two = learnt
     assert one.keys() == two.keys()
+    assert float(one.pop("fid")) == pytest.approx(float(two.pop("fid")), rel=1e-9)
     for key in one:
         start = one.get(f"start/{key}", one[key])
         change = float((one[key] - start).abs().max())
