@@ -98,8 +98,11 @@ def test_every_rung_of_the_alignment_ladder_composes_and_lora_is_as_large_as_the
         assert 0.85 < sizes["lora"] / sizes["denoising"] < 1.15, sizes
 
 
-def test_the_alignment_table_says_what_the_runs_say(ladder, tmp_path):
+def test_the_alignment_table_says_what_the_runs_say(ladder, tmp_path, monkeypatch):
+    monkeypatch.setattr(ladder, "BENCH", tmp_path)
     for model in ladder.MODELS:
+        drawing = {"ratio": 1.01, "low": 1.0, "high": 1.02, "n": 20}
+        (tmp_path / f"{model}_bf16_cpu.json").write_text(json.dumps({"drawing": drawing}))
         for seed in ladder.SEEDS:
             for arm in (*ladder.ARMS, ladder.TUNED, *(f"guidance {scale}" for scale in ladder.GUIDANCE)):
                 folder = make_run(
@@ -124,6 +127,7 @@ def test_the_alignment_table_says_what_the_runs_say(ladder, tmp_path):
     row = {arm: next(line for line in lines if line.startswith(f"| {arm} |")).split(" | ") for arm in ladder.ARMS}
     assert "**" in row["agsm"][1] and "**" not in row["softrepa"][1] and (tmp_path / "figure.png").is_file()
     assert sum(line.startswith("## sd") for line in lines) == 2
+    assert sum("takes 1.010 [1.000, 1.020] times as long" in line for line in lines) == 2
 
 
 def test_the_edit_table_says_what_the_runs_say(tmp_path, monkeypatch):
