@@ -264,7 +264,7 @@ class PairMethod(L.LightningModule):
                 "this checkpoint was trained on another model than model.path holds: give the model that its run started from "
                 "(float32 and bfloat16 are one; float16 is its own)"
             )
-        if saved["learns"] != self._learns():
+        if saved.get("learns") != self._learns():
             raise UserError(
                 "this checkpoint holds other soft tokens, or other adapters, than this run learns: give the method, variant, layers, tokens, buckets, "
                 "position or lora of its own run"
