@@ -31,10 +31,11 @@ CASES = 80  # of each kind of edit and seed
 
 def edit(arm: str, seed: int) -> None:
     out = OUTPUTS / arm / f"seed_{seed}"
-    if (out / "edits.json").exists():
+    result, file = out / "edits.json", TRAINED / arm / f"seed_{seed}" / "soft_tokens.safetensors"
+    tokens = [] if arm == "untouched" else [f"model.soft_tokens={file}"]
+    if result.exists() and not (tokens and file.stat().st_mtime > result.stat().st_mtime):
         print(f"{arm}, seed {seed}: done before", flush=True)
         return
-    tokens = [] if arm == "untouched" else [f"model.soft_tokens={TRAINED / arm / f'seed_{seed}' / 'soft_tokens.safetensors'}"]  # fmt: skip
     command = ["run.py", "task=edit", "model=sd3_tiny", "model.dtype=bfloat16", f"task.cases={CASES}", f"seed={seed}", f"hydra.run.dir={out}"]  # fmt: skip
     subprocess.run(
         [sys.executable, *command, *tokens], cwd=ROOT, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
