@@ -43,7 +43,13 @@ def check(cfg: DictConfig) -> None:
         raise UserError(f"evaluation.stages holds {unknown[0]!r}; choose from {', '.join(STAGES)}")
     if task == "generate" and bool(cfg.prompt) == bool(cfg.prompts_file):
         raise UserError('task=generate takes one of prompt="three red circles" or prompts_file=<file>')
-    for key, file in (("prompts_file", cfg.prompts_file), ("data.path", cfg.data.get("path"))):
+    if task == "gaussianity" and not cfg.latents:
+        raise UserError("task=gaussianity takes latents=<file>.safetensors")
+    for key, file in (
+        ("prompts_file", cfg.prompts_file),
+        ("latents", cfg.latents),
+        ("data.path", cfg.data.get("path")),
+    ):
         if file and not Path(file).exists():
             raise UserError(f"{key}={file}: there is no such file")
     if task == "generate" and cfg.mode not in ("plan", "direct"):
@@ -66,9 +72,9 @@ def check(cfg: DictConfig) -> None:
         raise UserError("model=janus takes a checkpoint: path=<folder or hub id>")
     if cfg.model.get("rollout"):
         instantiate(cfg.model.rollout)
-    if task == "train" or cfg.ckpt_path:
+    if task in ("train", "optimize_noise") or cfg.ckpt_path:
         _check_method(cfg)
-    if task in ("train", "evaluate", "generate") and get_class(cfg.model._target_).family == "diffusion":
+    if task in ("train", "evaluate", "generate") and get_class(cfg.model._target_).family != "autoregressive":
         plans = [stage for stage in cfg.evaluation.stages if stage.endswith("_plan")]
         if plans or cfg.mode == "plan":
             raise UserError(
@@ -127,7 +133,7 @@ def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: 
         UserError: one line that names the part, what it needs, and what to change.
     """
     size = get_class(cfg.model._target_).image_size(cfg.model)
-    drawn = {f"benchmark={benchmark.name}": benchmark} if cfg.evaluation.stages else {}
+    drawn = {f"benchmark={benchmark.name}": benchmark} if benchmark is not None and cfg.evaluation.stages else {}
     for name, part in {**drawn, **rewards}.items():
         sizes = getattr(part, "image_sizes", None)
         if sizes and size not in sizes:
@@ -222,6 +228,7 @@ def _check_method(cfg: DictConfig) -> None:
         raise UserError(f"{method.__name__} learns from a reward: take one of reward={names}")
     if wanted != "prompts":
         _check_pairs(cfg, method, rewarded)
+    _check_noise(cfg, method)
     method.check(instantiate({key: value for key, value in options.items() if key != "_target_"}))
     half = cfg.model.get("dtype") in ("bfloat16", "float16")
     if half and wanted == "prompts" and "lora" in options and options["lora"] is None:
@@ -229,6 +236,50 @@ def _check_method(cfg: DictConfig) -> None:
             f"model.dtype={cfg.model.dtype} rounds small updates away: set model.dtype=float32 with trainer.precision=bf16-mixed and "
             "model.rollout.dtype=bfloat16, or train adapters (method=iris_lora)"
         )
+
+
+def _check_noise(cfg: DictConfig, method: type) -> None:
+    """What holds for methods that look for noise, and for no other."""
+    task, searches = cfg.task._target_.split(".")[-2], hasattr(method, "gradients")
+    if searches != (task == "optimize_noise"):
+        fix = "leave task= out, the method brings its own" if searches else "take method=noise_opt or noise_search"
+        raise UserError(f"task={task} and {method.__name__} do not go together: {fix}")
+    if not searches:
+        if cfg.regularizer.terms or cfg.regularizer.constraint:
+            raise UserError(
+                f"regularizer= holds noise Gaussian, and {method.__name__} optimises none: take method=noise_opt, or leave it out"
+            )
+        return
+    held_out = cfg.method.get("held_out")
+    if held_out is not None and not cfg.watch.get(held_out):
+        raise UserError(
+            f"method.held_out={held_out} is not watched; there are {', '.join(cfg.watch) or 'none'} (watch.<name>)"
+        )
+    if cfg.method.eta > 0 and getattr(get_class(cfg.model._target_), "denoiser_name", "") != "unet":
+        raise UserError(
+            f"method.eta={cfg.method.eta} is DDIM's added noise, and {get_class(cfg.model._target_).__name__} adds none: take method.eta=0"
+        )
+    parts = cfg.reward.get("parts") or {"": cfg.reward}
+    blind = [
+        get_class(part._target_).__name__
+        for part in parts.values()
+        if part and not getattr(get_class(part._target_), "differentiable", False)
+    ]
+    if method.gradients and blind:
+        names = ", ".join(name for name in choices("reward") if _differentiable(name))
+        raise UserError(
+            f"{method.__name__} follows the reward's gradient, which {blind[0]} has not: take one of reward={names}, or method=noise_search"
+        )
+
+
+def _differentiable(reward: str) -> bool:
+    from t2i_rl.cli import CONF
+
+    config = OmegaConf.load(CONF / "reward" / f"{reward}.yaml")
+    parts = [item.split("@")[0] for item in config.get("defaults", ()) if "@parts." in item]
+    if parts:
+        return all(map(_differentiable, parts))
+    return "_target_" in config and getattr(get_class(config._target_), "differentiable", False)
 
 
 def _check_pairs(cfg: DictConfig, method: type, rewarded: bool) -> None:

@@ -1,13 +1,27 @@
 """Loading transformers' checkpoints: straight into their dtype and device, and one clear line for whatever is wrong with them."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 
 from t2i_rl.errors import UserError
 
+WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 DTYPES = ("float32", "bfloat16", "float16")
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Pipelines made in here have their shapes and no values (torch's meta device): nothing but config files and tokenizers is read."""
+    token = WEIGHTLESS.set(True)
+    try:
+        yield
+    finally:
+        WEIGHTLESS.reset(token)
 
 
 def own_gpu() -> str:

@@ -7,6 +7,8 @@ from omegaconf import OmegaConf
 GROUPS = (
     "task",
     "method",
+    "method/optimizer",
+    "regularizer",
     "model",
     "reward",
     "benchmark",
@@ -77,5 +79,8 @@ def _what_goes_with_what(conf: Path) -> list[str]:
     lines.append("  reward=oracle           needs prompts of shapes (data=shapes) and a model that draws 32 px")
     lines.append("  reward=length           needs method.plan=true")
     lines.append("  benchmark=shapes        judges models that draw benchmark.size pixels (janus_tiny: 32)")
-    lines.append("  task=pretrain           makes model=janus_tiny")
+    lines.append(
+        "  method/optimizer, regularizer   method=noise_opt; its reward must be differentiable (reward=soft_oracle, aesthetic, ...)"
+    )
+    lines.append("  task=pretrain           makes model=janus_tiny, sd_tiny, sd3_tiny, flux_tiny")
     return lines

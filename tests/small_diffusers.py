@@ -4,18 +4,33 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
     DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
     FluxTransformer2DModel,
+    SanaSprintPipeline,
+    SanaTransformer2DModel,
+    SCMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 from t2i_rl.models.diffusion_tiny import BOS, EOS, build_tokenizer
 
@@ -155,7 +170,7 @@ def clip(width: int, projection: int | None = None):
 
 
 def pipeline(kind: str, folder: Path, seed: int = 0) -> Path:
-    """Make and save a small pipeline: `sd15`, `sdxl`, `sd3` (no T5), `sd3_t5` or `sd35`."""
+    """Make and save a small pipeline: `sd15`, `sdxl`, `sd3` (no T5), `sd3_t5`, `sd35`, `flux`, `sana`, or one of one step: `sd_turbo`, `sdxl_turbo`."""
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     if kind == "sd15":
@@ -170,13 +185,25 @@ def pipeline(kind: str, folder: Path, seed: int = 0) -> Path:
             tokenizer_2=tokenizer, unet=denoiser("sdxl", seed),
             scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1),
         )  # fmt: skip
+    elif kind in ("sd_turbo", "sdxl_turbo"):
+        stock = {"sd_turbo": StableDiffusionPipeline, "sdxl_turbo": StableDiffusionXLPipeline}[kind]
+        many_steps = pipeline({"sd_turbo": "sd15", "sdxl_turbo": "sdxl"}[kind], folder, seed)
+        euler = EulerDiscreteScheduler if kind == "sd_turbo" else EulerAncestralDiscreteScheduler
+        scheduler = euler(beta_schedule="scaled_linear", timestep_spacing="trailing", steps_offset=1)
+        pipe = stock.from_pretrained(
+            many_steps, scheduler=scheduler, **({"safety_checker": None} if kind == "sd_turbo" else {})
+        )
+    elif kind == "flux":
+        pipe = FluxPipeline(
+            transformer=denoiser("flux", seed), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=small_vae(shift=0.1),
+            text_encoder=clip(16), tokenizer=tokenizer, text_encoder_2=small_t5(), tokenizer_2=t5_tokenizer(),
+        )  # fmt: skip
+    elif kind == "sana":
+        pipe = sana_sprint()
     else:
         t5 = tokenizer_3 = None
         if kind == "sd3_t5":
-            t5 = T5EncoderModel(
-                T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-            )
-            tokenizer_3 = t5_tokenizer()
+            t5, tokenizer_3 = small_t5(), t5_tokenizer()
         pipe = StableDiffusion3Pipeline(
             transformer=denoiser("sd35" if kind == "sd35" else "sd3", seed),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=small_vae(shift=0.1),
@@ -185,6 +212,40 @@ def pipeline(kind: str, folder: Path, seed: int = 0) -> Path:
         )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder
+
+
+def small_t5() -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=len(t5_tokenizer()), d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    )
+
+
+def sana_sprint() -> SanaSprintPipeline:
+    words = sorted(
+        {word.removesuffix("</w>") for word in build_tokenizer().get_vocab() if word.isascii()}
+        - {"<|startoftext|>", "<|endoftext|>"}
+    )
+    pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", *words, *(f"\u2581{word}" for word in words)]
+    tokenizer = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=[])
+    gemma = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, pad_token_id=0, eos_token_id=1, bos_token_id=2,
+    )  # fmt: skip
+    transformer = SanaTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, num_cross_attention_heads=2,
+        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=32, mlp_ratio=2.0, sample_size=8, patch_size=1,
+        guidance_embeds=True, guidance_embeds_scale=0.1, qk_norm="rms_norm_across_heads", timestep_scale=1000.0,
+    )  # fmt: skip
+    vae = AutoencoderDC(
+        in_channels=3, latent_channels=4, attention_head_dim=2,
+        encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock", "EfficientViTBlock"),
+        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1), decoder_layers_per_block=[1, 1], downsample_block_type="conv", upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407,
+    )  # fmt: skip
+    return SanaSprintPipeline(
+        tokenizer=tokenizer, text_encoder=Gemma2Model(gemma), vae=vae, transformer=transformer, scheduler=SCMScheduler()
+    )
 
 
 def t5_tokenizer():

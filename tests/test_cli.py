@@ -64,7 +64,7 @@ def test_what_cannot_run_says_so_in_one_line(tmp_path, arguments, named):
 
 def test_the_manual_page_names_every_choice(tmp_path):
     page = run("--help", cwd=tmp_path).stdout
-    for path in (ROOT / "conf").glob("*/*.yaml"):
+    for path in (ROOT / "conf").glob("*/**/*.yaml"):
         assert path.stem in page, path
     assert "what goes with what" in page and "method=iris" in page
 

@@ -26,6 +26,11 @@ GIVEN = {  # what has no default
     "method/diffusion_dpo": ["data.path=preferences"],
     "task/make_preferences": ["task.out=preferences"],
     "data/image_text": ["data.path=pairs"],
+    **{f"method/optimizer/{name}": ["method=noise_opt"] for name in ("adam", "langevin", "lbfgs", "nesterov")},
+    **{
+        f"experiment/{name}": ["data.path=prompts.txt"]
+        for name in ("mpgr_flux_aesthetic", "mpgr_flux_pickscore", "reno_sdxl_turbo", "dno_sd15", "gper_flux")
+    },
     "task/encode": ["task.out=encodings"],
     "task/import_soft_tokens": ["task.tokens=dc_tokens.pth"],
     **{
@@ -35,6 +40,10 @@ GIVEN = {  # what has no default
     },
 }
 NEEDS_AN_EXTRA = {"hparams_search/iris_optuna"}
+
+
+def group_of(path: Path) -> str:
+    return str(path.parent.relative_to(CONF))
 
 
 def composed(*overrides: str):
@@ -52,22 +61,22 @@ def targets(node) -> list[str]:
     return [name for value in node for name in targets(value)] if isinstance(node, list) else []
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{group_of(path)}/{path.stem}")
 def test_a_config_opens_with_what_it_is_and_how_to_use_it(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line]
     assert len(header) >= 2 and summary(path)[0].isupper() or summary(path)[0].islower(), path
     assert any(re.search(r"python (run\.py|experiments)", line) for line in header), f"{path}: no command in its header"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{group_of(path)}/{path.stem}")
 def test_a_config_composes_resolves_and_names_what_exists(path):
-    name = f"{path.parent.name}/{path.stem}"
+    name = f"{group_of(path)}/{path.stem}"
     if name in NEEDS_AN_EXTRA:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
     extra = GIVEN.get(
         name, ["data.path=prompts.jsonl"] if "janus_pro" in path.read_text() and name.startswith("experiment") else []
     )
-    config = composed(f"{path.parent.name}={path.stem}", *extra)
+    config = composed(f"{group_of(path)}={path.stem}", *extra)
     own = {key: value for key, value in config.items() if key != "hydra"}
     container = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_container(config, resolve=True)), resolve=True)
     for target in targets({key: container[key] for key in own}):
@@ -88,7 +97,7 @@ def test_the_root_is_what_the_issue_asks_for():
         "trainer": "auto",
         "logger": "csv",
     }
-    assert set(GROUPS) == {path.name for path in CONF.iterdir() if path.is_dir()}
+    assert set(GROUPS) == {group_of(path) for path in FILES}
 
 
 @pytest.mark.parametrize("override", ["method.nonsense=1", "nonsense=1", "reward=nonsense", "trainer.max_step=3"])

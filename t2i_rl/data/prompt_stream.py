@@ -49,6 +49,7 @@ class PromptData(L.LightningDataModule):
         batch_size: prompts per rollout over all ranks together.
         prompts_per_task, tasks: how many training prompts of each `shapes` task.
         prompts: the prompts themselves, in place of all that.
+        split: of `shapes`; what trains takes `train`.
 
     Raises:
         UserError: the file is broken, or there are fewer prompts than one batch asks for.
@@ -62,11 +63,12 @@ class PromptData(L.LightningDataModule):
         tasks: tuple[str, ...] = GENEVAL_TASKS,
         seed: int = 0,
         prompts: list[Prompt] | None = None,
+        split: str = "train",
     ):
         super().__init__()
         self.prompts = prompts
         if prompts is None:
-            self.prompts = read_prompts(path) if path else select_prompts("train", prompts_per_task, tuple(tasks))
+            self.prompts = read_prompts(path) if path else select_prompts(split, prompts_per_task, tuple(tasks))
         self.batch_size, self.seed = batch_size, seed
         if len(self.prompts) < batch_size:
             raise UserError(

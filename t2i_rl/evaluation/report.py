@@ -24,6 +24,7 @@ from t2i_rl.evaluation.tables import MARK, Table, before_after_table, differing_
 
 PROMPTS_PER_TASK = 3
 CHANGES_SHOWN = 6
+VERDICTS = {True: '<span class="good">right</span>', False: '<span class="bad">wrong</span>', None: ""}
 Key = tuple[str, int]
 Shown = tuple[str, Path, dict]
 
@@ -47,7 +48,7 @@ def image_set(shown: Sequence[Shown]) -> str:
     figures = []
     for label, png, record in shown:
         data = base64.b64encode(png.read_bytes()).decode()
-        verdict = '<span class="good">right</span>' if record["strict"] else '<span class="bad">wrong</span>'
+        verdict = VERDICTS[record["strict"]]
         plan = f"<br>plan: {escape(record['plan'])}" if record["plan"] else ""
         defects = f'<br><span class="bad">{escape("; ".join(record["defects"]))}</span>' if record["defects"] else ""
         figures.append(
@@ -86,7 +87,7 @@ def image_sections(job: Job) -> str:
     note = f"The first {PROMPTS_PER_TASK} prompts of each task, same seed in all stages; green frame: strictly right."
     html = section("Images", note, sets_of(keys, stages))
     comparison = headline_comparison(job.results)
-    if comparison is None:
+    if comparison is None or any(record["score"] is None for record in records[comparison["a"]].values()):
         return html
     pair = (comparison["a"], comparison["b"])
     for title, sign in (("Largest gains", 1), ("Largest losses", -1)):

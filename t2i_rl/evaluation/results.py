@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 from t2i_rl.errors import UserError
 
 STAGES = ("base_direct", "base_plan", "trained_direct", "trained_plan")
-HEADLINE_PAIRS = (("base_plan", "trained_plan"), ("base_direct", "trained_direct"))
+HEADLINE_PAIRS = (("base_plan", "trained_plan"), ("base_direct", "trained_direct"), ("initial", "best"))
 RECORD_KEYS = (
     *("prompt_id", "prompt", "tag", "seen", "sample_index", "seed", "plan", "plan_length"),
     *("strict", "lenient", "score", "defects", "image"),

@@ -15,6 +15,8 @@ from t2i_rl.hashing import weights_sha256
 from t2i_rl.models.soft_tokens import Attached, SoftTokens
 from t2i_rl.models.splice import KEY, carrier
 
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
 
 @dataclass(frozen=True)
 class TextEncoding:
@@ -54,6 +56,7 @@ class LatentDiffusion(nn.Module):
     family = "diffusion"
     kind = ""  # which of a method's presets are meant
     denoiser_name = "unet"
+    embeds_guidance = False  # told to the denoiser, rather than taken from two predictions
 
     def __init__(self, pipe, guidance_scale: float, steps: int, size: int | None, soft_tokens: str | None):
         super().__init__()
@@ -61,8 +64,9 @@ class LatentDiffusion(nn.Module):
         self.guidance_scale, self.steps = guidance_scale, steps
         self.denoiser = getattr(pipe, self.denoiser_name)
         self.vae = pipe.vae
-        names = ("text_encoder", "text_encoder_2", "text_encoder_3")
-        self.text_encoders = nn.ModuleList(part for name in names if (part := getattr(pipe, name, None)) is not None)
+        self.text_encoders = nn.ModuleList(
+            part for name in TEXT_ENCODERS if (part := getattr(pipe, name, None)) is not None
+        )
         self.size = size or self.denoiser.config.sample_size * pipe.vae_scale_factor
         pipe.set_progress_bar_config(disable=True)
         self.tokens: Attached | None = None
@@ -82,7 +86,8 @@ class LatentDiffusion(nn.Module):
             vae = _Config.load_config(path, subfolder="vae", **where)
         except (OSError, ValueError) as error:
             raise loading.cannot_load(path, error) from error
-        return settings.get("size") or denoiser["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        stages = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+        return settings.get("size") or denoiser["sample_size"] * 2 ** (len(stages) - 1)
 
     def attach(self, bank: SoftTokens, branch: int = 0, null_branch: int | None = None) -> Attached:
         """Put soft tokens to work in the denoiser.
@@ -136,7 +141,7 @@ class LatentDiffusion(nn.Module):
 
     @property
     def _shift(self) -> float:
-        return self.vae.config.shift_factor or 0.0
+        return self.vae.config.get("shift_factor") or 0.0
 
     def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Noised latents of the training process at times `t` `(B,)`, in units of 0 to 1000."""
@@ -162,6 +167,49 @@ class LatentDiffusion(nn.Module):
                 "predict(soft_tokens=...) needs the hooks that attach() installs: without them diffusers drops the tokens"
             )
         return {carrier(self.denoiser): {KEY: soft_tokens}}
+
+    def free_text_encoders(self) -> None:
+        """Drop the text encoders: what is drawn from here on has its texts encoded already."""
+        self.text_encoders = nn.ModuleList()
+        for name in TEXT_ENCODERS:
+            if getattr(self.pipe, name, None) is not None:
+                self.pipe.register_modules(**{name: None})
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def guided(self) -> bool:
+        """Whether drawing takes two predictions a step."""
+        return self.guidance_scale > 1 and not self.embeds_guidance
+
+    def empty_text(self, count: int) -> TextEncoding:
+        """What guidance reads in place of a prompt."""
+        return self.encode_prompts([""] * count)
+
+    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding) -> torch.Tensor:
+        """`predict` with the conditions that the pipeline names while it draws."""
+        return self.predict(x_t, t, text)
+
+    def scheduled(self, steps: int):
+        """A scheduler of the checkpoint's own kind and settings, its timesteps set; a used one would raise."""
+        scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
+
+    def noise_to_latents(self, noise: torch.Tensor, denoise, steps: int, eta: float = 0.0) -> torch.Tensor:
+        """The sampler's latents from standard normal `noise` `(B, C, h, w)`, with gradients; `denoise(x_t, t)` gives the prediction.
+
+        With `eta > 0` (DDIM) noise is `(B, 1 + steps, C, h, w)`: the first starts, the others are what each step adds.
+        """
+        scheduler, later = self.scheduled(steps), [{}] * steps
+        if eta > 0:
+            later = [{"eta": eta, "variance_noise": each} for each in noise[:, 1:].unbind(1)]
+            noise = noise[:, 0]
+        x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        for t, extra in zip(scheduler.timesteps, later, strict=True):
+            scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
+            x = scheduler.step(denoise(scaled, t.expand(len(x))), t, x, return_dict=False, **extra)[0]
+        return x
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -256,7 +304,31 @@ def load_pipeline(stock_class, path: str, dtype: str, revision: str | None = Non
     try:
         index = stock_class.load_config(path, revision=revision)
         absent = {name: None for name, part in index.items() if part == [None, None]}  # SD3 without T5
+        if loading.WEIGHTLESS.get():
+            if issubclass(stock_class, nn.Module):
+                return on_meta(stock_class, index, getattr(torch, dtype))
+            parts = shapes_of(path, revision, index, getattr(torch, dtype)) | parts
         made = stock_class.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype), **(absent | parts))
     except (OSError, ValueError) as error:
         raise loading.cannot_load(path, error) from error
-    return made.to(loading.own_gpu() if device == "auto" else device or "cpu")
+    return made if loading.WEIGHTLESS.get() else made.to(loading.own_gpu() if device == "auto" else device or "cpu")
+
+
+def shapes_of(path: str, revision: str | None, index: dict, dtype: torch.dtype) -> dict[str, nn.Module]:
+    """The modules that a pipeline's index names, built from their config files on torch's meta device."""
+    import diffusers
+    import transformers
+
+    libraries, made = {"diffusers": diffusers, "transformers": transformers}, {}
+    for name, entry in index.items():
+        kind = getattr(libraries.get(entry[0]), entry[1] or "", None) if isinstance(entry, (list, tuple)) else None
+        if isinstance(kind, type) and issubclass(kind, nn.Module):
+            read = kind.load_config if entry[0] == "diffusers" else kind.config_class.from_pretrained
+            made[name] = on_meta(kind, read(path, subfolder=name, revision=revision), dtype)
+    return made
+
+
+def on_meta(kind: type[nn.Module], config, dtype: torch.dtype) -> nn.Module:
+    """A module of diffusers or transformers without values."""
+    with torch.device("meta"):
+        return (kind.from_config(config) if hasattr(kind, "load_config") else kind(config)).to(dtype)

@@ -1,4 +1,4 @@
-"""`sd_tiny` and `sd3_tiny` from nothing: the stock diffusers pipelines with small configs and a CLIP tokenizer of the world's words."""
+"""`sd_tiny`, `sd3_tiny` and `flux_tiny` from nothing: the stock diffusers pipelines with small configs and tokenizers of the world's words."""
 
 import json
 
@@ -6,33 +6,47 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
 from t2i_rl.models.janus_tiny import SPECIAL, vocabulary
 
 TEXT_LENGTH = 24  # the longest prompt of the world has 16 words
 BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+ALPHABET = "abcdefghijklmnopqrstuvwxyz.,-"
+
+
+def _words() -> list[str]:
+    return [word for word in vocabulary() if word not in SPECIAL and word.isalpha()]
 
 
 def build_tokenizer() -> CLIPTokenizer:
     """CLIP's byte-pair tokenizer in which every word of the world is one token; other words fall apart into letters."""
-    words = [word for word in vocabulary() if word not in SPECIAL and word.isalpha()]
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
         vocab_size=100_000,
         min_frequency=1,
         end_of_word_suffix="</w>",
-        initial_alphabet=sorted(set("abcdefghijklmnopqrstuvwxyz.,-")),
+        initial_alphabet=sorted(ALPHABET),
         show_progress=False,
     )
-    tokenizer.train_from_iterator([" ".join(words)], trainer)
+    tokenizer.train_from_iterator([" ".join(_words())], trainer)
     learnt = json.loads(tokenizer.to_str())["model"]
     alphabet = sorted(piece for piece in learnt["vocab"] if len(piece.removesuffix("</w>")) == 1)
     ends = {f"{piece}</w>" for piece in alphabet if not piece.endswith("</w>")}
@@ -42,6 +56,14 @@ def build_tokenizer() -> CLIPTokenizer:
         merges=[tuple(pair) for pair in learnt["merges"]],
         model_max_length=TEXT_LENGTH,
     )
+
+
+def build_t5_tokenizer() -> T5TokenizerFast:
+    """T5's unigram tokenizer in which every word of the world is one token; other words fall apart into letters."""
+    pieces = [(f"\u2581{word}", -1.0) for word in _words()]
+    pieces += [("\u2581", -6.0), *((letter, -6.0) for letter in ALPHABET if f"\u2581{letter}" not in dict(pieces))]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    return T5TokenizerFast(vocab=special + pieces, extra_ids=0, model_max_length=TEXT_LENGTH)
 
 
 def build_vae(channels: int, width: int = 32) -> AutoencoderKL:
@@ -129,4 +151,43 @@ def build_sd3(vae: AutoencoderKL, width: int, layers: int, text: dict, shift: fl
         tokenizer_2=tokenizer,
         text_encoder_3=None,
         tokenizer_3=None,
+    )
+
+
+def build_flux(vae: AutoencoderKL, width: int, layers: int, single_layers: int, text: dict) -> FluxPipeline:
+    """FLUX.1-schnell's classes: MM-DiT of joint and single blocks on packed latents, no embedded guidance, a T5 and a CLIP text encoder."""
+    tokenizer, tokenizer_2 = build_tokenizer(), build_t5_tokenizer()
+    heads = width // 32
+    transformer = FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * vae.config.latent_channels,
+        num_layers=layers,
+        num_single_layers=single_layers,
+        attention_head_dim=32,
+        num_attention_heads=heads,
+        joint_attention_dim=text["width"],
+        pooled_projection_dim=text["width"],
+        guidance_embeds=False,
+        axes_dims_rope=(8, 12, 12),
+    )
+    t5 = T5Config(
+        vocab_size=len(tokenizer_2),
+        d_model=text["width"],
+        d_kv=32,
+        d_ff=4 * text["width"],
+        num_layers=text["layers"],
+        num_heads=text["width"] // 32,
+        dropout_rate=0.0,
+        feed_forward_proj="gated-gelu",
+        is_encoder_decoder=False,
+        use_cache=False,
+    )
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=CLIPTextModel(_text_config(tokenizer, **text)),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel(t5),
+        tokenizer_2=tokenizer_2,
+        transformer=transformer,
     )

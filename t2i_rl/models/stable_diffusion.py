@@ -3,11 +3,16 @@
 import torch
 from torch import nn
 
+from t2i_rl.errors import UserError
 from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding, load_pipeline
 
 
 class StableDiffusion(LatentDiffusion):
-    """`x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps` with the scheduler's cumulated alphas at whole `t`; predicts `eps`; draws with DDIM."""
+    """`x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps` with the scheduler's cumulated alphas at whole `t`; predicts `eps`.
+
+    Args:
+        scheduler: what draws: `ddim`, or the checkpoint's `own` (models of one step).
+    """
 
     family = "diffusion"
     kind = "sd15"
@@ -22,17 +27,21 @@ class StableDiffusion(LatentDiffusion):
         size: int | None = None,
         soft_tokens: str | None = None,
         device: str | None = None,
+        scheduler: str = "ddim",
     ):
         from diffusers import StableDiffusionPipeline
 
         unchecked = {"safety_checker": None, "requires_safety_checker": False}
         pipe = load_pipeline(StableDiffusionPipeline, path, dtype, revision, device, **unchecked)
-        self._set_up(pipe, path, revision, guidance_scale, steps, size, soft_tokens)
+        self._set_up(pipe, path, revision, scheduler, guidance_scale, steps, size, soft_tokens)
 
-    def _set_up(self, pipe, path: str, revision: str | None, *settings) -> None:
+    def _set_up(self, pipe, path: str, revision: str | None, scheduler: str, *settings) -> None:
         from diffusers import DDIMScheduler
 
-        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
+        if scheduler not in ("ddim", "own"):
+            raise UserError(f"model.scheduler must be ddim or own, not {scheduler!r}")
+        if scheduler == "ddim":
+            pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
         super().__init__(pipe, *settings)
         self.path, self.revision = str(path), revision
 
@@ -53,17 +62,19 @@ class StableDiffusion(LatentDiffusion):
         return eps
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, soft_tokens=None) -> torch.Tensor:
+        return self._denoised(x_t, t, text, None, soft_tokens)
+
+    def _denoised(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, conditions: dict | None, soft_tokens=None
+    ):
         return self.denoiser(
             x_t.to(self.dtype),
             self.whole(t).to(x_t.device),
             encoder_hidden_states=text.embeds.to(self.dtype),
-            added_cond_kwargs=self._conditions(text),
+            added_cond_kwargs=conditions,
             return_dict=False,
             **self._carried(soft_tokens),
         )[0].float()
-
-    def _conditions(self, text: TextEncoding) -> dict | None:
-        return None
 
     def blocks(self) -> list[nn.Module]:
         return [*self.denoiser.down_blocks, self.denoiser.mid_block, *self.denoiser.up_blocks]
@@ -92,12 +103,13 @@ class StableDiffusionXL(StableDiffusion):
         device: str | None = None,
         vae: str | None = None,
         size_ids: tuple[int, ...] = (512, 512, 0, 0, 512, 512),
+        scheduler: str = "ddim",
     ):
         from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
         parts = {"vae": load_pipeline(AutoencoderKL, vae, dtype)} if vae else {}
         pipe = load_pipeline(StableDiffusionXLPipeline, path, dtype, revision, device, **parts)
-        self._set_up(pipe, path, revision, guidance_scale, steps, size, soft_tokens)
+        self._set_up(pipe, path, revision, scheduler, guidance_scale, steps, size, soft_tokens)
         self.size_ids = tuple(size_ids)
 
     def encode_prompts(self, prompts: list[str]) -> TextEncoding:
@@ -106,6 +118,16 @@ class StableDiffusionXL(StableDiffusion):
         )
         return TextEncoding(embeds, pooled)
 
-    def _conditions(self, text: TextEncoding) -> dict | None:
-        ids = torch.tensor([self.size_ids] * len(text), device=self.device, dtype=self.dtype)
+    def predict(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, soft_tokens=None) -> torch.Tensor:
+        return self._denoised(x_t, t, text, self._conditions(text, self.size_ids), soft_tokens)
+
+    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding) -> torch.Tensor:
+        return self._denoised(x_t, t, text, self._conditions(text, (self.size, self.size, 0, 0, self.size, self.size)))
+
+    def empty_text(self, count: int) -> TextEncoding:
+        text = super().empty_text(count)
+        return text.map(torch.zeros_like) if self.pipe.config.force_zeros_for_empty_prompt else text
+
+    def _conditions(self, text: TextEncoding, size_ids: tuple[int, ...]) -> dict:
+        ids = torch.tensor([size_ids] * len(text), device=self.device, dtype=self.dtype)
         return {"text_embeds": text.pooled.to(self.dtype), "time_ids": ids}

@@ -1,4 +1,6 @@
-"""Stage 2 of sd_tiny and sd3_tiny: the denoiser and its text encoders together, on latents of rendered scenes."""
+"""Stage 2 of sd_tiny, sd3_tiny and flux_tiny: the denoiser and its text encoders together, on latents of rendered scenes."""
+
+from collections.abc import Iterable
 
 import lightning as L
 import numpy as np
@@ -93,17 +95,23 @@ class DenoiserStage(L.LightningModule):
         return type(text)(torch.cat([text.embeds, zeros], dim=1), text.pooled)
 
     def configure_optimizers(self):
-        trainable = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        matrices = [p for name, p in trainable if p.ndim == 2 and "blocks" in name and "denoiser" in name]
-        chosen = set(map(id, matrices))
-        others = [p for _, p in trainable if id(p) not in chosen]
-        optimizers = [
-            torch.optim.Muon(matrices, lr=self.muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-            torch.optim.AdamW(others, lr=self.lr, betas=(0.9, 0.99), weight_decay=0.0),
-        ]
+        optimizers = muon_and_adamw(self.model.named_parameters(), self.lr, self.muon_lr)
         return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate) for optimizer in optimizers]
 
     def _rate(self, step: int) -> float:
         total = self.trainer.max_steps // self.optimizer_count
         left = (total - step) / (self.cooldown * total)
         return min(1.0, (step + 1) / self.warmup, max(left, 0.0))
+
+
+def muon_and_adamw(
+    named: Iterable[tuple[str, torch.nn.Parameter]], lr: float, muon_lr: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the denoiser's blocks, AdamW for whatever else learns."""
+    trainable = [(name, parameter) for name, parameter in named if parameter.requires_grad]
+    matrices = [p for name, p in trainable if p.ndim == 2 and "blocks" in name and "denoiser" in name]
+    chosen = set(map(id, matrices))
+    return [
+        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW([p for _, p in trainable if id(p) not in chosen], lr=lr, betas=(0.9, 0.99), weight_decay=0.0),
+    ]

@@ -1,5 +1,6 @@
-"""sd_tiny and sd3_tiny from nothing: one autoencoder recipe, then the denoiser with its text encoders."""
+"""sd_tiny, sd3_tiny and flux_tiny from nothing: one autoencoder recipe, the denoiser with its text encoders, and for flux_tiny its one step."""
 
+import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -11,17 +12,19 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from t2i_rl.models.diffusion import LatentDiffusion
-from t2i_rl.models.diffusion_tiny import build_sd, build_sd3, build_vae
+from t2i_rl.models.diffusion_tiny import build_flux, build_sd, build_sd3, build_vae
 from t2i_rl.pretrain.card import percent
 from t2i_rl.pretrain.denoiser import CaptionedScenes, DenoiserStage
 from t2i_rl.pretrain.fit import fit
 from t2i_rl.pretrain.measure import reconstruction_figures
+from t2i_rl.pretrain.one_step import OneStepStage, TaughtPairs, teach
 from t2i_rl.pretrain.vae import VAEStage, set_scale
 from t2i_rl.pretrain.vq import SceneImages
 from t2i_rl.shapes.examples import TASK_WEIGHTS
 from t2i_rl.shapes.render import to_pixels
 
 LIBRARY = "diffusers"
+BUILDERS = {"sd": build_sd, "sd3": build_sd3, "flux": build_flux}
 STAGES = ("base_direct",)
 ABOUT = """Stock diffusers classes trained from nothing on the embedded world `shapes`: `{pipeline}.from_pretrained(folder{absent})` loads it. It is a
 test bench, not a picture model: an effect seen on it is evidence about the implementation of an algorithm, not about Stable Diffusion."""
@@ -29,25 +32,37 @@ test bench, not a picture model: an effect seen on it is evidence about the impl
 
 def make(cfg, recipe, folder: Path) -> tuple[LatentDiffusion, float]:
     """Train every stage beside `folder`, save the pipeline into it; returns the model loaded from there and the minutes of training."""
-    out, flows = folder.parent, "shift" in recipe.architecture
+    out = folder.parent
     L.seed_everything(cfg.seed, verbose=False)
     vae = build_vae(recipe.vae.channels)
     images = partial(SceneImages, recipe.vae.batch_size, cfg.seed)
     stage = VAEStage(vae, lr=recipe.vae.lr, kl_weight=recipe.vae.kl_weight)
     minutes = fit(stage, images, recipe.vae.steps, out / "vae", recipe.vae.precision)
-    set_scale(vae.eval(), list(islice(SceneImages(64, cfg.seed + 1), 8)), shift=flows)
+    set_scale(vae.eval(), list(islice(SceneImages(64, cfg.seed + 1), 8)), shift=recipe.pipeline != "sd")
 
     L.seed_everything(cfg.seed, verbose=False)
-    architecture = OmegaConf.to_container(recipe.architecture)
-    pipe = (build_sd3 if flows else build_sd)(vae, **architecture)
+    pipe = BUILDERS[recipe.pipeline](vae, **OmegaConf.to_container(recipe.architecture))
     pipe.save_pretrained(out / "untrained")
     model = instantiate(cfg.model, path=str(out / "untrained"), dtype="float32", device=None)
     part = recipe.denoiser
     stage = DenoiserStage(model, cfg.seed, **part.optimizer)
     scenes = partial(CaptionedScenes, part.batch_size, TASK_WEIGHTS, cfg.seed)
     minutes += fit(stage, scenes, part.steps, out / "denoiser", part.precision, stage.optimizer_count)
+    if "one_step" in recipe:
+        model.eval().pipe.save_pretrained(out / "teacher")
+        minutes += one_step(model, recipe.one_step, out, cfg.seed)
     model.eval().half().pipe.save_pretrained(folder)
     return instantiate(cfg.model, path=str(folder)), minutes
+
+
+def one_step(model: LatentDiffusion, recipe, out: Path, seed: int) -> float:
+    """Distil a trained flow into one step, in place; returns its minutes."""
+    started, teaching = time.time(), recipe.teacher
+    taught = teach(model.eval(), out / "taught", seed, **teaching)
+    spent = (time.time() - started) / 60
+    stage = OneStepStage(model, seed, teaching.guidance, **recipe.optimizer)
+    pairs = partial(TaughtPairs, model, taught, seed)
+    return spent + fit(stage, pairs, recipe.steps, out / "one_step", recipe.precision, stage.optimizer_count)
 
 
 def figures(model: LatentDiffusion) -> list[tuple[str, str, str]]:

@@ -4,8 +4,10 @@ import torch
 
 from t2i_rl.errors import UserError
 from t2i_rl.loading import load_model, load_part
+from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.open_clip import load_open_clip
 from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.rewards.pixels import prepared
 from t2i_rl.rollout.buffer import Rollout
 
 
@@ -26,6 +28,7 @@ class ClipScore:
     """
 
     needs_images = True
+    differentiable = True
     distribution = None
 
     def __init__(
@@ -63,13 +66,23 @@ class ClipScore:
     def cosine(self, images, texts: list[str]) -> torch.Tensor:
         """Cosines (scaled, if asked) `(B,)`, float64, of `images` uint8 `(B, H, W, 3)` with their texts."""
         pixels = self.pictures(images=list(images), return_tensors="pt")["pixel_values"]
+        return self._compared(pixels, texts).cpu()
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        """The same `(B,)`, float32, with gradients to float32 pixels `(B, 3, H, W)` in [0, 1]."""
+        return self._compared(
+            prepared(pixels.to(self.model.device), self.pictures), [prompt.text for prompt in prompts]
+        ).float()
+
+    def _compared(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
         words = self.tokenizer(texts, padding=True, truncation=True, max_length=self._longest(), return_tensors="pt")
         output = self.model(
             pixel_values=pixels.to(self.model.device, self.model.dtype), **words.to(self.model.device), return_dict=True
         )
-        image, text = (x.double().cpu() for x in (output.image_embeds, output.text_embeds))
-        cosine = torch.nn.functional.cosine_similarity(image, text, dim=-1)
-        return cosine * self.model.logit_scale.double().exp().cpu() if self.scaled else cosine
+        cosine = torch.nn.functional.cosine_similarity(
+            output.image_embeds.double(), output.text_embeds.double(), dim=-1
+        )
+        return cosine * self.model.logit_scale.double().exp() if self.scaled else cosine
 
     def _longest(self) -> int:
         return self.model.config.text_config.max_position_embeddings

@@ -7,8 +7,10 @@ from torch import nn
 
 from t2i_rl.errors import UserError
 from t2i_rl.loading import DTYPES, first_line, load_part, own_gpu
+from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.open_clip import read_state
 from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.rewards.pixels import prepared
 from t2i_rl.rollout.buffer import Rollout
 
 MEAN, STD = 0.16717179, 1.0333394  # of the raw score over the training set, as released
@@ -39,6 +41,7 @@ class ImageReward:
     """
 
     needs_images = True
+    differentiable = True
     distribution = None
 
     def __init__(
@@ -78,13 +81,20 @@ class ImageReward:
     @torch.no_grad()
     def score(self, images, texts: list[str]) -> torch.Tensor:
         """Standardised scores `(B,)`, float64, of `images` uint8 `(B, H, W, 3)` under their texts."""
-        pixels = self.pictures(images=list(images), return_tensors="pt")["pixel_values"]
+        return self._scored(self.pictures(images=list(images), return_tensors="pt")["pixel_values"], texts).cpu()
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        """The same `(B,)`, float32, with gradients to float32 pixels `(B, 3, H, W)` in [0, 1]."""
+        return self._scored(
+            prepared(pixels.to(self.vision.device), self.pictures), [prompt.text for prompt in prompts]
+        ).float()
+
+    def _scored(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
         words = self.tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
         words = words.to(self.vision.device)
         seen = self.vision(pixels.to(self.vision.device, self.vision.dtype)).last_hidden_state
         read = self.text(words.input_ids, attention_mask=words.attention_mask, encoder_hidden_states=seen)
-        raw = self.head(read.last_hidden_state[:, 0]).squeeze(-1)
-        return (raw.double().cpu() - MEAN) / STD
+        return (self.head(read.last_hidden_state[:, 0]).squeeze(-1).double() - MEAN) / STD
 
 
 def build(state: dict[str, torch.Tensor], text_heads: int, vision_heads: int) -> tuple[nn.Module, nn.Module, nn.Module]:

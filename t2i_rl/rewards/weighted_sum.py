@@ -53,6 +53,16 @@ class WeightedSum:
             summed += self.weights[name] * (self._by_group(total, rollout.group_size) if self.normalize == "group" else total)  # fmt: skip
         return RewardOutput(summed, totals)
 
+    def score_pixels(self, pixels: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        """The sum `(B,)` with gradients to float32 pixels `(B, 3, H, W)` in [0, 1]; every part must have them."""
+        parts = ((self.weights[name], part.score_pixels(pixels, prompts)) for name, part in self.parts.items())
+        return sum(weight * score.to(pixels.device) for weight, score in parts)
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether all parts are, and there are no groups to normalise by."""
+        return self.normalize == "none" and all(getattr(part, "differentiable", False) for part in self.parts.values())
+
     def _by_group(self, values: torch.Tensor, group_size: int) -> torch.Tensor:
         groups = values.view(-1, group_size)
         return ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + self.eps)).flatten()

@@ -1,0 +1,127 @@
+"""Time and peak memory of one evaluation with its gradient against D, for every regulariser; exponents fitted; ratios to PRNO within a round. Writes cost.md.
+
+    python experiments/gaussianity/cost.py                    # some minutes on a CPU; uses the GPU where there is one
+
+A fresh process for each regulariser and size measures memory; times are taken in one process, all regularisers alternating, so that a ratio compares like with like.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+ARMS = ("reno", "kl", "kurtosis", "mpgr", "mpgr_natural", "gper", "prno")
+SIZES = tuple(2**power for power in (12, 14, 16, 18, 20))
+
+
+def evaluation(name: str, size: int, device: str):
+    """A function that evaluates a regulariser and its gradient (or projects) once."""
+    from checkerboard import regularizer
+
+    made, generators = regularizer(name), [torch.Generator().manual_seed(0)]
+    x = torch.randn(1, size, device=device, generator=torch.Generator(device).manual_seed(0))
+
+    def once() -> None:
+        if made.terms:
+            leaf = x.clone().requires_grad_()
+            torch.autograd.grad(made(leaf, generators)[0].sum(), leaf)
+        else:
+            made.constraint(x, x)
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return once
+
+
+def memory(name: str, size: int, device: str) -> float:
+    """Bytes above what stood before, in this process."""
+    once = evaluation(name, size, device)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        once()
+        return torch.cuda.max_memory_allocated() - before
+    evaluation(name, 4096, device)()  # libraries load what they load
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    once()
+    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+
+
+def seconds(size: int, device: str, rounds: int) -> dict[str, list[float]]:
+    """Of each regulariser, a time a round; all take their turn in every round."""
+    ready = {name: evaluation(name, size, device) for name in ARMS}
+    times = {name: [] for name in ARMS}
+    for round_ in range(rounds + 1):
+        for name, once in ready.items():
+            repeats = 1 if name == "prno" else 5
+            start = time.perf_counter()
+            for _ in range(repeats):
+                once()
+            if round_:
+                times[name].append((time.perf_counter() - start) / repeats)
+    return times
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES))
+    parser.add_argument("--memory-of", nargs=2, metavar=("NAME", "D"))
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.memory_of:
+        print(json.dumps(memory(options.memory_of[0], int(options.memory_of[1]), device)))
+        return
+    times = {size: seconds(size, device, options.rounds) for size in options.sizes}
+    peak = {}
+    for name in ARMS:
+        for size in options.sizes:
+            done = subprocess.run(
+                [sys.executable, __file__, "--memory-of", name, str(size)], capture_output=True, text=True, check=True
+            )
+            peak[name, size] = json.loads(done.stdout.splitlines()[-1])
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    lines = [
+        "# What a regulariser costs", "",
+        f"`python experiments/gaussianity/cost.py --rounds {options.rounds}`, {where}: value and gradient of one latent of D values (gper: one projection). Milliseconds, median over rounds; the exponent is that of D in a "
+        "least-squares fit of log time from 2^16 on [95 % bootstrap over rounds]; ratio: PRNO's time over it at D = 65,536, within a round [least, greatest]; memory above what stood before.", "",
+        "| | " + " | ".join(f"D = {size:,}" for size in options.sizes) + " | exponent | PRNO / it | MB at D = 65,536 | MB at the largest |", "|---|" + "--:|" * (len(options.sizes) + 4),
+    ]  # fmt: skip
+    for name in ARMS:
+        middle = [f"{1e3 * statistics.median(times[size][name]):.2f}" for size in options.sizes]
+        lines.append(
+            f"| {name} | "
+            + " | ".join(middle)
+            + f" | {exponent(times, name, options)} | {ratio(times, name)} | {peak[name, 65536] / 1e6:.1f} | {peak[name, options.sizes[-1]] / 1e6:.1f} |"
+        )
+    (HERE / "cost.md").write_text("\n".join([*lines, ""]))
+    print("\n".join(lines))
+
+
+def exponent(times: dict, name: str, options) -> str:
+    sizes = [size for size in options.sizes if size >= 2**16]
+    table, rng = np.log(np.array([times[size][name] for size in sizes])), np.random.default_rng(0)
+    fit = lambda picks: np.polyfit(np.log(sizes), np.median(table[:, picks], axis=1), 1)[0]  # noqa: E731
+    draws = [fit(rng.integers(0, table.shape[1], table.shape[1])) for _ in range(1000)]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    return f"{fit(np.arange(table.shape[1])):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def ratio(times: dict, name: str) -> str:
+    if 65536 not in times:
+        return "-"
+    found = [a / b for a, b in zip(times[65536]["prno"], times[65536][name], strict=True)]
+    return f"{statistics.median(found):.0f} [{min(found):.0f}, {max(found):.0f}]"
+
+
+if __name__ == "__main__":
+    main()

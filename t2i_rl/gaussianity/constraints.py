@@ -1,0 +1,84 @@
+"""Sets that a latent is put back into after every step, in place of a penalty: a sphere (DOODL), or whitened Gaussian noise (GPER)."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from t2i_rl.errors import UserError
+from t2i_rl.gaussianity.moments import rows
+from t2i_rl.gaussianity.spectrum import pack, unpack
+
+BISECTIONS = 64
+
+
+@dataclass(frozen=True)
+class Renorm:
+    """Back to norm `sqrt(D)` (`to=gaussian`), or to the norm that each row began with (`to=initial`; DOODL, arXiv 2303.13703).
+
+    Raises:
+        UserError: another `to`.
+    """
+
+    to: str = "gaussian"
+    project_gradient: bool = False
+
+    def __post_init__(self):
+        if self.to not in ("gaussian", "initial"):
+            raise UserError(f"renorm.to must be gaussian or initial, not {self.to!r}")
+
+    def __call__(self, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        """Latents `(B, ...)` and what they began as -> latents in the set."""
+        norms = rows(x).norm(dim=1)
+        wanted = rows(initial).norm(dim=1) if self.to == "initial" else torch.full_like(norms, math.sqrt(x[0].numel()))
+        return x * (wanted / norms).view(-1, *[1] * (x.ndim - 1)).to(x)
+
+
+@dataclass(frozen=True)
+class WhitenedNoise:
+    """The nearest latent whose packed spectrum has, in every block, `|y|_1 = B sqrt(pi)/2` and `|y|_2^2 = B` (GPER, arXiv 2602.08646).
+
+    Phases are kept. Gaussian noise is moved little: its cosine with its projection is 0.989.
+
+    Args:
+        block: bins a block, B; D must be a multiple of 2B.
+        project_gradient: put every gradient onto the set too, which gives all frequencies the same share of a step.
+
+    Raises:
+        UserError: a latent that does not split into whole blocks.
+    """
+
+    block: int = 16
+    project_gradient: bool = True
+
+    def __call__(self, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
+        y = pack(rows(x).double())
+        if y.shape[1] % self.block:
+            raise UserError(
+                f"a latent of {2 * y.shape[1]} values does not split into blocks of {self.block} bins: take another block"
+            )
+        y = y.unflatten(1, (-1, self.block))
+        magnitude = y.abs()
+        phase = torch.where(magnitude > 0, y / magnitude.clamp(min=1e-300), torch.ones_like(y))
+        return unpack((project_block(magnitude) * phase).flatten(1), (x[0].numel(),)).view(x.shape).to(x)
+
+
+def project_block(w: torch.Tensor) -> torch.Tensor:
+    """Magnitudes `(..., B)` -> the nearest non-negative ones with `|w|_1 = B sqrt(pi)/2` and `|w|_2^2 = B`, by soft thresholding and rescaling.
+
+    The threshold solves `(sum (w - l)_+)^2 = (pi/4) B sum (w - l)_+^2`, whose sides' ratio falls as `l` grows. Ties, for which there is no solution, are
+    broken by a millionth.
+    """
+    block = w.shape[-1]
+    w = w + 1e-6 * torch.linspace(0, 1, block, dtype=w.dtype, device=w.device) * w.amax(-1, keepdim=True).clamp(
+        min=1e-6
+    )
+    high = w.amax(-1, keepdim=True)
+    low = high - 1e3 * (high - w.amin(-1, keepdim=True) + high * 1e-9)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        kept = (w - middle).clamp(min=0)
+        flat = kept.sum(-1, keepdim=True).square() > math.pi / 4 * block * kept.square().sum(-1, keepdim=True)
+        low, high = torch.where(flat, middle, low), torch.where(flat, high, middle)
+    kept = (w - low).clamp(min=0)
+    return kept * (block * math.sqrt(math.pi) / 2 / kept.sum(-1, keepdim=True))

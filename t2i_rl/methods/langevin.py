@@ -1,0 +1,31 @@
+"""Langevin steps with contraction, which keep a Gaussian Gaussian where there is no gradient (ORIGEN, arXiv 2503.22194)."""
+
+import torch
+
+from t2i_rl.errors import UserError
+
+
+class Langevin(torch.optim.Optimizer):
+    """`x <- sqrt(1 - s) x - lr grad + sqrt(s) n`, `n` standard normal.
+
+    Args:
+        noise: s, the share of variance that is drawn anew each step.
+        seed: of the noise; a method gives each row its own.
+
+    Raises:
+        UserError: a share outside [0, 1).
+    """
+
+    def __init__(self, params, lr: float, noise: float = 1e-3, seed: int = 0):
+        if not 0 <= noise < 1:
+            raise UserError(f"method.optimizer.noise must be at least 0 and below 1, not {noise}")
+        super().__init__(params, {"lr": lr, "noise": noise})
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for x in group["params"]:
+                drawn = torch.randn(x.shape, generator=self.generator).to(x)
+                x.mul_((1 - group["noise"]) ** 0.5).sub_(group["lr"] * x.grad).add_(group["noise"] ** 0.5 * drawn)
+        return None if closure is None else closure()

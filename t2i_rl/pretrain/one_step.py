@@ -1,0 +1,166 @@
+"""Last stage of flux_tiny: many guided steps into one, by distribution matching with a regression onto the teacher's own pictures (DMD, arXiv 2311.18828)."""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+from rich.progress import track
+from safetensors.torch import load_file, save
+from torch.utils.data import IterableDataset
+
+from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.models.diffusion import LatentDiffusion, attention_for_training
+from t2i_rl.pretrain.denoiser import muon_and_adamw
+from t2i_rl.seeding import derive_seed
+from t2i_rl.shapes.examples import TASK_WEIGHTS, sample_example
+
+
+@torch.no_grad()
+def guided_ode(
+    model: LatentDiffusion, noise: torch.Tensor, captions: list[str], steps: int, guidance: float
+) -> torch.Tensor:
+    """Latents `(B, C, h, w)` that a flow-matching model draws from `noise` in Euler steps under classifier-free guidance."""
+    text, empty = model.encode_prompts(captions), model.encode_prompts([""] * len(captions))
+    x, sigmas = noise, torch.linspace(1, 0, steps + 1)
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        velocity = guided_velocity(model, x, torch.full((len(x),), 1000 * float(sigma)), text, empty, guidance)
+        x = x + (following - sigma) * velocity
+    return x
+
+
+def guided_velocity(model: LatentDiffusion, x, t, text, empty, guidance: float) -> torch.Tensor:
+    without = model.predict(x, t, empty)
+    return without + guidance * (model.predict(x, t, text) - without)
+
+
+def captions_of(seed: int, number: int, count: int) -> list[str]:
+    """Batch `number` of training captions."""
+    rng = np.random.default_rng((seed, 5, number))
+    return [sample_example(rng, TASK_WEIGHTS)[0].text for _ in range(count)]
+
+
+def noise_of(model: LatentDiffusion, seed: int, number: int, count: int) -> torch.Tensor:
+    draws = torch.Generator().manual_seed(derive_seed(seed, "teacher", number))
+    return torch.randn(count, *model.latent_shape, generator=draws)
+
+
+def teach(
+    model: LatentDiffusion, folder: Path, seed: int, batches: int, batch_size: int, steps: int, guidance: float
+) -> torch.Tensor:
+    """What the teacher draws for `batches` batches, `(batches, batch_size, C, h, w)`; a file a batch, so that a killed run goes on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in track(range(batches), description="the teacher draws"):
+        file = folder / f"{number:04d}.safetensors"
+        if not file.exists():
+            noise = noise_of(model, seed, number, batch_size)
+            with torch.autocast(model.device.type, torch.bfloat16):
+                drawn = guided_ode(model, noise, captions_of(seed, number, batch_size), steps, guidance)
+            write_atomic(file, save({"latents": drawn.half()}))
+    return torch.stack(
+        [load_file(folder / f"{number:04d}.safetensors")["latents"].float() for number in range(batches)]
+    )
+
+
+class TaughtPairs(IterableDataset):
+    """Batches `(captions, noise, latents)` of what the teacher drew, in turn."""
+
+    def __init__(self, model: LatentDiffusion, taught: torch.Tensor, seed: int, first: int = 0):
+        self.model, self.taught, self.seed, self.position = model, taught, seed, first
+
+    def __iter__(self) -> Iterator[tuple[list[str], torch.Tensor, torch.Tensor]]:
+        while True:
+            number, count = self.position % len(self.taught), self.taught.shape[1]
+            self.position += 1
+            yield (
+                captions_of(self.seed, number, count),
+                noise_of(self.model, self.seed, number, count),
+                self.taught[number],
+            )
+
+
+class OneStepStage(L.LightningModule):
+    """The student draws in one step from pure noise; a critic learns the flow of what it draws, and critic minus guided teacher moves it.
+
+    Args:
+        model: the taught model, which becomes the student; its text encoders and autoencoder stay as they are.
+        guidance: of the teacher. regression: weight of the squared error to the teacher's picture beside distribution matching.
+        alone: steps at the start with the regression alone, while the critic learns.
+    """
+
+    optimizer_count = 4  # Lightning counts a step for each
+
+    def __init__(
+        self,
+        model: LatentDiffusion,
+        seed: int,
+        guidance: float,
+        regression: float = 1.0,
+        alone: int = 300,
+        lr: float = 5e-4,
+        muon_lr: float = 5e-4,
+        cooldown: float = 0.5,
+        warmup: int = 50,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.seed, self.guidance, self.regression, self.alone = seed, guidance, regression, alone
+        self.lr, self.muon_lr, self.cooldown, self.warmup = lr, muon_lr, cooldown, warmup
+        self.model = model.eval().requires_grad_(False)
+        self.teacher, self.critic = copy.deepcopy(model), copy.deepcopy(model)
+        for part in (self.model, self.critic):
+            part.denoiser.train().requires_grad_(True)
+
+    def training_step(self, batch: tuple[list[str], torch.Tensor, torch.Tensor], index: int) -> None:
+        captions, noise, taught = batch
+        step = self.global_step // self.optimizer_count
+        draws = torch.Generator().manual_seed(derive_seed(self.seed, "one step", step))
+        with torch.no_grad():
+            text, empty = (self.teacher.encode_prompts(words) for words in (captions, [""] * len(captions)))
+        with attention_for_training(self.model):
+            x = noise - self.model.predict(noise, torch.full((len(noise),), 1000.0, device=self.device), text)
+            error = (x - taught).square().mean()
+            direction = self._direction(x.detach(), text, empty, draws)
+            matching = (x * direction).mean() if step >= self.alone else 0.0
+            self.manual_backward(self.regression * error + matching)
+            of_critic = self._critic_error(x.detach(), text, draws)
+            self.manual_backward(of_critic)
+        for part in (self.model.denoiser, self.critic.denoiser):
+            torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
+        for optimizer, schedule in zip(self.optimizers(), self.lr_schedulers(), strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        self.log_dict({"error": error.detach(), "critic": of_critic.detach()}, prog_bar=True)
+
+    def _noised(self, x: torch.Tensor, draws: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        t = 20 + 960 * torch.rand(len(x), generator=draws).to(x.device)
+        eps = torch.randn(x.shape, generator=draws).to(x)
+        return self.teacher.add_noise(x, eps, t), t, eps
+
+    @torch.no_grad()
+    def _direction(self, x: torch.Tensor, text, empty, draws: torch.Generator) -> torch.Tensor:
+        """Gradient of the divergence between what the student draws and what the teacher would, normalised a picture (DMD, eq. 7 and 8)."""
+        x_t, t, _ = self._noised(x, draws)
+        sigmas = (t / 1000).view(-1, 1, 1, 1)
+        real = x_t - sigmas * guided_velocity(self.teacher, x_t, t, text, empty, self.guidance)
+        fake = x_t - sigmas * self.critic.predict(x_t, t, text)
+        return (fake - real) / (x - real).abs().mean(dim=(1, 2, 3), keepdim=True)
+
+    def _critic_error(self, x: torch.Tensor, text, draws: torch.Generator) -> torch.Tensor:
+        x_t, t, eps = self._noised(x, draws)
+        return (self.critic.predict(x_t, t, text) - self.critic.target(x, eps)).square().mean()
+
+    def configure_optimizers(self):
+        optimizers = [
+            optimizer
+            for part in (self.model, self.critic)
+            for optimizer in muon_and_adamw(part.named_parameters(), self.lr, self.muon_lr)
+        ]
+        return optimizers, [torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate) for optimizer in optimizers]
+
+    def _rate(self, step: int) -> float:
+        total = self.trainer.max_steps // self.optimizer_count
+        return min(1.0, (step + 1) / self.warmup, max((total - step) / (self.cooldown * total), 0.0))

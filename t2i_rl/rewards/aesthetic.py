@@ -1,0 +1,83 @@
+"""LAION's aesthetic predictor v2: how well a picture would be rated, by a small head on CLIP's image embedding."""
+
+import torch
+from torch import nn
+
+from t2i_rl.errors import UserError
+from t2i_rl.loading import first_line, load_model, load_part
+from t2i_rl.rewards.open_clip import read_state
+from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.rewards.pixels import prepared, to_unit
+
+
+class Aesthetic:
+    """Rating, about 1 to 10; the prompt is not read.
+
+    Two heads are published, trained on different ratings: `sac+logos+ava1-l14-linearMSE.pth` (DDPO, DNO) and `ava+logos-l14-linearMSE.pth` (ReNO). Which one was
+    used is part of the number: `parts` carries its name.
+
+    Args:
+        path: CLIP ViT-L/14, a folder or hub id. head: a file, read as plain tensors.
+
+    Raises:
+        UserError: a checkpoint that cannot be loaded, or a head for embeddings of another width.
+    """
+
+    needs_images = True
+    differentiable = True
+    distribution = None
+
+    def __init__(
+        self,
+        path: str,
+        head: str,
+        batch_size: int = 16,
+        dtype: str = "float32",
+        device: str | None = "auto",
+        revision: str | None = None,
+    ):
+        from transformers import AutoImageProcessor, CLIPModel
+
+        self.batch_size = batch_size
+        state = read_state(".", head, None) if not head.startswith("/") else read_state("/", head[1:], None)
+        self.pictures = load_part(AutoImageProcessor, path, revision)
+        self.model = load_model(
+            CLIPModel, path, kind="clip", dtype=dtype, device=device, revision=revision
+        ).requires_grad_(False)
+        self.head = build_head(state, head, self.model.config.projection_dim).to(self.model.device)
+
+    def __call__(self, rollout) -> RewardOutput:
+        """Of uint8 images, through the same differentiable preparation."""
+        pixels = to_unit(rollout.images)
+        with torch.no_grad():
+            parts = [self.score_pixels(part, None) for part in pixels.split(self.batch_size)]
+        return RewardOutput(torch.cat(parts).double().cpu())
+
+    def score_pixels(self, pixels: torch.Tensor, prompts) -> torch.Tensor:
+        """Ratings `(B,)`, float32, with gradients to float32 pixels `(B, 3, H, W)` in [0, 1]."""
+        seen = prepared(pixels.to(self.model.device), self.pictures).to(self.model.dtype)
+        embeds = self.model.get_image_features(pixel_values=seen).pooler_output.float()
+        return self.head(embeds / embeds.norm(dim=-1, keepdim=True)).squeeze(-1)
+
+
+def build_head(state: dict[str, torch.Tensor], file: str, width: int) -> nn.Sequential:
+    """The published head: linear layers under `layers.<n>`, dropout between some of them and no activation.
+
+    Raises:
+        UserError: the file holds no such head, or one for another CLIP.
+    """
+    weights = {
+        int(name.split(".")[1]): value
+        for name, value in state.items()
+        if name.startswith("layers.") and name.endswith("weight")
+    }
+    if not weights or weights[0].shape[1] != width:
+        raise UserError(f"{file} is no aesthetic head for embeddings of {width}")
+    head = nn.Sequential(
+        *(nn.Linear(*weights[i].shape[::-1]) if i in weights else nn.Identity() for i in range(max(weights) + 1))
+    )
+    try:
+        head.load_state_dict({name.removeprefix("layers."): value.float() for name, value in state.items()})
+    except RuntimeError as error:
+        raise UserError(f"{file} is no aesthetic head: {first_line(error)}") from error
+    return head.eval().requires_grad_(False)

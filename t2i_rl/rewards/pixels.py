@@ -1,0 +1,34 @@
+"""Pictures as rewards read them with gradients: float32 `(B, 3, H, W)` in [0, 1]."""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def to_unit(images: np.ndarray) -> torch.Tensor:
+    """uint8 `(B, H, W, 3)` -> float32 `(B, 3, H, W)` in [0, 1]."""
+    return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
+
+
+def to_bytes(pixels: torch.Tensor) -> np.ndarray:
+    """float32 `(B, 3, H, W)` in [0, 1] -> uint8 `(B, H, W, 3)`."""
+    return (pixels.detach() * 255).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def prepared(pixels: torch.Tensor, processor) -> torch.Tensor:
+    """What CLIP's image processor makes of pictures, with gradients: the short side resized (bicubic, antialiased), the middle cropped, normalised.
+
+    Equal to the processor but for its rounding to whole bytes.
+    """
+    side, crop = processor.size["shortest_edge"], processor.crop_size
+    height, width = pixels.shape[-2:]
+    scale = side / min(height, width)
+    sized = F.interpolate(
+        pixels, (round(height * scale), round(width * scale)), mode="bicubic", antialias=True, align_corners=False
+    ).clamp(0, 1)
+    top, left = (sized.shape[-2] - crop["height"]) // 2, (sized.shape[-1] - crop["width"]) // 2
+    middle = sized[..., top : top + crop["height"], left : left + crop["width"]]
+    mean, std = (
+        torch.tensor(values).view(-1, 1, 1).to(middle) for values in (processor.image_mean, processor.image_std)
+    )
+    return (middle - mean) / std

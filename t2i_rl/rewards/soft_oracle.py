@@ -1,0 +1,113 @@
+"""A differentiable stand-in for the oracle: how probable a small recogniser finds it that a picture shows what its prompt asks for."""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+from t2i_rl.errors import UserError
+from t2i_rl.prompts import Prompt
+from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.rewards.pixels import to_unit
+from t2i_rl.shapes.recognizer import COLOR_NAMES, GRID, Recognizer
+from t2i_rl.shapes.scene import LARGE_SHAPES
+
+LARGEST = 6  # counts are told apart up to here
+
+
+class SoftOracle:
+    """Log-probability, in nats, of the strict verdict if cells were independent: every clause's count, no further object, and every relation.
+
+    It can be hacked, and that is what it is for: the exact oracle beside it cannot.
+
+    Args:
+        path: a folder of `task=make_recognizer`.
+        floor: probabilities below it count as it, so that one hopeless clause does not drown the others.
+    """
+
+    needs_images = True
+    differentiable = True
+    needs_meta = ("include",)
+    distribution = None
+
+    def __init__(self, path: str, floor: float = 1e-6):
+        self.recognizer, self.floor = Recognizer.load(path), floor
+        self.image_sizes = (self.recognizer.size,)
+
+    def refuses(self, prompt: Prompt) -> str | None:
+        """Why a prompt cannot be judged, if it cannot."""
+        for clause in prompt.meta["include"]:
+            if clause["class"] not in LARGE_SHAPES:
+                return f"{clause['class']!r} is no shape of this world"
+            if {"texture", "size"} & set(clause):
+                return "the recogniser reads shapes and colours, neither textures nor sizes"
+        return None
+
+    def __call__(self, rollout) -> RewardOutput:
+        """Of uint8 images."""
+        with torch.no_grad():
+            total = self.score_pixels(to_unit(rollout.images), rollout.prompts)
+        return RewardOutput(total.double(), {"probability": total.double().exp()})
+
+    def score_pixels(self, pixels: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
+        """Log-probabilities `(B,)`, float32, with gradients to float32 pixels `(B, 3, H, W)` in [0, 1]."""
+        present, shape, color = self.recognizer.to(pixels.device)(pixels)
+        there, of_shape, of_color = present.sigmoid(), shape.softmax(-1), color.softmax(-1)
+        fits = [self._fits(*row) for row in zip(there, of_shape, of_color, prompts, strict=True)]
+        wanted = [[clause["count"] for clause in prompt.meta["include"]] for prompt in prompts]
+        events = [fit for part, cells in zip(fits, there, strict=True) for fit in [*part, cells]]
+        counts = [count for part in wanted for count in [*part, sum(part)]]
+        exact = iter(exactly(torch.stack(events), counts).split([len(part) + 1 for part in wanted]))
+        factors = [
+            torch.cat([next(exact), *self._relations(part, prompt)]) for part, prompt in zip(fits, prompts, strict=True)
+        ]
+        return torch.stack([factor.clamp(min=self.floor).log().sum() for factor in factors])
+
+    @staticmethod
+    def _fits(
+        there: torch.Tensor, of_shape: torch.Tensor, of_color: torch.Tensor, prompt: Prompt
+    ) -> list[torch.Tensor]:
+        """For each clause, the probability `(64,)` that a cell holds what it names."""
+        found = []
+        for clause in prompt.meta["include"]:
+            fit = there * of_shape[:, LARGE_SHAPES.index(clause["class"])]
+            found.append(fit * of_color[:, COLOR_NAMES.index(clause["color"])] if "color" in clause else fit)
+        return found
+
+    @staticmethod
+    def _relations(fits: list[torch.Tensor], prompt: Prompt) -> list[torch.Tensor]:
+        placed = [
+            (fit, clause["position"])
+            for fit, clause in zip(fits, prompt.meta["include"], strict=True)
+            if "position" in clause
+        ]
+        return [related(fit, fits[target], relation)[None] for fit, (relation, target) in placed]
+
+
+def exactly(probabilities: torch.Tensor, counts: list[int]) -> torch.Tensor:
+    """For each of `(E, N)` sets of independent events, the probability `(E,)` that exactly `counts[e]` happen (Poisson binomial).
+
+    Raises:
+        UserError: a count above 6.
+    """
+    if max(counts) > LARGEST:
+        raise UserError(f"the soft oracle counts to {LARGEST}, not to {max(counts)}")
+    state = F.pad(torch.ones_like(probabilities[:, :1]), (0, LARGEST))
+    for p in probabilities.split(1, dim=1):
+        state = state * (1 - p) + p * F.pad(state[:, :-1], (1, 0))
+    return state.gather(1, torch.tensor(counts, device=state.device)[:, None])[:, 0]
+
+
+def related(a: torch.Tensor, b: torch.Tensor, relation: str) -> torch.Tensor:
+    """Probability that an object drawn from cells `a` `(N,)` lies so to one drawn from `b`, the axis of the larger offset deciding."""
+    holds = _holding(relation).to(a)
+    return (a @ holds @ b) / (a.sum() * b.sum()).clamp(min=1e-9)
+
+
+@cache
+def _holding(relation: str) -> torch.Tensor:
+    """`(N, N)`: whether the offset from cell j to cell i points in a relation's direction, up to 45 degrees."""
+    rows, columns = torch.arange(GRID * GRID) // GRID, torch.arange(GRID * GRID) % GRID
+    dx, dy = columns[:, None] - columns[None], rows[:, None] - rows[None]
+    along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]
+    return ((along > 0) & (along >= across.abs())).float()
