@@ -22,9 +22,9 @@ def prepared(pixels: torch.Tensor, processor) -> torch.Tensor:
     """
     side, crop = processor.size["shortest_edge"], processor.crop_size
     height, width = pixels.shape[-2:]
-    scale = side / min(height, width)
+    short = min(height, width)
     sized = F.interpolate(
-        pixels, (round(height * scale), round(width * scale)), mode="bicubic", antialias=True, align_corners=False
+        pixels, (side * height // short, side * width // short), mode="bicubic", antialias=True, align_corners=False
     ).clamp(0, 1)
     top, left = (sized.shape[-2] - crop["height"]) // 2, (sized.shape[-1] - crop["width"]) // 2
     middle = sized[..., top : top + crop["height"], left : left + crop["width"]]

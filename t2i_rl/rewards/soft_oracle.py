@@ -22,7 +22,7 @@ class SoftOracle:
 
     Args:
         path: a folder of `task=make_recognizer`.
-        floor: probabilities below it count as it, so that one hopeless clause does not drown the others.
+        floor: added to each probability, so that one hopeless clause does not drown the others.
     """
 
     needs_images = True
@@ -30,7 +30,7 @@ class SoftOracle:
     needs_meta = ("include",)
     distribution = None
 
-    def __init__(self, path: str, floor: float = 1e-6):
+    def __init__(self, path: str, floor: float = 1e-9):
         self.recognizer, self.floor = Recognizer.load(path), floor
         self.image_sizes = (self.recognizer.size,)
 
@@ -61,7 +61,7 @@ class SoftOracle:
         factors = [
             torch.cat([next(exact), *self._relations(part, prompt)]) for part, prompt in zip(fits, prompts, strict=True)
         ]
-        return torch.stack([factor.clamp(min=self.floor).log().sum() for factor in factors])
+        return torch.stack([(factor + self.floor).log().sum() for factor in factors])
 
     @staticmethod
     def _fits(
