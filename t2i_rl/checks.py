@@ -148,7 +148,7 @@ def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: 
                 f"{name} reads images of {' or '.join(map(str, sizes))} pixels, but this model draws {size}x{size}: {fix}"
             )
     for name, reward in rewards.items():
-        if getattr(reward, "needs_plans", False) and not cfg.method.plan:
+        if getattr(reward, "needs_plans", False) and not cfg.method.get("plan"):
             raise UserError(f"{name} ({type(reward).__name__}) needs plans: set method.plan=true")
         _check_meta(name, type(reward), getattr(reward, "needs_meta", ()), prompts)
         for prompt in prompts if hasattr(reward, "refuses") else ():
@@ -250,16 +250,37 @@ def _check_noise(cfg: DictConfig, method: type) -> None:
                 f"regularizer= holds noise Gaussian, and {method.__name__} optimises none: take method=noise_opt, or leave it out"
             )
         return
+    if str(cfg.trainer.precision) not in ("32", "32-true"):
+        raise UserError(
+            f"trainer.precision={cfg.trainer.precision} would round noise and penalties: take trainer.precision=32-true, and model.dtype=bfloat16 for the model"
+        )
+    if OmegaConf.select(cfg, "trainer.strategy._target_"):
+        raise UserError(
+            "trainer=fsdp shards what trains, and nothing does here: take trainer=ddp, which shares out the prompts"
+        )
     held_out = cfg.method.get("held_out")
     if held_out is not None and not cfg.watch.get(held_out):
         raise UserError(
             f"method.held_out={held_out} is not watched; there are {', '.join(cfg.watch) or 'none'} (watch.<name>)"
         )
-    if cfg.method.eta > 0 and getattr(get_class(cfg.model._target_), "denoiser_name", "") != "unet":
+    if cfg.method.eta > 0 and (
+        cfg.model.get("scheduler") == "own" or getattr(get_class(cfg.model._target_), "denoiser_name", "") != "unet"
+    ):
         raise UserError(
             f"method.eta={cfg.method.eta} is DDIM's added noise, and {get_class(cfg.model._target_).__name__} adds none: take method.eta=0"
         )
     parts = cfg.reward.get("parts") or {"": cfg.reward}
+    unseeing = [
+        get_class(part._target_).__name__
+        for part in parts.values()
+        if part and not get_class(part._target_).needs_images
+    ]
+    if unseeing:
+        raise UserError(
+            f"{unseeing[0]} reads no pictures, and a search over noise has nothing else: take another reward"
+        )
+    if method.gradients and cfg.reward.get("normalize", "none") != "none":
+        raise UserError("reward.normalize=group has no gradient, and a case no group: take reward.normalize=none")
     blind = [
         get_class(part._target_).__name__
         for part in parts.values()

@@ -178,9 +178,12 @@ def _run(cfg: DictConfig, hydra_config: DictConfig, out: Path) -> float | None:
     if not results.get("stages") or cfg.optimized_metric is None:
         return None
     stage = list(results["stages"].values())[-1]["metrics"]
-    if cfg.optimized_metric not in stage:
-        raise UserError(f"optimized_metric={cfg.optimized_metric} was not measured; choose from {', '.join(stage)}")
-    return stage[cfg.optimized_metric]["mean"]
+    name = cfg.optimized_metric
+    if name == "headline":
+        name = (results["headline"] or {}).get("metric", "overall")
+    if name not in stage:
+        raise UserError(f"optimized_metric={name} was not measured; choose from {', '.join(stage)}")
+    return stage[name]["mean"]
 
 
 @contextmanager
@@ -244,6 +247,6 @@ def _quiet() -> None:
 
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    for noise in (".*isinstance\\(treespec.*", ".*does not have many workers.*", ".*in eval mode at the start.*", ".*Experiment logs directory.*",
+    for noise in (".*isinstance\\(treespec.*", ".*predict returned None.*", ".*does not have many workers.*", ".*in eval mode at the start.*", ".*Experiment logs directory.*",
                   ".*overridden `transfer_batch_to_device`.*", ".*IterableDataset.*__len__.*", ".*find_unused_parameters.*", ".*local_dir_use_symlinks.*"):  # fmt: skip
         warnings.filterwarnings("ignore", message=noise)

@@ -56,9 +56,15 @@ def optimization(model, folder, **settings) -> NoiseOptimization:
         "optimizer": SGD,
         "iterations": 8,
         "watch": {"red": Redness()},
-        "prompts": PROMPTS,
     } | settings
-    return NoiseOptimization(model, chosen.pop("reward", Redness()), chosen.pop("watch"), folder=folder, **chosen)
+    return given(
+        NoiseOptimization(model, chosen.pop("reward", Redness()), chosen.pop("watch"), folder=folder, **chosen)
+    )
+
+
+def given(method, settings: str = ""):
+    method.prompts, method.settings = PROMPTS, settings
+    return method
 
 
 def run(method) -> list[dict]:
@@ -207,7 +213,7 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
     again = run(optimization(model, tmp_path / "cut", batch_size=1))
     assert (tmp_path / "cut" / "00000" / "case.json").stat().st_mtime_ns == before
     assert [case["last"]["target"] for case in again] == [case["last"]["target"] for case in whole]
-    assert len(optimization(model, tmp_path / "cut", settings="others").mine()) == 3
+    assert len(given(optimization(model, tmp_path / "cut"), "others").mine()) == 3
 
 
 def test_a_reward_that_fails_stops_the_run(model, tmp_path):
@@ -227,23 +233,17 @@ def test_samples_of_a_prompt_start_from_noises_of_their_own(model, tmp_path):
 
 
 def test_best_of_n_is_the_best_of_n(model, tmp_path):
-    method = NoiseSearch(model, Redness(), {}, folder=tmp_path, evaluations=6, prompts=PROMPTS)
+    method = given(NoiseSearch(model, Redness(), {}, folder=tmp_path, evaluations=6))
     for case in run(method):
         targets = [row["target"] for row in trajectory(method, case)]
         assert len(targets) == 6 == len(set(targets)) and case["best"]["target"] == pytest.approx(max(targets))
 
 
 def test_neighbours_have_the_stated_cosine_and_length(model, tmp_path):
-    method = NoiseSearch(
-        model,
-        Redness(),
-        {},
-        folder=tmp_path,
-        algorithm="zero_order",
-        evaluations=9,
-        neighbours=4,
-        cosine=0.9,
-        prompts=PROMPTS,
+    method = given(
+        NoiseSearch(
+            model, Redness(), {}, folder=tmp_path, algorithm="zero_order", evaluations=9, neighbours=4, cosine=0.9
+        )
     )
     cases = method.cases()
     method.texts = {case.prompt.text: method.model.encode_prompts([case.prompt.text]) for case in cases}
@@ -262,7 +262,7 @@ def test_rewards_without_gradients_can_be_searched(model, tmp_path):
         def __call__(self, pictures):
             return RewardOutput(torch.tensor([float(np.asarray(image).mean()) for image in pictures.images]))
 
-    cases = run(NoiseSearch(model, Counted(), {}, folder=tmp_path, evaluations=3, prompts=PROMPTS))
+    cases = run(given(NoiseSearch(model, Counted(), {}, folder=tmp_path, evaluations=3)))
     assert all(case["best"]["target"] >= case["initial"]["target"] for case in cases)
     with pytest.raises(UserError, match="best_of_n, zero_order"):
         shared = {"samples": 1, "batch_size": 1, "measure_every": 1, "image_every": 1, "eta": 0.0}

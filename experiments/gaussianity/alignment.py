@@ -37,11 +37,14 @@ SHARED = [
     "data.prompts_per_task=11",
     "method.samples=2",
     "method.batch_size=33",
-    "model.dtype=float32",
 ]
+LR = 5.0  # conf/method/optimizer/nesterov.yaml; a balanced penalty leaves the reward about 0.71 of a clipped step
 CLIMBS = {
     "none": ["regularizer=none"],
-    "norm (ReNO)": ["regularizer=reno"],
+    "none, 0.71 of the step": ["regularizer=none", f"method.optimizer.lr={0.71 * LR:.3f}"],
+    "white noise for the spectrum": ["regularizer=white_noise"],
+    "norm (ReNO), as published": ["regularizer=reno", "method.balance=null"],
+    "norm, balanced": ["regularizer=reno"],
     "KL": ["regularizer=kl"],
     "kurtosis": ["regularizer=kurtosis"],
     "PRNO": ["regularizer=prno"],
@@ -90,6 +93,22 @@ def trajectories(arm: str) -> list[list[dict]]:
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
 
+def prompts_of(arm: str) -> list[str]:
+    """The prompt of each trajectory."""
+    return [case["prompt_id"] for seed in SEEDS for case in cases(arm, seed)]
+
+
+def check_one_model() -> None:
+    """All arms must have searched the same model under the same judges."""
+    found = {
+        json.dumps(read_json(folder(arm, seed) / "results.json")["weights_sha256"]) for arm in ARMS for seed in SEEDS
+    }
+    if len(found) > 1:
+        raise SystemExit(
+            f"jobs below {OUTPUTS} were run on {len(found)} different models or judges: delete the old ones"
+        )
+
+
 def over_seeds(arm: str, end: str, name: str, scale: float = 1.0) -> str:
     over = seed_interval([scale * float(values(arm, seed, end, name).mean()) for seed in SEEDS])
     return (
@@ -121,6 +140,7 @@ def change(arm: str, end: str, name: str, scale: float, against: tuple[str, str]
 
 
 def write_table() -> None:
+    check_one_model()
     made, results = read_json(folder("none", 0) / "provenance.json"), read_json(folder("none", 0) / "results.json")
     count = len(cases("none", 0))
     limits = bands(SHAPE)
@@ -130,7 +150,7 @@ def write_table() -> None:
         f"({results['comparisons'][0]['metrics']['target']['n_prompts']} test prompts x 2 noises), seeds {', '.join(map(str, SEEDS))}, {results['steps']} iterations. Changes are paired with the same case's first noise; two-level bootstrap over seeds and "
         "prompts, bold excludes zero, no correction for the number of cells. *Best* is the iterate where the target was highest.", "",
         f"First noise: target {over_seeds('none', 'initial', 'target')}, oracle {over_seeds('none', 'initial', 'watch/oracle/strict', 100)} %, partial score {over_seeds('none', 'initial', 'watch/oracle/score', 100)} "
-        "(Student's interval over seeds).", "",
+        f"(Student's interval over seeds); diversity {diversity('none', 'initial')}.", "",
         "| arm | target, best | oracle, best (points) | partial score, best | oracle, last | oracle, best, against no regulariser | diversity, best | pictures drawn |", "|---|" + "--:|" * 7,
     ]  # fmt: skip
     for arm in ARMS:
@@ -141,7 +161,7 @@ def write_table() -> None:
             change(arm, "best", "watch/oracle/score", 100),
             "" if arm in SEARCHES else change(arm, "last", "watch/oracle/strict", 100),
             "" if nothing else change(arm, "best", "watch/oracle/strict", 100, ("none", "best")),
-            diversity(arm),
+            diversity(arm, "best"),
             "51 + 50 gradients" if arm not in SEARCHES else arm.split(", ")[1].split()[0],
         ]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
@@ -160,11 +180,11 @@ def write_table() -> None:
     print((HERE / "alignment.md").read_text())
 
 
-def diversity(arm: str) -> str:
-    """Mean cosine distance between pictures of one prompt, in hundredths, Student's interval over seeds; of renders' own scale."""
+def diversity(arm: str, end: str) -> str:
+    """Mean cosine distance between pictures of one prompt, in hundredths, Student's interval over seeds; of the first or the best noise."""
     over = seed_interval(
         [
-            100 * read_json(folder(arm, seed) / "results.json")["stages"]["best"]["metrics"]["diversity"]["mean"]
+            100 * read_json(folder(arm, seed) / "results.json")["stages"][end]["metrics"]["diversity"]["mean"]
             for seed in SEEDS
         ]
     )
@@ -176,13 +196,19 @@ def write_figures() -> None:
     for number, arm in enumerate(CLIMBS):
         tracks = trajectories(arm)
         for axis, name, title in zip(axes, ("target", "watch/oracle/strict", "health/spectrum"), ("target (nats)", "oracle, strict", "natural-order 25 L (noise: 2.3)"), strict=True):  # fmt: skip
-            steps, mean, half = curves_of(tracks, name)
+            steps, mean, half = curves_of(tracks, name, prompts_of(arm))
             axis.plot(steps, mean, label=arm, color=f"C{number}")
             axis.fill_between(steps, mean - half, mean + half, color=f"C{number}", alpha=0.12)
             axis.set(title=title, xlabel="iteration")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(HERE / "alignment.png", dpi=100)
-    hacking_figure(trajectories("none"), HERE / "hacking.png", ["oracle/strict", "oracle/score"], "no regulariser")
+    hacking_figure(
+        trajectories("none"),
+        HERE / "hacking.png",
+        ["oracle/strict", "oracle/score"],
+        prompts_of("none"),
+        "no regulariser",
+    )
     shutil.copy(sorted((folder("MPGR (fresh shuffle)", 0) / "strips").glob("*.png"))[0], HERE / "strip.png")
 
 

@@ -7,7 +7,7 @@ A fresh process for each regulariser and size measures memory; times are taken i
 
 import argparse
 import json
-import resource
+import re
 import statistics
 import subprocess
 import sys
@@ -27,14 +27,14 @@ def evaluation(name: str, size: int, device: str):
     """A function that evaluates a regulariser and its gradient (or projects) once."""
     from checkerboard import regularizer
 
-    made, generators = regularizer(name), [torch.Generator().manual_seed(0)]
+    made, generators = regularizer(name), [torch.Generator(device).manual_seed(0)]
     x = torch.randn(1, size, device=device, generator=torch.Generator(device).manual_seed(0))
 
     def once() -> None:
         if made.terms:
             leaf = x.clone().requires_grad_()
             torch.autograd.grad(made(leaf, generators)[0].sum(), leaf)
-        else:
+        for _ in range(made.constraint is not None and 1 + made.constraint.project_gradient):
             made.constraint(x, x)
         if device == "cuda":
             torch.cuda.synchronize()
@@ -51,9 +51,15 @@ def memory(name: str, size: int, device: str) -> float:
         once()
         return torch.cuda.max_memory_allocated() - before
     evaluation(name, 4096, device)()  # libraries load what they load
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = resident("VmRSS")
     once()
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return resident("VmHWM") - before
+
+
+def resident(line: str) -> int:
+    """Bytes, of a line of this process's status (Linux)."""
+    return 1024 * int(re.search(rf"{line}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 def seconds(size: int, device: str, rounds: int) -> dict[str, list[float]]:
@@ -92,7 +98,7 @@ def main() -> None:
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     lines = [
         "# What a regulariser costs", "",
-        f"`python experiments/gaussianity/cost.py --rounds {options.rounds}`, {where}: value and gradient of one latent of D values (gper: one projection). Milliseconds, median over rounds; the exponent is that of D in a "
+        f"`python experiments/gaussianity/cost.py --rounds {options.rounds}`, {where}: value and gradient of one latent of D values, and its constraint (gper: two projections, of gradient and noise). Milliseconds, median over rounds; the exponent is that of D in a "
         "least-squares fit of log time from 2^16 on [95 % bootstrap over rounds]; ratio: PRNO's time over it at D = 65,536, within a round [least, greatest]; memory above what stood before.", "",
         "| | " + " | ".join(f"D = {size:,}" for size in options.sizes) + " | exponent | PRNO / it | MB at D = 65,536 | MB at the largest |", "|---|" + "--:|" * (len(options.sizes) + 4),
     ]  # fmt: skip

@@ -3,8 +3,8 @@
     python experiments/gaussianity/orders.py                  # about two minutes on a CPU
 
 1. 25 times the penalty on latents that are and are not noise. 2. The part of its gradient across the radius against the number of shuffles averaged. 3. Climbing a reward
-(the projection on a smooth pattern), regulariser and reward balanced one to one: what reward is reached and what is left of the noise, beside the control that adds white noise
-of the regulariser's own size where the regulariser's gradient would be, and holds the length.
+(the projection on a smooth pattern), reward steps of equal size in all arms and a regulariser's of the same size: what reward is reached and what is left of the noise, beside the
+control with white noise where the spectrum's gradient would be. Each arm with MPGR's moments, and with mean and length put back after every step instead.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from checkerboard import SHAPE, checkerboard
 from t2i_rl.evaluation.results import write_atomic
 from t2i_rl.evaluation.stats import seed_interval
 from t2i_rl.gaussianity.constraints import Renorm, WhitenedNoise
+from t2i_rl.gaussianity.control import WhiteNoise
 from t2i_rl.gaussianity.health import measures
 from t2i_rl.gaussianity.moments import Moment
 from t2i_rl.gaussianity.regularizer import Regularizer
@@ -83,50 +84,41 @@ def injected() -> list[str]:
     return lines
 
 
-def arms() -> dict[str, Regularizer | None]:
-    """By name; None is the control."""
+def arms() -> dict[str, Regularizer]:
+    """By name: each with the moments alone beside it, and again with the length put back after every step."""
     moments = {"1": Moment(1), "2": Moment(2)}
     spectra = {
         "fixed shuffle": Spectrum(permutation="fixed", weight=25.0),
         "fresh shuffle, K = 1": Spectrum(permutation="fresh", weight=25.0),
         "fresh shuffles, K = 16": Spectrum(permutation="fresh", shuffles=16, weight=25.0),
+        "control: white noise": WhiteNoise(weight=25.0),
         "natural order": Spectrum(weight=25.0),
         "natural order, hinged": Spectrum(weight=25.0, floor=0.0923),
         "natural + fresh": Spectrum(permutation="natural+fresh", weight=25.0),
     }
     found = {"no regulariser": Regularizer(), "moments alone": Regularizer(moments)}
-    found |= {name: Regularizer(moments | {"s": spectrum}) for name, spectrum in spectra.items()}
-    found["natural order, hinged, renormalised"] = Regularizer(
-        moments | {"s": Spectrum(weight=25.0, floor=0.0923)}, Renorm()
-    )
+    for name, term in spectra.items():
+        found[name] = Regularizer(moments | {"s": term})
+        found[f"{name}; length put back"] = Regularizer({"s": term}, Renorm(center=True))
     found["projected onto whitened noise"] = Regularizer(constraint=WhitenedNoise(project_gradient=False))
-    found["control: white noise, renormalised"] = None
     return found
 
 
-def climb(made: Regularizer | None, seed: int, steps: int, rms: float) -> dict[str, float]:
-    """Nesterov steps of the given rms before momentum, reward and regulariser of equal size; figures of what is left."""
+def climb(made: Regularizer, seed: int, steps: int, rms: float) -> dict[str, float]:
+    """Nesterov steps in which the reward has the stated rms before momentum, and the regulariser as much again; figures of what is left."""
     x = torch.randn(1, *SMALL, generator=generator(seed))
     pattern = F.interpolate(torch.randn(1, 4, 8, 8, generator=generator(1000 + seed)), 64, mode="bicubic")
     pattern, own = pattern / pattern.norm(), [generator(2000 + seed)]
-    velocity, start = torch.zeros_like(x), x.clone()
+    velocity, start, length = torch.zeros_like(x), x.clone(), rms * x.numel() ** 0.5
     for _ in range(steps):
-        of_reward = -pattern
-        if made is None:
-            of_penalty = torch.randn(x.shape, generator=own[0])
-        elif made.terms:
+        total = -length * pattern
+        if made.terms:
             leaf = x.clone().requires_grad_()
             (of_penalty,) = torch.autograd.grad(made(leaf, own)[0].sum(), leaf)
-        else:
-            of_penalty = torch.zeros_like(x)
-        size = of_penalty.norm()
-        total = of_reward + (of_penalty * of_reward.norm() / size if size > 0 else 0)
-        total = total * rms * x.numel() ** 0.5 / total.norm()
+            total = total + length * of_penalty / of_penalty.norm().clamp(min=1e-12)
         velocity = 0.9 * velocity + total
         x = x - (total + 0.9 * velocity)
-        if made is None:
-            x = Renorm()(x, start)
-        elif made.constraint is not None:
+        if made.constraint is not None:
             x = made.constraint(x, start)
     found = {name: value.item() for name, value in measures(x).items()}
     return {"reward": (x * pattern).sum().item()} | {
@@ -136,7 +128,7 @@ def climb(made: Regularizer | None, seed: int, steps: int, rms: float) -> dict[s
 
 def done(seeds: int, steps: int, rms: float) -> list[str]:
     names = ("reward", "std", "lag1_x", "kurtosis", "max_power", "spectrum")
-    lines = ["", "## What it does", "", f"{steps} steps of rms {rms}, D = {torch.Size(SMALL).numel():,}, {seeds} seeds (noise, pattern and shuffles), mean with Student's 95 % interval. Noise has std 1, lag-1 correlation 0, "
+    lines = ["", "## What it does", "", f"{steps} steps of rms {rms} before momentum, D = {torch.Size(SMALL).numel():,}, {seeds} seeds (noise, pattern and shuffles), mean with Student's 95 % interval. Noise has std 1, lag-1 correlation 0, "
              "kurtosis 3, natural-order 25 L about 2.3.", "", "| regulariser | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]  # fmt: skip
     for name, made in arms().items():
         runs = [climb(made, seed, steps, rms) for seed in range(seeds)]

@@ -59,8 +59,10 @@ def strip(place: Path, path: Path, most: int = 8) -> None:
     plt.close(figure)
 
 
-def curves_of(trajectories: Sequence[Sequence[dict]], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps at which every case was measured, mean `(S,)` and half a 95 % interval `(S,)`; a case that stopped keeps its last value."""
+def curves_of(
+    trajectories: Sequence[Sequence[dict]], name: str, prompts: Sequence[str]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps at which every case was measured, mean `(S,)` and half a 95 % interval over prompts `(S,)`; a case that stopped keeps its last value."""
     steps = sorted({row["step"] for rows in trajectories for row in rows if name in row})
     table = np.empty((len(trajectories), len(steps)))
     for case, rows in enumerate(trajectories):
@@ -69,17 +71,20 @@ def curves_of(trajectories: Sequence[Sequence[dict]], name: str) -> tuple[np.nda
         for column, step in enumerate(steps):
             value = known.get(step, value)
             table[case, column] = value
+    table = np.stack([table[np.array(prompts) == prompt].mean(axis=0) for prompt in dict.fromkeys(prompts)])
     spread = table.std(axis=0, ddof=1) if len(table) > 1 else np.zeros(len(steps))
     return np.array(steps), table.mean(axis=0), 1.96 * spread / len(table) ** 0.5
 
 
-def hacking_figure(trajectories: Sequence[Sequence[dict]], path: Path, watched: Sequence[str], title: str = "") -> None:
-    """The target against each held-out judge by step; shaded from where the held-out judge was best to the end, while the target still rises."""
+def hacking_figure(
+    trajectories: Sequence[Sequence[dict]], path: Path, watched: Sequence[str], prompts: Sequence[str], title: str = ""
+) -> None:
+    """The target against each held-out judge by step; shaded from where the held-out judge was best, if it fell since by more than its interval while the target rose."""
     watched = list(watched) or [None]
     figure, axes = plt.subplots(
         1, len(watched), figsize=(5 * len(watched), 3.6), constrained_layout=True, squeeze=False
     )
-    steps, target, half = curves_of(trajectories, "target")
+    steps, target, half = curves_of(trajectories, "target", prompts)
     for axis, name in zip(axes.flat, watched, strict=True):
         axis.plot(steps, target, color="C0", label="target")
         axis.fill_between(steps, target - half, target + half, color="C0", alpha=0.2)
@@ -87,15 +92,16 @@ def hacking_figure(trajectories: Sequence[Sequence[dict]], path: Path, watched: 
         if name is None:
             continue
         other = axis.twinx()
-        held_steps, held, held_half = curves_of(trajectories, f"watch/{name}")
+        held_steps, held, held_half = curves_of(trajectories, f"watch/{name}", prompts)
         other.plot(held_steps, held, color="C1", marker=".", label=f"{name} (held out)")
         other.fill_between(held_steps, held - held_half, held + held_half, color="C1", alpha=0.2)
         other.set_ylabel(f"{name} (held out)")
         peak = int(held.argmax())
-        if peak < len(held_steps) - 1:
-            axis.axvspan(held_steps[peak], held_steps[-1], color="red", alpha=0.08, label="held out no longer gains")
+        rose = target[-1] > target[steps == held_steps[peak]][0]
+        if held[peak] - held[-1] > held_half[-1] and rose:
+            axis.axvspan(held_steps[peak], held_steps[-1], color="red", alpha=0.08, label="target up, held out down")
         lines = [part for each in (axis, other) for part in zip(*each.get_legend_handles_labels(), strict=True)]
         axis.legend(*zip(*lines, strict=True), fontsize=8)
-    figure.suptitle(f"mean over {len(trajectories)} cases, 95 % intervals", fontsize=9)
+    figure.suptitle(f"mean over {len(trajectories)} cases, 95 % intervals over prompts", fontsize=9)
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -14,13 +14,14 @@ BISECTIONS = 64
 
 @dataclass(frozen=True)
 class Renorm:
-    """Back to norm `sqrt(D)` (`to=gaussian`), or to the norm that each row began with (`to=initial`; DOODL, arXiv 2303.13703).
+    """Back to norm `sqrt(D)` (`to=gaussian`), or to the norm that each row began with (`to=initial`; DOODL, arXiv 2303.13703); `center`: and to mean 0 first.
 
     Raises:
         UserError: another `to`.
     """
 
     to: str = "gaussian"
+    center: bool = False
     project_gradient: bool = False
 
     def __post_init__(self):
@@ -29,6 +30,8 @@ class Renorm:
 
     def __call__(self, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:
         """Latents `(B, ...)` and what they began as -> latents in the set."""
+        if self.center:
+            x = x - rows(x).mean(dim=1).view(-1, *[1] * (x.ndim - 1)).to(x)
         norms = rows(x).norm(dim=1)
         wanted = rows(initial).norm(dim=1) if self.to == "initial" else torch.full_like(norms, math.sqrt(x[0].numel()))
         return x * (wanted / norms).view(-1, *[1] * (x.ndim - 1)).to(x)

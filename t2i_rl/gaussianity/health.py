@@ -11,7 +11,7 @@ import torch
 from t2i_rl.gaussianity.moments import rows
 from t2i_rl.gaussianity.spectrum import Spectrum
 
-DRAWS = 300
+DRAWS = 1000
 TAILS = (0.005, 0.995)
 SPECTRUM = Spectrum(bins="half", weight=25.0)
 
@@ -45,7 +45,7 @@ def _ks(flat: torch.Tensor) -> torch.Tensor:
 
 @cache
 def bands(shape: tuple[int, ...]) -> dict[str, tuple[float, float]]:
-    """Where 99 % of true noise of one latent's shape lies, figure by figure: percentiles of 300 draws."""
+    """Where 99 % of true noise of one latent's shape lies, figure by figure: percentiles of 1000 draws."""
     generator = torch.Generator().manual_seed(0)
     found = [measures(torch.randn(1, *shape, generator=generator)) for _ in range(DRAWS)]
     edges = {name: torch.quantile(torch.cat([each[name] for each in found]), torch.tensor(TAILS)) for name in found[0]}

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,6 @@ class NoiseMethod(L.LightningModule):
         samples: pictures a prompt. batch_size: cases in one graph.
         eta: of DDIM, for models of several steps: the noise of every step is searched as well.
         free_text_encoders: drop them once all prompts are encoded.
-        settings: whatever else a finished case depends on, as text.
         folder: a case's files go to `folder/<place>`; a case that is finished there under the same settings is not done again.
     """
 
@@ -87,17 +87,18 @@ class NoiseMethod(L.LightningModule):
         gradient_checkpointing: bool = False,
         free_text_encoders: bool = False,
         seed: int = 0,
-        prompts: list[Prompt] | None = None,
-        settings: str = "",
     ):
         super().__init__()
         self.model, self.reward, self.watch = model.requires_grad_(False).eval(), reward, dict(watch)
         self.folder, self.samples, self.batch_size = Path(folder), samples, batch_size
         self.measure_every, self.image_every = measure_every, image_every
         self.eta, self.checkpointing, self.free_text_encoders = eta, gradient_checkpointing, free_text_encoders
-        self.seed, self.prompts, self.settings = seed, prompts or [], settings
+        self.seed = seed
+        self.prompts: list[Prompt] = []  # set before the search begins, as is what else a finished case depends on
+        self.settings = ""
         self.texts: dict[str, TextEncoding] = {}
         self._bar: Progress | None = None
+        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have nothing left to do
         if gradient_checkpointing:
             enable_checkpointing(model)
 
@@ -123,9 +124,13 @@ class NoiseMethod(L.LightningModule):
         ]
 
     def mine(self) -> list[Case]:
-        """This rank's share: every world_size-th case, of those that are not finished yet."""
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        return [case for case in self.cases()[rank::world] if not self._finished(case)]
+        """This rank's share: every world_size-th of the cases that rank 0 finds unfinished."""
+        left = [[case.place for case in self.cases() if not self._finished(case)]]
+        if not dist.is_initialized():
+            return [case for case in self.cases() if case.place in left[0]]
+        dist.broadcast_object_list(left)
+        places = set(left[0][dist.get_rank() :: dist.get_world_size()])
+        return [case for case in self.cases() if case.place in places]
 
     def finished(self) -> list[dict]:
         """The cases that are finished under these settings, in order, as in `case.json`, each with its `place`."""
@@ -133,7 +138,8 @@ class NoiseMethod(L.LightningModule):
         return [read_json(place / "case.json") | {"place": place.name} for _, place in places]
 
     def predict_dataloader(self) -> DataLoader:
-        return DataLoader(self.mine(), batch_size=self.batch_size, collate_fn=list)
+        self._mine = self.mine()
+        return DataLoader(self._mine, batch_size=self.batch_size, collate_fn=list)
 
     def transfer_batch_to_device(self, batch: list, device: torch.device, dataloader_idx: int) -> list:
         """Prompts are text: there is nothing to move."""
@@ -142,7 +148,7 @@ class NoiseMethod(L.LightningModule):
     @torch.no_grad()
     def on_predict_start(self) -> None:
         """Encode each prompt once, and the empty one where guidance asks for it; then the text encoders may go."""
-        for text in dict.fromkeys(case.prompt.text for case in self.mine()):
+        for text in dict.fromkeys(case.prompt.text for case in self._mine):
             self.texts[text] = self.model.encode_prompts([text])
         if self.model.guided:
             self.texts[""] = self.model.empty_text(1)
@@ -155,7 +161,7 @@ class NoiseMethod(L.LightningModule):
             disable=not self.trainer.is_global_zero,
         )
         self._bar.start()
-        self._task = self._bar.add_task("noise", total=len(self.mine()) * self.length, target="")
+        self._task = self._bar.add_task("noise", total=len(self._mine) * self.length, target="")
 
     def on_predict_end(self) -> None:
         self._bar.stop()
@@ -278,6 +284,7 @@ class NoiseMethod(L.LightningModule):
     def _write(self, track: Track) -> None:
         """A case's pictures, noises and trajectory; `case.json` last, so that half a case is no case."""
         place = self._place(track.case)
+        shutil.rmtree(place, ignore_errors=True)  # of other settings, or half done
         (place / "images").mkdir(parents=True, exist_ok=True)
         for step, image in track.images.items():
             Image.fromarray(image).save(

@@ -85,7 +85,7 @@ class NoiseOptimization(NoiseMethod):
         initial = self.first_noise(cases)
         noises = [noise[None].clone().requires_grad_() for noise in initial]
         optimizers = [self.optimizer_partial([noise]) for noise in noises]
-        shuffles = [torch.Generator().manual_seed(derive_seed(case.seed, "shuffles")) for case in cases]
+        shuffles = [torch.Generator(self.device).manual_seed(derive_seed(case.seed, "shuffles")) for case in cases]
         for optimizer, case in zip(optimizers, cases, strict=True):
             if hasattr(optimizer, "generator"):
                 optimizer.generator.manual_seed(derive_seed(case.seed, "langevin"))

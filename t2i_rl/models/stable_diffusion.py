@@ -45,6 +45,13 @@ class StableDiffusion(LatentDiffusion):
         super().__init__(pipe, *settings)
         self.path, self.revision = str(path), revision
 
+    def scheduled(self, steps: int):
+        if steps > 1 and "Ancestral" in type(self.pipe.scheduler).__name__:
+            raise UserError(
+                "an ancestral sampler adds fresh noise between its steps: gradients to the noise are for model.steps=1"
+            )
+        return super().scheduled(steps)
+
     def encode_prompts(self, prompts: list[str]) -> TextEncoding:
         return TextEncoding(self.pipe.encode_prompt(list(prompts), self.device, 1, False)[0])
 

@@ -11,6 +11,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from t2i_rl.hashing import weights_sha256
 from t2i_rl.models.diffusion import LatentDiffusion
 from t2i_rl.models.diffusion_tiny import build_flux, build_sd, build_sd3, build_vae
 from t2i_rl.pretrain.card import percent
@@ -58,7 +59,8 @@ def make(cfg, recipe, folder: Path) -> tuple[LatentDiffusion, float]:
 def one_step(model: LatentDiffusion, recipe, out: Path, seed: int) -> float:
     """Distil a trained flow into one step, in place; returns its minutes."""
     started, teaching = time.time(), recipe.teacher
-    taught = teach(model.eval(), out / "taught", seed, **teaching)
+    place = out / f"taught_{weights_sha256(model)[:8]}_{teaching.steps}_{teaching.guidance}_{teaching.batch_size}"
+    taught = teach(model.eval(), place, seed, **teaching)
     spent = (time.time() - started) / 60
     stage = OneStepStage(model, seed, teaching.guidance, **recipe.optimizer)
     pairs = partial(TaughtPairs, model, taught, seed)

@@ -1,5 +1,7 @@
 """LAION's aesthetic predictor v2: how well a picture would be rated, by a small head on CLIP's image embedding."""
 
+from pathlib import Path
+
 import torch
 from torch import nn
 
@@ -38,7 +40,7 @@ class Aesthetic:
     ):
         from transformers import AutoImageProcessor, CLIPModel
 
-        self.batch_size = batch_size
+        self.batch_size, self.head_name = batch_size, Path(head).stem
         state = read_state(".", head, None) if not head.startswith("/") else read_state("/", head[1:], None)
         self.pictures = load_part(AutoImageProcessor, path, revision)
         self.model = load_model(
@@ -51,7 +53,8 @@ class Aesthetic:
         pixels = to_unit(rollout.images)
         with torch.no_grad():
             parts = [self.score_pixels(part, None) for part in pixels.split(self.batch_size)]
-        return RewardOutput(torch.cat(parts).double().cpu())
+        total = torch.cat(parts).double().cpu()
+        return RewardOutput(total, {self.head_name: total})
 
     def score_pixels(self, pixels: torch.Tensor, prompts) -> torch.Tensor:
         """Ratings `(B,)`, float32, with gradients to float32 pixels `(B, 3, H, W)` in [0, 1]."""
@@ -71,7 +74,7 @@ def build_head(state: dict[str, torch.Tensor], file: str, width: int) -> nn.Sequ
         for name, value in state.items()
         if name.startswith("layers.") and name.endswith("weight")
     }
-    if not weights or weights[0].shape[1] != width:
+    if 0 not in weights or weights[0].shape[1] != width:
         raise UserError(f"{file} is no aesthetic head for embeddings of {width}")
     head = nn.Sequential(
         *(nn.Linear(*weights[i].shape[::-1]) if i in weights else nn.Identity() for i in range(max(weights) + 1))

@@ -56,6 +56,7 @@ class ClipScore:
             self.model = load_open_clip(path, file, dtype=dtype, device=device, revision=revision, **layout)
         else:
             self.model = load_model(CLIPModel, path, kind="clip", dtype=dtype, device=device, revision=revision)
+        self.model.requires_grad_(False)
 
     def __call__(self, rollout: Rollout) -> RewardOutput:
         texts = [prompt.text for prompt in rollout.prompts]

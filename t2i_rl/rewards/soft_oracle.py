@@ -1,4 +1,4 @@
-"""A differentiable stand-in for the oracle: how probable a small recogniser finds it that a picture shows what its prompt asks for."""
+"""A differentiable stand-in for the oracle: how far a small recogniser agrees that a picture shows what its prompt asks for."""
 
 from functools import cache
 
@@ -16,7 +16,9 @@ LARGEST = 6  # counts are told apart up to here
 
 
 class SoftOracle:
-    """Log-probability, in nats, of the strict verdict if cells were independent: every clause's count, no further object, and every relation.
+    """Sum of log-probabilities, in nats: of each clause's count, of the count of all objects, of each relation, cells taken as independent.
+
+    A score and no log-probability of the verdict: the counts are not independent of one another.
 
     It can be hacked, and that is what it is for: the exact oracle beside it cannot.
 
@@ -41,16 +43,19 @@ class SoftOracle:
                 return f"{clause['class']!r} is no shape of this world"
             if {"texture", "size"} & set(clause):
                 return "the recogniser reads shapes and colours, neither textures nor sizes"
+        count = sum(clause["count"] for clause in prompt.meta["include"])
+        if count > LARGEST:
+            return f"the recogniser counts to {LARGEST}, not to {count}"
         return None
 
     def __call__(self, rollout) -> RewardOutput:
         """Of uint8 images."""
         with torch.no_grad():
             total = self.score_pixels(to_unit(rollout.images), rollout.prompts)
-        return RewardOutput(total.double(), {"probability": total.double().exp()})
+        return RewardOutput(total.double().cpu())
 
     def score_pixels(self, pixels: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        """Log-probabilities `(B,)`, float32, with gradients to float32 pixels `(B, 3, H, W)` in [0, 1]."""
+        """Scores `(B,)`, float32, with gradients to float32 pixels `(B, 3, H, W)` in [0, 1]."""
         present, shape, color = self.recognizer.to(pixels.device)(pixels)
         there, of_shape, of_color = present.sigmoid(), shape.softmax(-1), color.softmax(-1)
         fits = [self._fits(*row) for row in zip(there, of_shape, of_color, prompts, strict=True)]

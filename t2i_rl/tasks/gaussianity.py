@@ -1,6 +1,7 @@
 """`task=gaussianity`: whether latents in a file look like Gaussian noise."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -32,7 +33,7 @@ def run(cfg) -> dict:
             )
         if not torch.isfinite(value).all():
             raise UserError(f"latents={cfg.latents}: {name} holds values that are not finite")
-        report = GaussianityReport.of(value.float() if value.ndim == 4 else value[None].float())
+        report = GaussianityReport.of(as_pictures(value.float(), cfg.task.packed, f"latents={cfg.latents}: {name}"))
         inside = report.inside()
         rows = [
             [
@@ -56,3 +57,28 @@ def run(cfg) -> dict:
     write_atomic(out, json.dumps(found, indent=1))
     console.print(f"figures: {out}", soft_wrap=True)
     return {"latents": found}
+
+
+def as_pictures(latents: torch.Tensor, packed: bool | None, where: str) -> torch.Tensor:
+    """Latents `(B, C, h, w)` of `(C, h, w)`, or of FLUX's packed `(B, h w / 4, 4 C)`, which must be square.
+
+    Raises:
+        UserError: it looks packed and nobody has said whether it is; or it is said to be, and cannot be.
+    """
+    side = math.isqrt(latents.shape[-2])
+    square = latents.ndim == 3 and side**2 == latents.shape[1] and latents.shape[2] % 4 == 0
+    if packed is None and square and latents.shape[2] == 64 and side != 8:
+        raise UserError(
+            f"{where}, {tuple(latents.shape)}, may be FLUX's packed latents: say task.packed=true, or task.packed=false"
+        )
+    if not packed:
+        return latents if latents.ndim == 4 else latents[None]
+    if not square:
+        raise UserError(f"{where}, {tuple(latents.shape)}, is not FLUX's packed (B, tokens, 64) of a square picture")
+    return (
+        latents.unflatten(1, (side, side))
+        .unflatten(3, (-1, 2, 2))
+        .permute(0, 3, 1, 4, 2, 5)
+        .flatten(4, 5)
+        .flatten(2, 3)
+    )

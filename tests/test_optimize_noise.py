@@ -1,0 +1,173 @@
+"""Noise optimisation by its commands: the embedded world, two ranks, a kill, the published presets on small pipelines of the real classes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file, save_file
+
+from t2i_rl.checks import _check_method, _check_types
+from tests.small_diffusers import pipeline
+from tests.small_rewards import save_small_hps
+from tests.test_configs import composed
+from tests.test_house import call
+from tests.test_pixel_rewards import head
+
+ROOT = Path(__file__).parents[1]
+QUICK = [
+    "method=noise_opt",
+    "data.prompts_per_task=1",
+    "method.iterations=4",
+    "method.image_every=2",
+    "method.measure_every=2",
+]
+
+
+def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "run.py", *arguments, f"hydra.run.dir={folder}"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("noise") / "run"
+    run(folder, *QUICK, "method.samples=2")
+    return folder
+
+
+def test_a_run_leaves_results_tables_strips_and_a_page(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert set(results["stages"]) == {"initial", "best", "last"} and results["steps"] == 4
+    change = results["comparisons"][0]["metrics"]
+    assert change["target"]["difference"] > 0 and change["target"]["n_images"] == 12
+    assert {"overall", "watch/oracle/strict", "health/std", "inside/spectrum", "diversity"} <= set(
+        results["stages"]["best"]["metrics"]
+    )
+    assert results["headline"]["metric"] == "overall" and results["weights_sha256"]["reward"]["recognizer"]
+    page = (finished / "report.html").read_text()
+    assert "Is the noise still Gaussian?" in page and "Target and held-out judges" in page
+    assert len(list((finished / "strips").glob("*.png"))) == 6 and (finished / "curves.png").exists()
+    assert "noise/target" in (finished / "metrics.csv").read_text().splitlines()[0]
+
+
+def test_the_noise_on_disk_draws_the_picture_on_disk(finished):
+    """initial, best and last are unpacked, float32, and what the model drew from."""
+    noises = load_file(finished / "noise" / "00000" / "noise.safetensors")
+    assert noises["initial"].shape == (8, 8, 8) and noises["initial"].dtype == torch.float32
+    assert torch.equal(noises["initial"], noises["step_0000"]) and not torch.equal(noises["initial"], noises["last"])
+
+
+def test_a_killed_run_does_the_rest_and_no_more(finished, tmp_path):
+    kept = {
+        place: place.stat().st_mtime_ns
+        for place in (finished / "noise").glob("*/case.json")
+        if place.parent.name != "00003"
+    }
+    whole = json.loads((finished / "results.json").read_text())["stages"]
+    (finished / "noise" / "00003" / "case.json").unlink()
+    done = run(finished, *QUICK, "method.samples=2")
+    assert "11 of 12 done before" in done.stdout
+    changed = [place.parent.name for place, time in kept.items() if place.stat().st_mtime_ns != time]
+    assert changed == [] and (finished / "noise" / "00003" / "case.json").exists()
+    again = json.loads((finished / "results.json").read_text())["stages"]
+    assert again["last"]["metrics"]["target"]["mean"] == pytest.approx(
+        whole["last"]["metrics"]["target"]["mean"], rel=1e-3
+    )
+
+
+def test_two_ranks_find_what_one_finds(finished, tmp_path):
+    run(tmp_path / "two", *QUICK, "method.samples=2", "trainer=ddp_sim")
+    one, two = (json.loads((folder / "results.json").read_text())["stages"] for folder in (finished, tmp_path / "two"))
+    for end in ("initial", "best", "last"):
+        for name in ("target", "overall", "health/std"):
+            assert two[end]["metrics"][name]["mean"] == pytest.approx(
+                one[end]["metrics"][name]["mean"], rel=1e-3, abs=1e-3
+            )
+
+
+def test_search_without_gradients_takes_the_exact_judge(tmp_path):
+    run(tmp_path, "method=noise_search", "reward=oracle", "debug=fdr", "~watch.oracle")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert (
+        results["reward"] == "oracle"
+        and results["stages"]["best"]["metrics"]["target"]["mean"]
+        >= results["stages"]["initial"]["metrics"]["target"]["mean"]
+    )
+
+
+def test_latents_on_the_command_line(finished, tmp_path):
+    done = run(tmp_path / "a", "task=gaussianity", f"latents={finished / 'noise' / '00000' / 'noise.safetensors'}")
+    found = json.loads((tmp_path / "a" / "gaussianity.json").read_text())
+    assert (
+        set(found["initial"]) == {"mean", "std", "kurtosis", "ks", "lag1_x", "lag1_y", "max_power", "spectrum"}
+        and "true noise" in done.stdout
+    )
+    noise = torch.randn(2, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    packed = noise.unflatten(2, (8, 2)).unflatten(4, (8, 2)).permute(0, 2, 4, 1, 3, 5).reshape(2, 64, 64)
+    save_file({"packed": packed.contiguous()}, tmp_path / "packed.safetensors")
+    run(tmp_path / "b", "task=gaussianity", f"latents={tmp_path / 'packed.safetensors'}", "task.packed=true")
+    unpacked = json.loads((tmp_path / "b" / "gaussianity.json").read_text())["packed"]
+    save_file({"plain": noise}, tmp_path / "plain.safetensors")
+    run(tmp_path / "c", "task=gaussianity", f"latents={tmp_path / 'plain.safetensors'}")
+    assert unpacked == json.loads((tmp_path / "c" / "gaussianity.json").read_text())["plain"]
+
+
+PUBLISHED = {
+    "mpgr_flux_aesthetic": {"method.iterations": 500, "method.max_grad_norm": 0.01, "method.optimizer.momentum": 0.9, "method.optimizer.nesterov": True,
+                            "regularizer.terms.spectrum.weight": 25.0, "regularizer.terms.spectrum.group": 16, "regularizer.terms.spectrum.mu": 0.875, "model.size": 512, "model.steps": 1},
+    "mpgr_flux_pickscore": {"method.iterations": 500, "method.balance": 1.0, "reward.scaled": True},
+    "gper_flux": {"method.iterations": 200, "method.max_grad_norm": 0.03, "method.optimizer.lr": 0.02, "method.optimizer._target_": "torch.optim.Adam"},
+    "reno_sdxl_turbo": {"method.iterations": 50, "method.max_grad_norm": 0.1, "method.optimizer.lr": 5.0, "method.balance": None, "regularizer.terms.norm.weight": 0.01,
+                        "reward.weights": {"hpsv2": 5.0, "image_reward": 1.0, "clip": 0.01, "pickscore": 0.05}},
+    "dno_sd15": {"method.iterations": 100, "method.eta": 1.0, "model.steps": 50, "model.guidance_scale": 5.0, "method.optimizer.lr": 0.01, "regularizer.terms.prno.k": 4, "regularizer.terms.prno.shuffles": 100},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_numbers_are_the_published_ones(name):
+    cfg = composed(f"experiment={name}", "data.path=prompts.txt", "trainer.accelerator=cpu")
+    for key, value in PUBLISHED[name].items():
+        assert OmegaConf.select(cfg, key) == value, key
+    for group in ("method", "model", "data"):
+        _check_types(cfg[group], group)
+    _check_method(cfg)
+
+
+SMALL = {
+    "flux_schnell": ("flux", ["model.size=32", "model.max_sequence_length=8"]),
+    "sd_turbo": ("sd_turbo", ["model.size=32"]),
+    "sdxl_turbo": ("sdxl_turbo", ["model.size=32", "model.vae=null"]),
+    "sd35_large_turbo": ("sd35", ["model.size=32", "model.max_sequence_length=8"]),
+    "sana_sprint": ("sana", ["model.size=32", "model.max_sequence_length=8"]),
+    "sd15": (
+        "sd15",
+        ["model.size=32", "model.steps=2", "method.eta=1", "regularizer=prno", "regularizer.terms.prno.shuffles=2"],
+    ),
+}
+
+
+@pytest.mark.parametrize("model", SMALL)
+def test_a_whole_run_on_a_small_pipeline_of_the_real_class(model, tmp_path, monkeypatch, capsys):
+    kind, settings = SMALL[model]
+    folder, clip = pipeline(kind, tmp_path / "model"), save_small_hps(tmp_path / "clip")
+    torch.save(head(), tmp_path / "head.pth")
+    (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
+    code = call(
+        monkeypatch, tmp_path, "hydra.run.dir=run", "method=noise_opt", f"model={model}", f"model.path={folder}", "data=prompts", f"data.path={tmp_path / 'prompts.txt'}", "reward=aesthetic",
+        f"reward.path={clip}", f"reward.head={tmp_path / 'head.pth'}", "~watch.oracle", "method.iterations=3", "trainer.accelerator=cpu",
+        "method.gradient_checkpointing=true", "method.free_text_encoders=true", "model.device=cpu", *settings,
+    )  # fmt: skip
+    printed = capsys.readouterr()
+    assert code == 0, printed.err[-3000:]
+    assert "memory predicted: weights" in printed.out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["headline"]["metric"] == "target" and results["headline"]["difference"] > 0
+    assert results["sampling"]["dtype"] == "bfloat16" and (tmp_path / "run" / "report.html").exists()
