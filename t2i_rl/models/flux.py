@@ -4,13 +4,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding, load_pipeline
+from t2i_rl.models.diffusion import TextEncoding, load_pipeline
+from t2i_rl.models.flow import FlowMatching
 
 
-class Flux(LatentDiffusion):
-    """`x_t = (1 - sigma) x0 + sigma eps` with `sigma = t / 1000`; predicts the velocity `eps - x0`.
-
-    Latents are `(B, C, h, w)` here; the transformer reads them packed, 2x2 of them to a token of `4 C`.
+class Flux(FlowMatching):
+    """Latents are `(B, C, h, w)` here; the transformer reads them packed, 2x2 of them to a token of `4 C`.
 
     Args:
         guidance_scale: what dev's embedding is told; schnell has none and takes 0.
@@ -19,7 +18,6 @@ class Flux(LatentDiffusion):
 
     family = "diffusion"
     kind = "flux"
-    denoiser_name = "transformer"
     embeds_guidance = True
 
     def __init__(
@@ -45,13 +43,6 @@ class Flux(LatentDiffusion):
             list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
         )
         return TextEncoding(embeds, pooled)
-
-    def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        sigmas = (t / 1000).view(-1, 1, 1, 1).to(x0)
-        return (1 - sigmas) * x0 + sigmas * eps
-
-    def target(self, x0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        return eps - x0
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, soft_tokens=None) -> torch.Tensor:
         batch, channels, height, width = x_t.shape

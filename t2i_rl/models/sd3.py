@@ -4,15 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding, load_pipeline
+from t2i_rl.models.diffusion import TextEncoding, load_pipeline
+from t2i_rl.models.flow import FlowMatching
 
 
-class SD3(LatentDiffusion):
-    """`x_t = (1 - sigma) x0 + sigma eps` with `sigma = t / 1000`; predicts the velocity `eps - x0`."""
+class SD3(FlowMatching):
+    """MM-DiT under two CLIP text encoders and, where the checkpoint has one, T5."""
 
     family = "diffusion"
     kind = "sd3"
-    denoiser_name = "transformer"
 
     def __init__(
         self,
@@ -53,13 +53,6 @@ class SD3(LatentDiffusion):
     def _clip_width(self) -> int:
         encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2)
         return sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)
-
-    def add_noise(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        sigmas = (t / 1000).view(-1, 1, 1, 1).to(x0)
-        return (1 - sigmas) * x0 + sigmas * eps
-
-    def target(self, x0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        return eps - x0
 
     def predict(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, soft_tokens=None) -> torch.Tensor:
         return self.denoiser(

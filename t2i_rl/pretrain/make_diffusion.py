@@ -10,17 +10,20 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from rich.progress import track
 
+from t2i_rl.benchmarks.shapes import Shapes
 from t2i_rl.hashing import weights_sha256
 from t2i_rl.models.diffusion import LatentDiffusion
 from t2i_rl.models.diffusion_tiny import build_flux, build_sd, build_sd3, build_vae
 from t2i_rl.pretrain.card import percent
 from t2i_rl.pretrain.denoiser import CaptionedScenes, DenoiserStage
 from t2i_rl.pretrain.fit import fit
-from t2i_rl.pretrain.measure import reconstruction_figures
-from t2i_rl.pretrain.one_step import OneStepStage, TaughtPairs, teach
+from t2i_rl.pretrain.measure import reconstruction_figures, wilson
+from t2i_rl.pretrain.one_step import OneStepStage, TaughtPairs, guided_ode, teach
 from t2i_rl.pretrain.vae import VAEStage, set_scale
 from t2i_rl.pretrain.vq import SceneImages
+from t2i_rl.rewards.pixels import to_bytes
 from t2i_rl.shapes.examples import TASK_WEIGHTS
 from t2i_rl.shapes.render import to_pixels
 
@@ -78,11 +81,32 @@ def figures(model: LatentDiffusion) -> list[tuple[str, str, str]]:
         return ((pixels + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
     found = reconstruction_figures(there_and_back)
-    agreement = found["oracle_agreement"]
+    agreement, teacher = found["oracle_agreement"], Path(model.path).parent / "teacher"
+    rows = [] if not teacher.exists() else [taught_by(teacher, model)]
     return [
+        *rows,
         ("autoencoder, sampled latents", "PSNR", f"{found['psnr_db']:.1f} dB"),
         ("", f"oracle reads the same objects (n={agreement['n']})", percent(agreement)),
     ]
+
+
+@torch.no_grad()
+def taught_by(teacher: Path, student: LatentDiffusion, steps: int = 12, guidance: float = 3.0) -> tuple[str, str, str]:
+    """How often the many-step teacher is right on the benchmark's prompts, one noise each: what one step is compared with."""
+    model = type(student)(str(teacher), size=student.size, max_sequence_length=student.max_sequence_length)
+    benchmark, draws, right = Shapes(samples_per_prompt=1), torch.Generator().manual_seed(0), 0
+    prompts = benchmark.prompts()
+    for first in track(range(0, len(prompts), 64), description="the teacher is judged"):
+        part = prompts[first : first + 64]
+        noise = torch.randn(len(part), *model.latent_shape, generator=draws)
+        pixels = model.decode_latents(guided_ode(model, noise, [prompt.text for prompt in part], steps, guidance))
+        right += sum(verdict.strict for verdict in benchmark.judge(to_bytes(pixels / 2 + 0.5), part))
+    share = wilson(right, len(prompts))
+    return (
+        f"teacher, {steps} steps, guidance {guidance}",
+        f"strict, all prompts pooled (n={share['n']})",
+        percent(share),
+    )
 
 
 def settings(sampling: dict) -> str:

@@ -41,7 +41,11 @@ class Aesthetic:
         from transformers import AutoImageProcessor, CLIPModel
 
         self.batch_size, self.head_name = batch_size, Path(head).stem
-        state = read_state(".", head, None) if not head.startswith("/") else read_state("/", head[1:], None)
+        if not Path(head).is_file():
+            raise UserError(
+                f"reward.head={head}: there is no such file; it is on github.com/christophschuhmann/improved-aesthetic-predictor"
+            )
+        state = read_state(str(Path(head).parent), Path(head).name, None)
         self.pictures = load_part(AutoImageProcessor, path, revision)
         self.model = load_model(
             CLIPModel, path, kind="clip", dtype=dtype, device=device, revision=revision

@@ -1,0 +1,96 @@
+"""Eight prompts in one graph against eight graphs of one, on flux_tiny; and what part of an iteration the regulariser takes. Writes batch.md.
+
+python experiments/gaussianity/batch.py                   # two minutes on a CPU; a ratio is of two times in one round, rounds alternate
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from t2i_rl import cli
+from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.shapes.suites import select_prompts
+
+HERE = Path(__file__).parent
+
+
+def made(overrides: list[str], iterations: int):
+    """The method as `run.py method=noise_opt` makes it, with nothing measured on the way, and eight cases."""
+    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        cfg = compose(
+            "config",
+            [
+                "method=noise_opt",
+                f"method.iterations={iterations}",
+                "method.measure_every=100000",
+                "method.image_every=100000",
+                *overrides,
+            ],
+        )
+    method = instantiate(
+        cfg.method, model=instantiate(cfg.model), reward=instantiate(cfg.reward), watch={}, folder=HERE / "nowhere"
+    )
+    method.prompts = select_prompts("test", 2)[:8]
+    with torch.no_grad():
+        method.texts = {prompt.text: method.model.encode_prompts([prompt.text]) for prompt in method.prompts}
+    return method
+
+
+def seconds(method, batches: list[list]) -> float:
+    start = time.perf_counter()
+    for batch in batches:
+        method.search(batch)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--iterations", type=int, default=10)
+    options = parser.parse_args()
+    lines = [
+        "# Eight prompts in one graph", "",
+        f"`python experiments/gaussianity/batch.py --rounds {options.rounds} --iterations {options.iterations}`, {torch.get_num_threads()} CPU threads, flux_tiny, soft oracle: median over rounds [least, greatest].", "",
+        "| regulariser | eight alone, ms an iteration and case | together | ratio | regulariser's part of an iteration together |", "|---|--:|--:|--:|--:|",
+    ]  # fmt: skip
+    for name in ("none", "mpgr", "mpgr_natural", "prno"):
+        method = made([f"regularizer={name}"], options.iterations)
+        cases = method.cases()
+        alone, together = [], []
+        for round_ in range(options.rounds + 1):
+            times = seconds(method, [[case] for case in cases]), seconds(method, [cases])
+            if round_:
+                alone.append(times[0])
+                together.append(times[1])
+        ratios = [a / b for a, b in zip(alone, together, strict=True)]
+        scale = 1e3 / (8 * (options.iterations + 1))
+        lines.append(
+            f"| {name} | {scale * statistics.median(alone):.1f} | {scale * statistics.median(together):.1f} | {statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}] "
+            f"| {100 * share(method, statistics.median(together) / (options.iterations + 1)):.1f} % |"
+        )
+        print(lines[-1], flush=True)
+    write_atomic(HERE / "batch.md", "\n".join([*lines, ""]))
+
+
+def share(method, iteration: float) -> float:
+    """Of a batched iteration's seconds, what penalty and gradient alone take."""
+    if not method.regularizer.terms:
+        return 0.0
+    generators = [torch.Generator().manual_seed(i) for i in range(8)]
+    noise = torch.randn(8, *method.noise_shape())
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        leaf = noise.clone().requires_grad_()
+        torch.autograd.grad(method.regularizer(leaf, generators)[0].sum(), leaf)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) / iteration
+
+
+if __name__ == "__main__":
+    main()
