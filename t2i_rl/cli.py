@@ -180,7 +180,7 @@ def _run(cfg: DictConfig, hydra_config: DictConfig, out: Path) -> float | None:
     stage = list(results["stages"].values())[-1]["metrics"]
     name = cfg.optimized_metric
     if name == "headline":
-        name = (results["headline"] or {}).get("metric", "overall")
+        name = (results.get("headline") or {}).get("metric", "overall")
     if name not in stage:
         raise UserError(f"optimized_metric={name} was not measured; choose from {', '.join(stage)}")
     return stage[name]["mean"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
+import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -64,7 +65,7 @@ def test_the_numbers_are_the_papers_and_all_but_the_weights_comes_up(name, tmp_p
     for module in ("gdino", "git_vqa", "orm", "clip_score"):
         monkeypatch.setattr(f"t2i_rl.rewards.{module}.load_part", lambda *args, **kw: None)
         if module == "clip_score":
-            monkeypatch.setattr("t2i_rl.rewards.clip_score.load_open_clip", lambda *args, **kw: None)
+            monkeypatch.setattr("t2i_rl.rewards.clip_score.load_open_clip", lambda *args, **kw: torch.nn.Identity())
         else:
             monkeypatch.setattr(f"t2i_rl.rewards.{module}.load_model", lambda *args, **kw: None)
     for module in ("git_vqa", "orm"):
