@@ -116,7 +116,10 @@ def main() -> None:
 def exponent(times: dict, name: str, options) -> str:
     sizes = [size for size in options.sizes if size >= 2**16]
     table, rng = np.log(np.array([times[size][name] for size in sizes])), np.random.default_rng(0)
-    fit = lambda picks: np.polyfit(np.log(sizes), np.median(table[:, picks], axis=1), 1)[0]  # noqa: E731
+
+    def fit(picks: np.ndarray) -> float:
+        return np.polyfit(np.log(sizes), np.median(table[:, picks], axis=1), 1)[0]
+
     draws = [fit(rng.integers(0, table.shape[1], table.shape[1])) for _ in range(1000)]
     low, high = np.percentile(draws, [2.5, 97.5])
     return f"{fit(np.arange(table.shape[1])):.2f} [{low:.2f}, {high:.2f}]"

@@ -14,7 +14,7 @@ import torch
 from t2i_rl.errors import UserError
 from t2i_rl.gaussianity.moments import Generators, rows
 
-# expectations over complex normal bins; `size-biased` is the median at which an L1 penalty leaves the scale alone, for groups of 16
+# expectations over complex normal bins
 EXPECTED = {"magnitude": math.sqrt(math.pi) / 2, "power": 1.0, "log": -0.5772156649015329}
 CHOICES = {
     "stat": tuple(EXPECTED),
