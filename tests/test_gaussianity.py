@@ -237,6 +237,16 @@ def test_projection_onto_whitened_noise():
         WhitenedNoise(block=7)(noise(1, (64,)), noise(1, (64,)))
 
 
+def test_a_pattern_with_empty_bins_projects_onto_noise():
+    """A wave has one bin; the phases of the others are free, and must not agree."""
+    wave = torch.sin(2 * math.pi * 5 * torch.arange(4096) / 4096)[None]
+    held = WhitenedNoise()(wave, wave)
+    assert held.std().item() == pytest.approx(1, abs=1e-2)
+    assert held.pow(4).mean().item() == pytest.approx(3, abs=0.3) and held.abs().max() < 5
+    zeros = torch.zeros(2, 8, 8)
+    assert WhitenedNoise()(zeros, zeros).equal(zeros)
+
+
 def test_a_projected_block_is_the_nearest_in_its_set():
     """Against random members of the set."""
     w = torch.rand(16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 2

@@ -10,6 +10,7 @@ from t2i_rl.gaussianity.moments import rows
 from t2i_rl.gaussianity.spectrum import pack, unpack
 
 BISECTIONS = 64
+EMPTY = 1e-6  # of the greatest bin: what float32 leaves where a pattern has nothing
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Renorm:
 class WhitenedNoise:
     """The nearest latent whose packed spectrum has, in every block, `|y|_1 = B sqrt(pi)/2` and `|y|_2^2 = B` (GPER, arXiv 2602.08646).
 
-    Phases are kept. Gaussian noise is moved little: its cosine with its projection is 0.989.
+    Phases are kept; where a bin is empty all are equally near, and it gets one of its own by a fixed draw (the same one for all would add up to a spike).
+    Gaussian noise is moved little: its cosine with its projection is 0.989. Zeros, a gradient that has vanished, stay zeros.
 
     Args:
         block: bins a block, B; D must be a multiple of 2B.
@@ -62,8 +64,12 @@ class WhitenedNoise:
             )
         y = y.unflatten(1, (-1, self.block))
         magnitude = y.abs()
-        phase = torch.where(magnitude > 0, y / magnitude.clamp(min=1e-300), torch.ones_like(y))
-        return unpack((project_block(magnitude) * phase).flatten(1), (x[0].numel(),)).view(x.shape).to(x)
+        greatest = magnitude.amax((1, 2), keepdim=True)
+        turns = 2 * math.pi * torch.rand(y.shape[1:], generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        any_phase = torch.polar(torch.ones_like(turns), turns).to(y.device)
+        phase = torch.where(magnitude > EMPTY * greatest, y / magnitude.clamp(min=1e-300), any_phase)
+        held = (project_block(magnitude) * phase * (greatest > 0)).flatten(1)
+        return unpack(held, (x[0].numel(),)).view(x.shape).to(x)
 
 
 def project_block(w: torch.Tensor) -> torch.Tensor:
