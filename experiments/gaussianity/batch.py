@@ -1,11 +1,12 @@
 """Eight prompts in one graph against eight graphs of one, on flux_tiny; and what part of an iteration the regulariser takes. Writes batch.md.
 
-python experiments/gaussianity/batch.py                   # two minutes on a CPU; a ratio is of two times in one round, rounds alternate
+python experiments/gaussianity/batch.py                   # five minutes on a CPU; a ratio is of two times in one round, rounds alternate
 """
 
 import argparse
 import statistics
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -52,13 +53,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--iterations", type=int, default=10)
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     options = parser.parse_args()
     lines = [
         "# Eight prompts in one graph", "",
-        f"`python experiments/gaussianity/batch.py --rounds {options.rounds} --iterations {options.iterations}`, {torch.get_num_threads()} CPU threads, flux_tiny, soft oracle: median over rounds [least, greatest].", "",
-        "| regulariser | eight alone, ms an iteration and case | together | ratio | regulariser's part of an iteration together |", "|---|--:|--:|--:|--:|",
+        f"`python experiments/gaussianity/batch.py --rounds {options.rounds} --iterations {options.iterations} --threads {' '.join(map(str, options.threads))}` on CPU threads, flux_tiny, soft oracle: median over rounds [least, greatest].", "",
+        "| threads | regulariser | eight alone, ms an iteration and case | together | ratio | regulariser's part of an iteration together |", "|--:|---|--:|--:|--:|--:|",
     ]  # fmt: skip
-    for name in ("none", "mpgr", "mpgr_natural", "prno"):
+    for threads, name in product(options.threads, ("none", "mpgr", "mpgr_natural", "prno")):
+        torch.set_num_threads(threads)
         method = made([f"regularizer={name}"], options.iterations)
         cases = method.cases()
         alone, together = [], []
@@ -70,7 +73,7 @@ def main() -> None:
         ratios = [a / b for a, b in zip(alone, together, strict=True)]
         scale = 1e3 / (8 * (options.iterations + 1))
         lines.append(
-            f"| {name} | {scale * statistics.median(alone):.1f} | {scale * statistics.median(together):.1f} | {statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}] "
+            f"| {threads} | {name} | {scale * statistics.median(alone):.1f} | {scale * statistics.median(together):.1f} | {statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}] "
             f"| {100 * share(method, statistics.median(together) / (options.iterations + 1)):.1f} % |"
         )
         print(lines[-1], flush=True)
