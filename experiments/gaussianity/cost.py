@@ -3,7 +3,7 @@
     python experiments/gaussianity/cost.py                    # some minutes on a CPU; uses the GPU where there is one
 
 A fresh process for each regulariser and size measures memory; times are taken in one process, all regularisers alternating, so that a ratio compares like with like.
-Beside them runs one block of each kind of FLUX.1 at its full size, in bfloat16 with random weights: 19 double and 38 single ones are an iteration's denoiser, forward and back.
+Beside them runs one block of each kind of FLUX.1 at its full size with random weights, in bfloat16 on a GPU and in float32 on a CPU: 19 double and 38 single ones are an iteration's denoiser, forward and back.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def flux_block(kind: str, device: str):
 
     torch.manual_seed(0)
     made = {"double": FluxTransformerBlock, "single": FluxSingleTransformerBlock}[kind](WIDTH, HEADS, WIDTH // HEADS)
-    block = made.to(device, torch.bfloat16).requires_grad_(False)
-    given = {"device": device, "dtype": torch.bfloat16}
+    given = {"device": device, "dtype": torch.bfloat16 if device == "cuda" else torch.float32}
+    block = made.to(**given).requires_grad_(False)
     image, text, temb = (torch.randn(1, *shape, **given) for shape in ((IMAGE, WIDTH), (TEXT, WIDTH), (WIDTH,)))
     rotary = torch.ones(TEXT + IMAGE, WIDTH // HEADS, device=device), torch.zeros(TEXT + IMAGE, WIDTH // HEADS, device=device)  # fmt: skip
 
@@ -80,7 +80,7 @@ def beside_flux(device: str, rounds: int) -> list[str]:
     iteration = [sum(count * times[kind][i] for kind, count in FLUX.items()) for i in range(rounds)]
     lines = [
         "", "## Beside FLUX.1", "",
-        f"19 double and 38 single blocks at full size, one of each timed ({', '.join(f'{kind} {statistics.median(times[kind]):.2f} s' for kind in FLUX)}), bfloat16, 512 pixels, forward and back to the input: {statistics.median(iteration):.0f} s "
+        f"19 double and 38 single blocks at full size, one of each timed ({', '.join(f'{kind} {statistics.median(times[kind]):.2f} s' for kind in FLUX)}), {'bfloat16' if device == 'cuda' else 'float32'}, 512 pixels, forward and back to the input: {statistics.median(iteration):.0f} s "
         "an iteration, autoencoder and reward left out. What a regulariser adds to it, percent, median over rounds [least, greatest]:", "",
         "| | percent of an iteration |", "|---|--:|",
     ]  # fmt: skip
