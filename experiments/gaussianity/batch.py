@@ -1,6 +1,6 @@
 """Eight prompts in one graph against eight graphs of one, on flux_tiny; and what part of an iteration the regulariser takes. Writes batch.md.
 
-python experiments/gaussianity/batch.py                   # five minutes on a CPU; a ratio is of two times in one round, rounds alternate
+python experiments/gaussianity/batch.py                   # ten minutes on two CPU cores; a ratio is of two times in one round, rounds alternate
 """
 
 import argparse
