@@ -14,9 +14,9 @@ from tests.test_configs import composed
 ROOT = Path(__file__).parents[1]
 
 
-def loaded(name: str, tmp_path, monkeypatch):
+def loaded(name: str, tmp_path, monkeypatch, script: str = "run"):
     """The runner of an experiment, with its jobs and its table under `tmp_path`."""
-    spec = importlib.util.spec_from_file_location(f"{name}_run", ROOT / "experiments" / name / "run.py")
+    spec = importlib.util.spec_from_file_location(f"{name}_{script}", ROOT / "experiments" / name / f"{script}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "OUTPUTS", tmp_path / "outputs")
@@ -155,3 +155,67 @@ def test_the_edit_table_says_what_the_runs_say(tmp_path, monkeypatch):
     assert table["remove", "agsm"][6] == "-2.0 [-2.0, -2.0]" and table["remove", "agsm"][2].startswith("50.0")
     assert table["add", "agsm"][3] == table["remove", "softrepa"][3] == "+0.0 [+0.0, +0.0]"
     assert (tmp_path / "remove.png").is_file()
+
+
+@pytest.fixture
+def rewards(tmp_path, monkeypatch):
+    return loaded("gaussianity", tmp_path, monkeypatch, "alignment")
+
+
+def test_every_arm_of_the_reward_alignment_composes_and_the_rivals_cost_what_is_said(rewards):
+    for settings in rewards.ARMS.values():
+        assert composed(*settings, *rewards.SHARED).task._target_.endswith("optimize_noise.run")
+    pictures, gradients = 51, composed(*rewards.ARMS["none"]).method.iterations
+    assert gradients == pictures - 1
+    assert composed(*rewards.ARMS[rewards.RIVAL]).method.evaluations == pictures + 2 * gradients
+
+
+def searched(module, arm: str, seed: int) -> None:
+    """A finished job of two noises for six prompts: regulariser "none" gains 4 nats and loses a case in four to the judge, MPGR gains 2 and wins two in four, the rest gain 1."""
+    gain, won = {"none": (4.0, (1, 0, 0, 0)), "MPGR (fresh shuffle)": (2.0, (1, 1, 1, 1))}.get(arm, (1.0, (1, 1, 0, 0)))
+    out = module.folder(arm, seed)
+    for number in range(12):
+        place = out / "noise" / f"{number:05d}"
+        place.mkdir(parents=True)
+        start, strict = -5.0 + 0.1 * seed + number, (1.0, 1.0, 0.0, 0.0)[number % 4]
+        health = {f"health/{name}": 1.0 for name in ("std", "kurtosis", "lag1_x", "max_power", "spectrum")}
+        initial = {"step": 0, "target": start, "watch/oracle/strict": strict, "watch/oracle/score": strict, **health}
+        after = initial | {"step": 50, "target": start + gain, "watch/oracle/strict": float(won[number % 4])}
+        ends = {"initial": initial, "best": after, "last": after}
+        (place / "case.json").write_text(json.dumps({"prompt_id": f"p{number // 2}", **ends}))
+        rows = [row | {"cosine_to_start": 1.0 - row["step"] / 100} for row in (initial, after)]
+        (place / "trajectory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stages = {end: {"metrics": {"diversity": {"mean": 0.1}}} for end in ("initial", "best")}
+    compared = [{"metrics": {"target": {"n_prompts": 6}}}]
+    results = {"weights_sha256": {"model": "0"}, "steps": 50, "stages": stages, "comparisons": compared}
+    (out / "results.json").write_text(json.dumps(results))
+    (out / "provenance.json").write_text(json.dumps({"git_commit": "0123456789", "device": "a made-up machine"}))
+    (out / "strips").mkdir()
+    (out / "strips" / "00000.png").write_bytes(b"a picture")
+
+
+def test_the_reward_alignment_table_says_what_the_searches_say(rewards, tmp_path):
+    for arm in rewards.ARMS:
+        for seed in rewards.SEEDS:
+            searched(rewards, arm, seed)
+    rewards.write_table()
+    rewards.write_figures()
+    first, second = (tmp_path / "alignment.md").read_text().split("## The noise")
+    row = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in first.splitlines() if line.startswith("| ")}
+    assert set(rewards.ARMS) <= set(row)
+    none, mpgr, rival = row["none"], row["MPGR (fresh shuffle)"], row[rewards.RIVAL]
+    assert none[1] == "+4.0 [+4.0, +4.0]" and mpgr[1] == "+2.0 [+2.0, +2.0]" and rival[5] == rival[6] == ""
+    assert none[2].startswith("**-25.0") and mpgr[2].startswith("**+50.0") and rival[2] == "+0.0 [+0.0, +0.0]"
+    assert mpgr[5] == "+1.0 [+1.0, +1.0]" and mpgr[6].startswith("**+50.0") and mpgr[7].startswith("**+75.0")
+    assert "| none | 0.500 | 1.00 (" in second
+    assert all((tmp_path / name).is_file() for name in ("alignment.png", "hacking.png", "strip.png"))
+
+
+def test_reward_alignment_refuses_jobs_of_different_models(rewards):
+    for arm in rewards.ARMS:
+        for seed in rewards.SEEDS:
+            rewards.folder(arm, seed).mkdir(parents=True)
+            found = {"weights_sha256": {"model": "1" if (arm, seed) == ("KL", 2) else "0"}}
+            (rewards.folder(arm, seed) / "results.json").write_text(json.dumps(found))
+    with pytest.raises(SystemExit, match="2 different models"):
+        rewards.check_one_model()
