@@ -3,6 +3,8 @@
 import csv
 import importlib.util
 import json
+import shutil
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -163,59 +165,59 @@ def rewards(tmp_path, monkeypatch):
 
 
 def test_every_arm_of_the_reward_alignment_composes_and_the_rivals_cost_what_is_said(rewards):
-    for settings in rewards.ARMS.values():
-        assert composed(*settings, *rewards.SHARED).task._target_.endswith("optimize_noise.run")
-    pictures, gradients = 51, composed(*rewards.ARMS["none"]).method.iterations
+    for settings in (rewards.ARMS | rewards.VALIDATION).values():
+        assert composed(*settings).task._target_.endswith("optimize_noise.run")
+    none = composed(*rewards.ARMS["none"])
+    assert none.method.optimizer.lr == rewards.LR and rewards.LR in rewards.STEPS
+    assert composed(*rewards.ARMS["none, published step"]).method.optimizer.lr == rewards.PUBLISHED
+    pictures, gradients = 51, none.method.iterations
     assert gradients == pictures - 1
     assert composed(*rewards.ARMS[rewards.RIVAL]).method.evaluations == pictures + 2 * gradients
 
 
-def searched(module, arm: str, seed: int) -> None:
-    """A finished job of two noises for six prompts: regulariser "none" gains 4 nats and loses a case in four to the judge, MPGR gains 2 and wins two in four, the rest gain 1."""
+def searched(module, arm: str, seed: int, model: str = "0") -> None:
+    """A finished job of two noises for six prompts: without a regulariser 4 nats up and a case in four lost by the judge's verdict, MPGR 2 nats and two in four won, the rest 1 nat."""
     gain, won = {"none": (4.0, (1, 0, 0, 0)), "MPGR (fresh shuffle)": (2.0, (1, 1, 1, 1))}.get(arm, (1.0, (1, 1, 0, 0)))
     out = module.folder(arm, seed)
     for number in range(12):
         place = out / "noise" / f"{number:05d}"
         place.mkdir(parents=True)
         start, strict = -5.0 + 0.1 * seed + number, (1.0, 1.0, 0.0, 0.0)[number % 4]
-        health = {f"health/{name}": 1.0 for name in ("std", "kurtosis", "lag1_x", "max_power", "spectrum")}
+        health = {f"health/{name}": 1.0 for name in module.HEALTH}
         initial = {"step": 0, "target": start, "watch/oracle/strict": strict, "watch/oracle/score": strict, **health}
         after = initial | {"step": 50, "target": start + gain, "watch/oracle/strict": float(won[number % 4])}
         ends = {"initial": initial, "best": after, "last": after}
         (place / "case.json").write_text(json.dumps({"prompt_id": f"p{number // 2}", **ends}))
-        rows = [row | {"cosine_to_start": 1.0 - row["step"] / 100} for row in (initial, after)]
+        rows = [row | {"cosine_to_start": 1.0 - row["step"] / 100} for row in (initial, {"step": 1}, after)]
         (place / "trajectory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stages = {end: {"metrics": {"diversity": {"mean": 0.1}}} for end in ("initial", "best")}
-    compared = [{"metrics": {"target": {"n_prompts": 6}}}]
-    results = {"weights_sha256": {"model": "0"}, "steps": 50, "stages": stages, "comparisons": compared}
+    stages = {end: {"metrics": {"diversity": {"mean": 0.1}}} for end in module.ENDS}
+    results = {"weights_sha256": {"model": model}, "steps": 50, "stages": stages}
     (out / "results.json").write_text(json.dumps(results))
     (out / "provenance.json").write_text(json.dumps({"git_commit": "0123456789", "device": "a made-up machine"}))
     (out / "strips").mkdir()
     (out / "strips" / "00000.png").write_bytes(b"a picture")
+    module.keep(arm, seed)
 
 
 def test_the_reward_alignment_table_says_what_the_searches_say(rewards, tmp_path):
-    for arm in rewards.ARMS:
-        for seed in rewards.SEEDS:
-            searched(rewards, arm, seed)
+    for arm, seed in [(arm, 0) for arm in rewards.VALIDATION] + list(product(rewards.ARMS, rewards.SEEDS)):
+        searched(rewards, arm, seed)
+    shutil.rmtree(rewards.OUTPUTS)  # what is kept is enough
     rewards.write_table()
     rewards.write_figures()
-    first, second = (tmp_path / "alignment.md").read_text().split("## The noise")
+    first, second, third = (tmp_path / "alignment.md").read_text().split("\n## ")
     row = {line.split(" | ")[0].strip("| "): line.split(" | ") for line in first.splitlines() if line.startswith("| ")}
     assert set(rewards.ARMS) <= set(row)
     none, mpgr, rival = row["none"], row["MPGR (fresh shuffle)"], row[rewards.RIVAL]
     assert none[1] == "+4.0 [+4.0, +4.0]" and mpgr[1] == "+2.0 [+2.0, +2.0]" and rival[5] == rival[6] == ""
     assert none[2].startswith("**-25.0") and mpgr[2].startswith("**+50.0") and rival[2] == "+0.0 [+0.0, +0.0]"
-    assert mpgr[5] == "+1.0 [+1.0, +1.0]" and mpgr[6].startswith("**+50.0") and mpgr[7].startswith("**+75.0")
-    assert "| none | 0.500 | 1.00 (" in second
+    assert "+1.0 [+1.0, +1.0]" in mpgr[5] and mpgr[6].startswith("**+50.0") and mpgr[7].startswith("**+75.0")
+    assert "| none | 0.500 | 1.00 (" in second and "| none, lr 50 | 1.50 | 50.0 % | 0 % |" in third
     assert all((tmp_path / name).is_file() for name in ("alignment.png", "hacking.png", "strip.png"))
 
 
 def test_reward_alignment_refuses_jobs_of_different_models(rewards):
-    for arm in rewards.ARMS:
-        for seed in rewards.SEEDS:
-            rewards.folder(arm, seed).mkdir(parents=True)
-            found = {"weights_sha256": {"model": "1" if (arm, seed) == ("KL", 2) else "0"}}
-            (rewards.folder(arm, seed) / "results.json").write_text(json.dumps(found))
+    for arm, seed in product(rewards.ARMS, rewards.SEEDS):
+        searched(rewards, arm, seed, model="1" if (arm, seed) == ("KL", 2) else "0")
     with pytest.raises(SystemExit, match="2 different models"):
         rewards.check_one_model()

@@ -1,19 +1,22 @@
 """Reward alignment on flux_tiny: every regulariser, the gradient-free rivals, the exact oracle as held-out judge. Writes alignment.md, alignment.png, hacking.png and strip.png.
 
-    python experiments/gaussianity/alignment.py               # what is not done yet, then the tables; an hour on two CPU cores
-    python experiments/gaussianity/alignment.py --only-table
+    python experiments/gaussianity/alignment.py               # what is not done yet, then the tables; two hours on two CPU cores
+    python experiments/gaussianity/alignment.py --only-table  # from the figures of every case in alignment/, which are committed
 
 66 test prompts, three seeds; 50 iterations, which is 51 pictures and 50 gradients a case. A gradient costs about two more pictures, so each rival runs at 51 pictures (equal
-evaluations) and at 151 (equal cost). Jobs live in outputs/gaussianity/<arm>/seed_<n>; two run side by side, each on one thread.
+evaluations) and at 151 (equal cost). The step is ten times the published one, the best of four on validation prompts. Jobs live in outputs/gaussianity/<arm>/seed_<n>; two run side by side, each on one
+thread; what the tables need of a finished one is kept in alignment/<arm>_seed_<n>.json.gz.
 """
 
 import argparse
+import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import matplotlib
@@ -32,19 +35,28 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OUTPUTS = ROOT / "outputs" / "gaussianity"
 SEEDS = (0, 1, 2)
 SHAPE = (8, 8, 8)
+STRIP = ("MPGR (fresh shuffle)", 0)
 SHARED = [
     "model=flux_tiny",
     "data.prompts_per_task=11",
     "method.samples=2",
     "method.batch_size=33",
 ]
-LR = 5.0  # conf/method/optimizer/nesterov.yaml; a balanced penalty leaves the reward about 0.71 of a clipped step
-CLIMBS = {
+PUBLISHED = 5.0  # ReNO's and MPGR's learning rate, conf/method/optimizer/nesterov.yaml
+LR = (
+    50.0  # of 5, 15, 50, 150 the one with the highest target on validation prompts, without a regulariser and with MPGR
+)
+STEPS = (5, 15, 50, 150)
+VALIDATION = {
+    f"validation, {name}, lr {lr}": ["method=noise_opt", *settings, f"method.optimizer.lr={lr}", *SHARED, "data.split=validation", "data.prompts_per_task=8", "method.samples=1", "method.batch_size=48"]
+    for name, settings in (("none", ["regularizer=none"]), ("MPGR", ["regularizer=mpgr"]))
+    for lr in STEPS
+}  # fmt: skip
+REGULARIZERS = {
     "none": ["regularizer=none"],
-    "none, 0.71 of the step": ["regularizer=none", f"method.optimizer.lr={0.71 * LR:.3f}"],
+    "none, 0.71 of the step": ["regularizer=none", f"method.optimizer.lr={0.71 * LR:.3f}"],  # what a balanced penalty leaves the reward of a clipped step
     "white noise for the spectrum": ["regularizer=white_noise"],
-    "norm (ReNO), as published": ["regularizer=reno", "method.balance=null"],
-    "norm, balanced": ["regularizer=reno"],
+    "norm": ["regularizer=reno"],
     "KL": ["regularizer=kl"],
     "kurtosis": ["regularizer=kurtosis"],
     "PRNO": ["regularizer=prno"],
@@ -52,61 +64,108 @@ CLIMBS = {
     "MPGR, natural order": ["regularizer=mpgr_natural"],
     "GPER": ["regularizer=gper"],
     "GPER, noise alone": ["regularizer=gper", "regularizer.constraint.project_gradient=false"],
+}  # fmt: skip
+OTHERS = {
     "Langevin, no regulariser": ["regularizer=none", "method/optimizer=langevin"],
+    "none, published step": ["regularizer=none"],
+    "norm (ReNO), as published": ["regularizer=reno", "method.balance=null"],
+    "MPGR, published step": ["regularizer=mpgr"],
 }
+CLIMBS = {name: [f"method.optimizer.lr={LR}", *settings] for name, settings in REGULARIZERS.items()} | OTHERS
 SEARCHES = {
     f"{name}, {count} pictures": ["method=noise_search", f"method.algorithm={algorithm}", f"method.evaluations={count}"]
     for name, algorithm in (("best of N", "best_of_n"), ("zero order", "zero_order"))
     for count in (51, 151)
 }
 RIVAL = "best of N, 151 pictures"  # costs what a climb does
-ARMS = {**{name: ["method=noise_opt", *settings] for name, settings in CLIMBS.items()}, **SEARCHES}
+ARMS = {
+    arm: settings + SHARED
+    for arm, settings in (
+        {name: ["method=noise_opt", *settings] for name, settings in CLIMBS.items()} | SEARCHES
+    ).items()
+}
+ENDS = ("initial", "best", "last")
+HEALTH = ("std", "kurtosis", "lag1_x", "max_power", "spectrum")
+WATCHED = ("watch/oracle/strict", "watch/oracle/score")
+FIGURES = ("target", *WATCHED, *(f"health/{name}" for name in HEALTH))
+
+
+def slug(arm: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in arm.lower())
 
 
 def folder(arm: str, seed: int) -> Path:
-    return OUTPUTS / "".join(letter if letter.isalnum() else "_" for letter in arm.lower()) / f"seed_{seed}"
+    return OUTPUTS / slug(arm) / f"seed_{seed}"
+
+
+def kept(arm: str, seed: int) -> Path:
+    return HERE / "alignment" / f"{slug(arm)}_seed_{seed}.json.gz"
 
 
 def run(job: tuple[str, int]) -> None:
     arm, seed = job
     out = folder(arm, seed)
-    if (out / "results.json").exists():
+    if kept(arm, seed).exists():
         print(f"{arm}, seed {seed}: done before", flush=True)
         return
     out.mkdir(parents=True, exist_ok=True)
     with (out / "job.log").open("a") as log:
-        command = [sys.executable, "run.py", *ARMS[arm], *SHARED, f"seed={seed}", f"hydra.run.dir={out}"]
+        command = [sys.executable, "run.py", *(ARMS | VALIDATION)[arm], f"seed={seed}", f"hydra.run.dir={out}"]
         done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if not done.returncode:
+        keep(arm, seed)
     print(f"{arm}, seed {seed}: {'failed, see ' + str(out / 'job.log') if done.returncode else 'done'}", flush=True)
+
+
+def keep(arm: str, seed: int) -> None:
+    """Of a finished job what the tables and curves need: the figures of every case at its ends, and where all were measured on the way."""
+    out = folder(arm, seed)
+    results, made = read_json(out / "results.json"), read_json(out / "provenance.json")
+    places = [file.parent for file in sorted((out / "noise").glob("*/case.json"))]
+    cases = [read_json(place / "case.json") for place in places]
+    tracks = [[json.loads(line) for line in (place / "trajectory.jsonl").read_text().splitlines()] for place in places]
+    on_the_way = ("step", "target", *WATCHED, "health/spectrum", "cosine_to_start")
+    found = {
+        "made": {name: made[name] for name in ("git_commit", "device")},
+        "weights_sha256": results["weights_sha256"],
+        "steps": results["steps"],
+        "diversity": {end: results["stages"][end]["metrics"].get("diversity") for end in ENDS},
+        "prompt_ids": [case["prompt_id"] for case in cases],
+        "ends": {end: {name: [short(case[end][name]) for case in cases] for name in FIGURES} for end in ENDS},
+        "tracks": [[{name: short(row[name]) for name in on_the_way if name in row} for row in rows if WATCHED[0] in row] for rows in tracks],
+    }  # fmt: skip
+    kept(arm, seed).parent.mkdir(exist_ok=True)
+    write_atomic(kept(arm, seed), gzip.compress(json.dumps(found).encode(), mtime=0))
+    if (arm, seed) == STRIP:
+        shutil.copy(sorted((out / "strips").glob("*.png"))[0], HERE / "strip.png")
+
+
+def short(value: float) -> float:
+    """Five digits, for the size of what is kept."""
+    return float(f"{value:.5g}")
+
+
+@cache
+def read(arm: str, seed: int) -> dict:
+    return json.loads(gzip.decompress(kept(arm, seed).read_bytes()))
 
 
 def values(arm: str, seed: int, end: str, name: str) -> np.ndarray:
     """One figure of every case, in order."""
-    return np.array([case[end][name] for case in cases(arm, seed)])
+    return np.array(read(arm, seed)["ends"][end][name])
 
 
-def cases(arm: str, seed: int) -> list[dict]:
-    return [read_json(file) for file in sorted((folder(arm, seed) / "noise").glob("*/case.json"))]
-
-
-def trajectories(arm: str) -> list[list[dict]]:
-    files = [file for seed in SEEDS for file in sorted((folder(arm, seed) / "noise").glob("*/trajectory.jsonl"))]
-    return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
-
-
-def prompts_of(arm: str) -> list[str]:
-    """The prompt of each trajectory."""
-    return [case["prompt_id"] for seed in SEEDS for case in cases(arm, seed)]
+def over_all_seeds(arm: str, name: str) -> list:
+    """The cases' tracks, or the prompts' ids, of one seed after another."""
+    return [each for seed in SEEDS for each in read(arm, seed)[name]]
 
 
 def check_one_model() -> None:
     """All arms must have searched the same model under the same judges."""
-    found = {
-        json.dumps(read_json(folder(arm, seed) / "results.json")["weights_sha256"]) for arm in ARMS for seed in SEEDS
-    }
+    found = {json.dumps(read(arm, seed)["weights_sha256"], sort_keys=True) for arm in ARMS for seed in SEEDS}
     if len(found) > 1:
         raise SystemExit(
-            f"jobs below {OUTPUTS} were run on {len(found)} different models or judges: delete the old ones"
+            f"jobs in {HERE / 'alignment'} were run on {len(found)} different models or judges: delete the old ones"
         )
 
 
@@ -125,7 +184,7 @@ def change(arm: str, end: str, name: str, scale: float, against: tuple[str, str]
     for seed in SEEDS:
         before = values(against[0], seed, against[1], name) if against else values(arm, seed, "initial", name)
         parts.append(scale * (values(arm, seed, end, name) - before))
-    ids = [case["prompt_id"] for case in cases(arm, SEEDS[0])]
+    ids = read(arm, SEEDS[0])["prompt_ids"]
     order = {prompt: [i for i, each in enumerate(ids) if each == prompt] for prompt in dict.fromkeys(ids)}
     by_prompt = np.array([[part[rows].mean() for rows in order.values()] for part in parts])
     picks = rng.integers(0, by_prompt.shape[1], (2000, by_prompt.shape[1]))
@@ -142,13 +201,12 @@ def change(arm: str, end: str, name: str, scale: float, against: tuple[str, str]
 
 def write_table() -> None:
     check_one_model()
-    made, results = read_json(folder("none", 0) / "provenance.json"), read_json(folder("none", 0) / "results.json")
-    count = len(cases("none", 0))
-    limits = bands(SHAPE)
+    one = read("none", 0)
+    count, limits = len(one["prompt_ids"]), bands(SHAPE)
     lines = [
         "# Reward alignment on flux_tiny", "",
-        f"`python experiments/gaussianity/alignment.py` at {made['git_commit'][:7]}, {made['device']} a job: target `soft_oracle` (log-probability, nats), held out the exact oracle (strict, percent); {count} cases a seed "
-        f"({results['comparisons'][0]['metrics']['target']['n_prompts']} test prompts x 2 noises), seeds {', '.join(map(str, SEEDS))}, {results['steps']} iterations. Changes are paired with the same case's first noise; two-level bootstrap over seeds and "
+        f"`python experiments/gaussianity/alignment.py` at {one['made']['git_commit'][:7]}, {one['made']['device']} a job: target `soft_oracle` (log-probability, nats), held out the exact oracle (strict, percent); {count} cases a seed "
+        f"({len(set(one['prompt_ids']))} test prompts x {count // len(set(one['prompt_ids']))} noises), seeds {', '.join(map(str, SEEDS))}, {one['steps']} iterations at learning rate {LR:g}, ten times the published one. Changes are paired with the same case's first noise; two-level bootstrap over seeds and "
         "prompts, bold excludes zero, no correction for the number of cells. *Best* is the iterate where the target was highest. A climb draws 51 pictures and takes 50 gradients, each "
         f"about two more pictures: what *{RIVAL}* costs. Diversity: mean cosine distance between pictures of one prompt, hundredths.", "",
         f"First noise: target {over_seeds('none', 'initial', 'target')}, oracle {over_seeds('none', 'initial', 'watch/oracle/strict', 100)} %, partial score {over_seeds('none', 'initial', 'watch/oracle/score', 100)} "
@@ -167,51 +225,50 @@ def write_table() -> None:
             diversity(arm, "best"),
         ]
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
-    names = ("std", "kurtosis", "lag1_x", "max_power", "spectrum")
     lines += ["", "## The noise at the last iterate", "", "Mean over cases and seeds, and the share of cases within the band that holds 99 % of true noise of this shape.", "",
-              "| arm | cosine to the first | " + " | ".join(f"{name} ({limits[name][0]:.2f} to {limits[name][1]:.2f})" for name in names) + " |", "|---|" + "--:|" * (len(names) + 1)]  # fmt: skip
+              "| arm | cosine to the first | " + " | ".join(f"{name} ({limits[name][0]:.2f} to {limits[name][1]:.2f})" for name in HEALTH) + " |", "|---|" + "--:|" * (len(HEALTH) + 1)]  # fmt: skip
     for arm in CLIMBS:
-        cosine = np.mean([rows[-1]["cosine_to_start"] for rows in trajectories(arm)])
+        cosine = np.mean([rows[-1]["cosine_to_start"] for rows in over_all_seeds(arm, "tracks")])
         shown = []
-        for name in names:
+        for name in HEALTH:
             found = np.concatenate([values(arm, seed, "last", f"health/{name}") for seed in SEEDS])
             inside = ((found >= limits[name][0]) & (found <= limits[name][1])).mean()
             shown.append(f"{found.mean():.2f} ({100 * inside:.0f} %)")
         lines.append(f"| {arm} | {cosine:.3f} | " + " | ".join(shown) + " |")
+    lines += ["", "## The step, chosen on validation", "", "48 validation prompts, one noise each, seed 0: target and oracle at the best iterate, and the share of cases whose natural-order spectrum is within the band at the last.", "",
+              "| arm | target, best | oracle, best | spectrum in the band |", "|---|--:|--:|--:|"]  # fmt: skip
+    for arm in VALIDATION:
+        end, last = read(arm, 0)["ends"]["best"], values(arm, 0, "last", "health/spectrum")
+        inside = ((last >= limits["spectrum"][0]) & (last <= limits["spectrum"][1])).mean()
+        target, strict = (np.mean(end[name]) for name in ("target", WATCHED[0]))
+        lines.append(
+            f"| {arm.removeprefix('validation, ')} | {target:.2f} | {100 * strict:.1f} % | {100 * inside:.0f} % |"
+        )
     write_atomic(HERE / "alignment.md", "\n".join([*lines, ""]))
     print((HERE / "alignment.md").read_text())
 
 
 def diversity(arm: str, end: str) -> str:
     """Mean cosine distance between pictures of one prompt, in hundredths, Student's interval over seeds; of the first or the best noise."""
-    over = seed_interval(
-        [
-            100 * read_json(folder(arm, seed) / "results.json")["stages"][end]["metrics"]["diversity"]["mean"]
-            for seed in SEEDS
-        ]
-    )
+    over = seed_interval([100 * read(arm, seed)["diversity"][end]["mean"] for seed in SEEDS])
     return f"{over['mean']:.1f} [{over['low']:.1f}, {over['high']:.1f}]"
 
 
 def write_figures() -> None:
     figure, axes = plt.subplots(1, 3, figsize=(14, 4), constrained_layout=True)
     for number, arm in enumerate(CLIMBS):
-        tracks = trajectories(arm)
-        for axis, name, title in zip(axes, ("target", "watch/oracle/strict", "health/spectrum"), ("target (nats)", "oracle, strict", "natural-order 25 L (noise: 2.3)"), strict=True):  # fmt: skip
-            steps, mean, half = curves_of(tracks, name, prompts_of(arm))
-            axis.plot(steps, mean, label=arm, color=f"C{number}")
-            axis.fill_between(steps, mean - half, mean + half, color=f"C{number}", alpha=0.12)
+        tracks, ids = over_all_seeds(arm, "tracks"), over_all_seeds(arm, "prompt_ids")
+        style = {"color": f"C{number % 10}", "linestyle": "-" if number < 10 else "--"}
+        for axis, name, title in zip(axes, ("target", WATCHED[0], "health/spectrum"), ("target (nats)", "oracle, strict", "natural-order 25 L (noise: 2.3)"), strict=True):  # fmt: skip
+            steps, mean, half = curves_of(tracks, name, ids)
+            axis.plot(steps, mean, label=arm, **style)
+            axis.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.12)
             axis.set(title=title, xlabel="iteration")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=8)
     figure.savefig(HERE / "alignment.png", dpi=100)
-    hacking_figure(
-        trajectories("none"),
-        HERE / "hacking.png",
-        ["oracle/strict", "oracle/score"],
-        prompts_of("none"),
-        "no regulariser",
-    )
-    shutil.copy(sorted((folder("MPGR (fresh shuffle)", 0) / "strips").glob("*.png"))[0], HERE / "strip.png")
+    watched = [name.removeprefix("watch/") for name in WATCHED]
+    tracks, ids = over_all_seeds("none", "tracks"), over_all_seeds("none", "prompt_ids")
+    hacking_figure(tracks, HERE / "hacking.png", watched, ids, "no regulariser")
 
 
 if __name__ == "__main__":
@@ -221,6 +278,7 @@ if __name__ == "__main__":
     options = parser.parse_args()
     if not options.only_table:
         with ThreadPoolExecutor(options.workers) as pool:
-            list(pool.map(run, [(arm, seed) for seed in SEEDS for arm in ARMS]))
+            jobs = [(arm, 0) for arm in VALIDATION] + [(arm, seed) for seed in SEEDS for arm in ARMS]
+            list(pool.map(run, jobs))
     write_table()
     write_figures()
