@@ -107,15 +107,16 @@ def check_needs(cfg: DictConfig, prompts: Sequence[Prompt]) -> None:
     for name, node in {"reward": cfg.reward, **judges}.items():
         for part in [node, *(part for part in (node.get("parts") or {}).values() if part)]:
             kind = _locate(part._target_)
-            _check_meta(name, kind, getattr(kind, "needs_meta", ()), prompts)
+            _check_meta(cfg, name, kind, prompts)
 
 
-def _check_meta(name: str, kind: type, keys: Sequence[str], prompts: Sequence[Prompt]) -> None:
-    for key in keys:
+def _check_meta(cfg: DictConfig, name: str, kind: type, prompts: Sequence[Prompt]) -> None:
+    shapes = "shapes_test" if hasattr(get_class(cfg.method._target_), "gradients") else "shapes"
+    for key in getattr(kind, "needs_meta", ()):
         lacking = next((prompt for prompt in prompts if key not in prompt.meta), None)
         if lacking:
             raise UserError(
-                f"{name} ({kind.__name__}) judges by each prompt's {key!r}, which {lacking.text!r} lacks: {_fix(name)}, or take data={'shapes' if key == 'include' else 't2i_r1'}"
+                f"{name} ({kind.__name__}) judges by each prompt's {key!r}, which {lacking.text!r} lacks: {_fix(name)}, or take data={shapes if key == 'include' else 't2i_r1'}"
             )
 
 
@@ -150,7 +151,7 @@ def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: 
     for name, reward in rewards.items():
         if getattr(reward, "needs_plans", False) and not cfg.method.get("plan"):
             raise UserError(f"{name} ({type(reward).__name__}) needs plans: set method.plan=true")
-        _check_meta(name, type(reward), getattr(reward, "needs_meta", ()), prompts)
+        _check_meta(cfg, name, type(reward), prompts)
         for prompt in prompts if hasattr(reward, "refuses") else ():
             if why := reward.refuses(prompt):
                 raise UserError(f"{name} ({type(reward).__name__}) cannot judge {prompt.text!r}: {why}; {_fix(name)}")
@@ -214,14 +215,15 @@ def _check_method(cfg: DictConfig) -> None:
     method, model = get_class(cfg.method._target_), get_class(cfg.model._target_)
     if model.family not in method.trains:
         raise UserError(
-            f"{method.__name__} trains {' and '.join(sorted(method.trains))} models, not {model.family} ones; "
+            f"{method.__name__} takes {' and '.join(sorted(method.trains))} models, not {model.family} ones; "
             f"take one of model={', '.join(models_of(method.trains))}"
         )
     options = OmegaConf.to_container(cfg.method, resolve=True)
     data, rewarded = get_class(cfg.data._target_), not cfg.reward._target_.endswith(".NoReward")
     gives, wanted = getattr(data, "gives", "prompts"), getattr(method, "learns_from", "prompts")
     if gives != wanted:
-        fix = {"pairs": "data=shapes_pairs", "preferences": "data=preferences", "prompts": "data=shapes"}[wanted]
+        shapes = "data=shapes_test" if hasattr(method, "gradients") else "data=shapes"
+        fix = {"pairs": "data=shapes_pairs", "preferences": "data=preferences", "prompts": shapes}[wanted]
         raise UserError(f"{method.__name__} learns from {wanted}, and {data.__name__} gives {gives}: take {fix}")
     if wanted == "prompts" and not rewarded:
         names = ", ".join(name for name in choices("reward") if name != "none")
@@ -250,6 +252,10 @@ def _check_noise(cfg: DictConfig, method: type) -> None:
                 f"regularizer= holds noise Gaussian, and {method.__name__} optimises none: take method=noise_opt, or leave it out"
             )
         return
+    if not method.gradients and (cfg.regularizer.terms or cfg.regularizer.constraint):
+        raise UserError(
+            f"regularizer= holds noise that climbs, and {method.__name__} draws its noise from a Gaussian: leave it out"
+        )
     if str(cfg.trainer.precision) not in ("32", "32-true"):
         raise UserError(
             f"trainer.precision={cfg.trainer.precision} would round noise and penalties: take trainer.precision=32-true, and model.dtype=bfloat16 for the model"

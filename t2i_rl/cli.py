@@ -234,9 +234,8 @@ def _nothing_left_behind() -> Iterator[None]:
 def _announce(hydra_config: DictConfig, cfg: DictConfig, out: Path) -> None:
     if is_main_process():
         chosen = hydra_config.runtime.choices
-        names = " ".join(
-            f"{group}={chosen[group]}" for group in ("task", "method", "model", "reward", "benchmark", "trainer")
-        )
+        groups = ("task", "method", "model", "reward", "benchmark", "trainer")
+        names = " ".join(f"{group}={chosen[group]}" for group in (groups[:1] if cfg.latents else groups))
         print(f"{names} seed={cfg.seed}\n-> {out}", flush=True)
 
 

@@ -55,15 +55,16 @@ def choices(group: str) -> list[str]:
 
 
 def known_keys() -> list[str]:
-    """Dotted names of all settings of the default composition, and the groups."""
+    """Dotted names of all settings of the composition with the groups that the command chooses, and the groups."""
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from t2i_rl.cli import CONF
+    from t2i_rl.cli import CONF, command
 
+    chosen = [part for part in command[1:] if (CONF / part.replace("=", "/", 1)).with_suffix(".yaml").is_file()]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = OmegaConf.to_container(compose("config"), resolve=False)
+        config = OmegaConf.to_container(compose("config", chosen), resolve=False)
 
     def walk(node: dict, prefix: str = ""):
         for key, value in node.items():

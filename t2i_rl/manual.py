@@ -74,7 +74,7 @@ def _what_goes_with_what(conf: Path) -> list[str]:
         base = config if "_target_" in config else OmegaConf.load(path.with_name(f"{config.defaults[0]}.yaml"))
         trains = class_attribute(base._target_, "trains")
         lines.append(
-            f"  method={path.stem:<16} trains {', '.join(sorted(trains))} models: {', '.join(models_of(trains))}"
+            f"  method={path.stem:<16} takes {', '.join(sorted(trains))} models: {', '.join(models_of(trains))}"
         )
     lines.append("  reward=oracle           needs prompts of shapes (data=shapes) and a model that draws 32 px")
     lines.append("  reward=length           needs method.plan=true")

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,33 @@ def test_a_killed_run_does_the_rest_and_no_more(finished, tmp_path):
     )
 
 
+def test_sigterm_ends_a_search_at_once_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, "run.py", *QUICK, "method.iterations=100000", f"hydra.run.dir={tmp_path}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    going = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
+    for line in going.stdout:
+        if "done before" in line:
+            break
+    time.sleep(8)  # into the search
+    going.terminate()
+    said, _ = going.communicate(timeout=60)
+    assert (
+        going.returncode == 143 and f"0 of 6 cases are finished; the same command with hydra.run.dir={tmp_path}" in said
+    )
+
+
+def test_other_settings_do_not_overwrite_finished_cases(finished, monkeypatch, capsys):
+    before = {file: file.read_bytes() for file in (finished / "noise").rglob("*.json")}
+    assert call(monkeypatch, finished.parent, f"hydra.run.dir={finished}", *QUICK, "method.samples=2", "method.balance=2") == 2  # fmt: skip
+    assert "12 cases finished under other settings (method.balance=1.0 there and 2 here)" in capsys.readouterr().err
+    assert before == {file: file.read_bytes() for file in (finished / "noise").rglob("*.json")}
+
+
+def test_what_changes_no_result_may_change(finished):
+    done = run(finished, *QUICK, "method.samples=2", "method.batch_size=3", "method.image_every=1")
+    assert "12 of 12 done before" in done.stdout
+
+
 def test_two_ranks_find_what_one_finds(finished, tmp_path):
     run(tmp_path / "two", *QUICK, "method.samples=2", "trainer=ddp_sim")
     one, two = (json.loads((folder / "results.json").read_text())["stages"] for folder in (finished, tmp_path / "two"))
@@ -96,6 +124,7 @@ def test_two_ranks_find_what_one_finds(finished, tmp_path):
 def test_search_without_gradients_takes_the_exact_judge(tmp_path):
     run(tmp_path, "method=noise_search", "reward=oracle", "debug=fdr", "~watch.oracle")
     results = json.loads((tmp_path / "results.json").read_text())
+    assert set(results["stages"]) == {"initial", "best"} and results["benchmark"]["n_prompts"] == 6
     assert (
         results["reward"] == "oracle"
         and results["stages"]["best"]["metrics"]["target"]["mean"]
@@ -118,6 +147,38 @@ def test_latents_on_the_command_line(finished, tmp_path):
     save_file({"plain": noise}, tmp_path / "plain.safetensors")
     run(tmp_path / "c", "task=gaussianity", f"latents={tmp_path / 'plain.safetensors'}")
     assert unpacked == json.loads((tmp_path / "c" / "gaussianity.json").read_text())["plain"]
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [
+        ({}, "holds no tensors"),
+        ({"a": torch.zeros(0, 4, 4)}, "a latent is (C, h, w)"),
+        ({"a": torch.ones(2, 4, 4)}, "all the same"),
+        ({"fine": torch.eye(4)[None], "no": torch.ones(3)}, "no has shape (3,)"),
+    ],
+)
+def test_what_is_no_latent_is_refused_before_anything_is_printed(tensors, said, tmp_path, monkeypatch, capsys):
+    save_file(tensors, tmp_path / "a.safetensors")
+    assert call(monkeypatch, tmp_path, "task=gaussianity", f"latents={tmp_path / 'a.safetensors'}") == 2
+    printed = capsys.readouterr()
+    assert said in printed.err and "true noise" not in printed.out
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["method.optimizer.lr=nan", "method.max_grad_norm=nan", "method.min_rise=-5", "method.optimizer.momentum=2", "data.prompts_per_task=-1"],
+)  # fmt: skip
+def test_options_out_of_range_are_named(options, tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, tmp_path, *QUICK, options) == 2
+    assert options.partition("=")[0].rpartition(".")[2] in capsys.readouterr().err
+
+
+def test_a_search_that_draws_from_a_gaussian_takes_no_regularizer(tmp_path, monkeypatch, capsys):
+    assert call(monkeypatch, tmp_path, "method=noise_search", "regularizer=mpgr") == 2
+    assert "leave it out" in capsys.readouterr().err
+    assert call(monkeypatch, tmp_path, "method=noise_search", "method.iterations=3") == 2
+    assert "did you mean method.evaluations" in capsys.readouterr().err
 
 
 PUBLISHED = {

@@ -42,7 +42,7 @@ SHARED = [
     "method.samples=2",
     "method.batch_size=33",
 ]
-PUBLISHED = 5.0  # ReNO's and MPGR's learning rate, conf/method/optimizer/nesterov.yaml
+PUBLISHED = 5.0  # ReNO's learning rate; MPGR's is not known
 LR = (
     50.0  # of 5, 15, 50, 150 the one with the highest target on validation prompts, without a regulariser and with MPGR
 )
@@ -68,9 +68,9 @@ REGULARIZERS = {
 }  # fmt: skip
 OTHERS = {
     "Langevin, no regulariser": ["regularizer=none", "method/optimizer=langevin"],
-    "none, published step": ["regularizer=none"],
-    "norm (ReNO), as published": ["regularizer=reno", "method.balance=null"],
-    "MPGR, published step": ["regularizer=mpgr"],
+    "none, published step": ["regularizer=none", f"method.optimizer.lr={PUBLISHED}"],
+    "norm (ReNO), as published": ["regularizer=reno", "method.balance=null", f"method.optimizer.lr={PUBLISHED}"],
+    "MPGR, published step": ["regularizer=mpgr", f"method.optimizer.lr={PUBLISHED}"],
 }
 CLIMBS = {name: [f"method.optimizer.lr={LR}", *settings] for name, settings in REGULARIZERS.items()} | OTHERS
 SEARCHES = {
@@ -85,7 +85,6 @@ ARMS = {
         {name: ["method=noise_opt", *settings] for name, settings in CLIMBS.items()} | SEARCHES
     ).items()
 }
-ENDS = ("initial", "best", "last")
 HEALTH = ("std", "kurtosis", "lag1_x", "max_power", "spectrum")
 WATCHED = ("watch/oracle/strict", "watch/oracle/score")
 FIGURES = ("target", *WATCHED, *(f"health/{name}" for name in HEALTH))
@@ -130,9 +129,9 @@ def keep(arm: str, seed: int) -> None:
         "made": {name: made[name] for name in ("git_commit", "device")},
         "weights_sha256": results["weights_sha256"],
         "steps": results["steps"],
-        "diversity": {end: results["stages"][end]["metrics"].get("diversity") for end in ENDS},
+        "diversity": {end: stage["metrics"].get("diversity") for end, stage in results["stages"].items()},
         "prompt_ids": [case["prompt_id"] for case in cases],
-        "ends": {end: {name: [short(case[end][name]) for case in cases] for name in FIGURES} for end in ENDS},
+        "ends": {end: {name: [short(case[end][name]) for case in cases] for name in FIGURES} for end in results["stages"]},
         "tracks": [[{name: short(row[name]) for name in on_the_way if name in row} for row in rows if WATCHED[0] in row] for rows in tracks],
     }  # fmt: skip
     kept(arm, seed).parent.mkdir(exist_ok=True)
@@ -208,7 +207,7 @@ def write_table() -> None:
     count, limits = len(one["prompt_ids"]), bands(SHAPE)
     lines = [
         "# Reward alignment on flux_tiny", "",
-        f"`python experiments/gaussianity/alignment.py` at {one['made']['git_commit'][:7]}, {one['made']['device']} a job: target `soft_oracle` (log-probability, nats), held out the exact oracle (strict, percent); {count} cases a seed "
+        f"`python experiments/gaussianity/alignment.py` at {one['made']['git_commit'][:7]}, {one['made']['device'].removesuffix('s')} a job: target `soft_oracle` (log-probability, nats), held out the exact oracle (strict, percent); {count} cases a seed "
         f"({len(set(one['prompt_ids']))} test prompts x {count // len(set(one['prompt_ids']))} noises), seeds {', '.join(map(str, SEEDS))}, {one['steps']} iterations at learning rate {LR:g}, ten times the published one. Changes are paired with the same case's first noise; two-level bootstrap over seeds and "
         "prompts, bold excludes zero, no correction for the number of cells. *Best* is the iterate where the target was highest. A climb draws 51 pictures and takes 50 gradients, each "
         f"about two more pictures: what *{RIVAL}* costs. Diversity: mean cosine distance between pictures of one prompt, hundredths.", "",
@@ -248,7 +247,7 @@ def write_steps() -> None:
     first = {name: np.mean(one["ends"]["initial"][name]) for name in FIGURES}
     lines = [
         "# Step sizes, on validation prompts", "",
-        f"`python experiments/gaussianity/alignment.py`, {one['made']['device']} a job: {len(one['prompt_ids'])} validation prompts, one noise each, seed 0, {one['steps']} iterations; published learning rate {PUBLISHED:g}. First noise: "
+        f"`python experiments/gaussianity/alignment.py`, {one['made']['device'].removesuffix('s')} a job: {len(one['prompt_ids'])} validation prompts, one noise each, seed 0, {one['steps']} iterations; published learning rate {PUBLISHED:g}. First noise: "
         f"target {first['target']:.2f} nats, oracle {100 * first[WATCHED[0]]:.1f} %. Changes are paired with the same case's first noise, the last column with no regulariser at the same step; bootstrap over prompts, bold excludes zero. "
         f"The spectrum's band holds 99 % of true noise.", "",
         "| arm | target, best | target, last | oracle, best (points) | oracle, last | spectrum in the band, last | oracle, last, against none |", "|---|" + "--:|" * 6,

@@ -67,6 +67,10 @@ class PromptData(L.LightningDataModule):
     ):
         super().__init__()
         self.prompts = prompts
+        if prompts is None and not path and (prompts_per_task < 1 or not tasks):
+            raise UserError(
+                f"data.prompts_per_task must be 1 or more, not {prompts_per_task}, and data.tasks must not be empty"
+            )
         if prompts is None:
             self.prompts = read_prompts(path) if path else select_prompts(split, prompts_per_task, tuple(tasks))
         self.batch_size, self.seed = batch_size, seed

@@ -29,7 +29,7 @@ def radial_power(noise: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 
 def strip(place: Path, path: Path, most: int = 8) -> None:
-    """One case: pictures from first to best and last, and below each the power spectrum and the histogram of its noise."""
+    """One case: pictures on the way and the best, and below each the power spectrum and the histogram of its noise."""
     case, noises = read_json(place / "case.json"), load_file(place / "noise.safetensors")
     steps = sorted(int(name.removeprefix("step_")) for name in noises if name.startswith("step_"))
     steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(most - 1, len(steps))).round().astype(int))]

@@ -13,7 +13,6 @@ from t2i_rl.evaluation.tables import Table, excludes_zero
 from t2i_rl.gaussianity.health import bands
 
 ENDS = ("initial", "best", "last")
-PAIRS = (("initial", "best"), ("initial", "last"))
 
 
 def picture(folder: Path, case: dict, end: str) -> Path:
@@ -23,7 +22,7 @@ def picture(folder: Path, case: dict, end: str) -> Path:
 def summarise(
     out: Path, cases: Sequence[dict], shape: tuple[int, ...], benchmark=None, prompts: dict | None = None
 ) -> dict:
-    """`stages` and `comparisons` as in results.json; records of every stage are written below `out/evaluation`.
+    """`stages` and `comparisons` as in results.json, of the ends that the cases have; records of every stage are written below `out/evaluation`.
 
     Metrics are the target, what is watched, the health of the noise (`health/...`, and `inside/...`, the share within the band of true noise), and, with a
     benchmark that can read the pictures, its own.
@@ -33,7 +32,8 @@ def summarise(
     """
     folder, limits = out / "noise", bands(shape)
     records, columns, features = {}, {}, {}
-    for end in ENDS:
+    ends = [end for end in ENDS if end in cases[0]]
+    for end in ends:
         images = np.stack([np.asarray(Image.open(picture(folder, case, end)).convert("RGB")) for case in cases])
         verdicts = (
             benchmark.judge(images, [prompts[case["prompt_id"]] for case in cases])
@@ -48,10 +48,11 @@ def summarise(
         columns[end] = columns_of(cases, end, limits)
     ids, tags = (np.array([str(case[key]) for case in cases]) for key in ("prompt_id", "tag"))
     several = len(set(ids)) < len(ids)
-    stages = {end: {"metrics": means(columns[end], ids, tags)} for end in ENDS}
-    comparisons = [{"a": a, "b": b, "metrics": differences(columns[a], columns[b], ids, tags)} for a, b in PAIRS]
+    stages = {end: {"metrics": means(columns[end], ids, tags)} for end in ends}
+    pairs = [(ends[0], end) for end in ends[1:]]
+    comparisons = [{"a": a, "b": b, "metrics": differences(columns[a], columns[b], ids, tags)} for a, b in pairs]
     if benchmark:
-        for end in ENDS:
+        for end in ends:
             judged = aggregate(records[end], benchmark.overall_tasks)
             stages[end]["metrics"] = (
                 judged | (diversity(features[end], ids) if several else {}) | stages[end]["metrics"]
@@ -110,11 +111,18 @@ def _record(out: Path, folder: Path, case: dict, end: str, verdict, prompts: dic
 
 
 def search_table(results: dict) -> Table:
-    """Target and watched judges at the first, the best and the last noise."""
-    names = [name for name in results["stages"]["initial"]["metrics"] if name == "target" or name.startswith("watch/")]
-    rows = [[name.removeprefix("watch/"), *_cells(results, name)] for name in names]
-    note = "95 % bootstrap intervals over prompts; differences are paired, case by case; * excludes zero. Best is by the target itself, and so at least the first."
-    return Table("Target, and what was only watched", ["", *ENDS, *(f"{b} - {a}" for a, b in PAIRS)], rows, note)
+    """Target, watched judges and diversity at the first, the best and the last noise."""
+    metrics = results["stages"]["initial"]["metrics"]
+    names = [name for name in metrics if name == "target" or name.startswith("watch/") or name == "diversity"]
+    rows = {
+        tuple(_cells(results, name)): name.removeprefix("watch/") for name in reversed(names)
+    }  # a judge's total may be one of its parts
+    note = (
+        "95 % bootstrap intervals over prompts; differences are paired, case by case; * excludes zero. Best is by the target itself, and so at least the first."
+        + (" No interval: it takes two prompts of a tag." if metrics["target"]["low"] is None else "")
+    )
+    columns = ["", *results["stages"], *(f"{each['b']} - {each['a']}" for each in results["comparisons"])]
+    return Table(f"Target, and what was only watched ({_counted(results)})", columns, [[name, *cells] for cells, name in reversed(rows.items())], note)  # fmt: skip
 
 
 def health_table(results: dict, shape: tuple[int, ...]) -> Table:
@@ -122,18 +130,25 @@ def health_table(results: dict, shape: tuple[int, ...]) -> Table:
     rows = []
     for name, (low, high) in bands(shape).items():
         cells = []
-        for end in ENDS:
-            metrics = results["stages"][end]["metrics"]
-            cells.append(f"{metrics[f'health/{name}']['mean']:.3f} ({100 * metrics[f'inside/{name}']['mean']:.0f} %)")
+        for stage in results["stages"].values():
+            value, inside = (stage["metrics"][f"{kind}/{name}"] for kind in ("health", "inside"))
+            cells.append(f"{100 * inside['mean']:.0f} %, {_text(value['mean'], value)}")
         rows.append([name, f"{low:.3f} to {high:.3f}", *cells])
-    note = "Mean over cases, and the share of cases within the band that holds 99 % of true noise. In natural order: a penalty's own value does not tell."
-    return Table("Is the noise still Gaussian?", ["", "true noise", *ENDS], rows, note)
+    note = "Share of cases within the band that holds 99 % of true noise; mean, 95 % bootstrap interval over prompts. In natural order: a penalty's own value does not tell."
+    return Table(
+        f"Is the noise still Gaussian? ({_counted(results)})", ["", "true noise", *results["stages"]], rows, note
+    )
+
+
+def _counted(results: dict) -> str:
+    cell = results["stages"]["initial"]["metrics"]["target"]
+    return f"{cell['n_images']} cases of {cell['n_prompts']} prompts, seed {results['seed']}"
 
 
 def _cells(results: dict, name: str) -> list[str]:
     cells = []
-    for end in ENDS:
-        cell = results["stages"][end]["metrics"][name]
+    for stage in results["stages"].values():
+        cell = stage["metrics"][name]
         cells.append(_text(cell["mean"], cell))
     for comparison in results["comparisons"]:
         cell = comparison["metrics"][name]

@@ -103,6 +103,8 @@ def provenance_section(folder: Path) -> str:
     if not path.is_file():
         return '<p class="note">No provenance.json in this run.</p>'
     provenance = read_json(path)
+    if provenance.get("status") == "running":  # the page is written before the run ends
+        provenance = {key: value for key, value in provenance.items() if key not in ("status", "finished")}
     nested = {key: value for key, value in provenance.items() if isinstance(value, (dict, list))}
     plain = {key.replace("_", " "): value for key, value in provenance.items() if key not in nested}
     return definitions(plain) + "".join(folded(key, json.dumps(value, indent=2)) for key, value in nested.items())

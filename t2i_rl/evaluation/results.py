@@ -13,7 +13,12 @@ from omegaconf import OmegaConf
 from t2i_rl.errors import UserError
 
 STAGES = ("base_direct", "base_plan", "trained_direct", "trained_plan")
-HEADLINE_PAIRS = (("base_plan", "trained_plan"), ("base_direct", "trained_direct"), ("initial", "best"))
+HEADLINE_PAIRS = (
+    ("base_plan", "trained_plan"),
+    ("base_direct", "trained_direct"),
+    ("initial", "last"),
+    ("initial", "best"),
+)
 RECORD_KEYS = (
     *("prompt_id", "prompt", "tag", "seen", "sample_index", "seed", "plan", "plan_length"),
     *("strict", "lenient", "score", "defects", "image"),
@@ -152,12 +157,12 @@ def read_records(path: Path) -> list[dict]:
 
 
 def stages_of(results: dict) -> list[str]:
-    """The stages of a run in the order of `STAGES`, any other after them."""
-    return sorted(results["stages"], key=lambda stage: (STAGES.index(stage) if stage in STAGES else len(STAGES), stage))
+    """The stages of a run in the order of `STAGES`, any other after them as they stand."""
+    return sorted(results["stages"], key=lambda stage: STAGES.index(stage) if stage in STAGES else len(STAGES))
 
 
 def headline_comparison(results: dict) -> dict | None:
-    """The comparison a run is about: trained against base, with a plan if it has one; None if nothing was trained."""
+    """The comparison a run is about: trained against base, with a plan if it has one; last noise against first (best, where a search has no last); None if nothing was trained."""
     for pair in HEADLINE_PAIRS:
         for comparison in results["comparisons"]:
             if (comparison["a"], comparison["b"]) == pair:

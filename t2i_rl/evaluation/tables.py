@@ -13,7 +13,7 @@ from t2i_rl.evaluation.stats import seed_interval
 
 MISSING = "-"
 MARK = " *"
-PLAIN_FORMATS = {"plan_length": ".1f", "vendi": ".2f", "diversity": ".3f"}
+PLAIN_FORMATS = {"plan_length": ".1f", "vendi": ".2f", "diversity": ".3f", "target": ".3f"}
 ROW_NAMES = {
     "overall": "overall (strict)",
     "lenient": "overall (lenient)",
@@ -117,27 +117,33 @@ def headline(results: dict) -> str:
     if not results["stages"]:
         return f"Trained for {results['steps']} steps; nothing was evaluated (evaluation.stages=[])."
     comparison = headline_comparison(results)
-    benchmark = results["benchmark"]["name"]
-    if comparison is None or "overall" not in comparison["metrics"]:
+    benchmark, name = results["benchmark"]["name"], headline_metric(results)
+    if comparison is None or name not in comparison["metrics"]:
         parts = [
             f"{stage} {with_interval('overall', results['stages'][stage]['metrics'].get('overall'), 'mean')} %"
             for stage in stages_of(results)
         ]
         return f"Overall on {benchmark}: {', '.join(parts)}. Nothing was trained, so there is no before and after."
-    cell = comparison["metrics"]["overall"]
-    means = [results["stages"][comparison[side]]["metrics"]["overall"]["mean"] for side in "ab"]
-    before, after = (number("overall", mean) for mean in means)
+    cell = comparison["metrics"][name]
+    means = [results["stages"][comparison[side]]["metrics"][name]["mean"] for side in "ab"]
+    percent, points = ("", "") if name in PLAIN_FORMATS else (" %", " points")
+    before, after = (number(name, mean) + percent for mean in means)
     basis = f"({cell['n_prompts']} prompts, paired)"
+    where = benchmark if name == "overall" else f"the {name}"
     if cell["low"] is None:
-        return (
-            f"Too few prompts for an interval on {benchmark}: {before} % before, {after} % after, which shows nothing."
-        )
-    low, high = number("overall", cell["low"], True), number("overall", cell["high"], True)
-    difference = f"{number('overall', cell['difference'], True)} points, 95 % interval [{low}, {high}] {basis}"
+        return f"Too few prompts for an interval on {where}: {before} before, {after} after, which shows nothing."
+    low, high = number(name, cell["low"], True), number(name, cell["high"], True)
+    difference = f"{number(name, cell['difference'], True)}{points}, 95 % interval [{low}, {high}] {basis}"
     if not excludes_zero(cell):
-        return f"No measurable change on {benchmark}: {before} % before, {after} % after; {difference}: includes zero."
+        return f"No measurable change on {where}: {before} before, {after} after; {difference}: includes zero."
     verb = "rose" if cell["difference"] > 0 else "fell"
-    return f"Overall on {benchmark} {verb} from {before} % to {after} %: {difference}."
+    subject = f"Overall on {benchmark}" if name == "overall" else f"The {name}"
+    return f"{subject} {verb} from {before} to {after}: {difference}."
+
+
+def headline_metric(results: dict) -> str:
+    """The metric a run is about: `overall`, or what its headline names."""
+    return (results["headline"] or {}).get("metric", "overall")
 
 
 def differing_settings(jobs: Sequence[Job]) -> list[str]:
@@ -156,8 +162,16 @@ def headline_cells(job: Job, metric: str) -> tuple[dict | None, dict | None, dic
     return before, after, comparison["metrics"].get(metric)
 
 
+def before_and_after(jobs: Sequence[Job]) -> list[str]:
+    """The names of the two stages that jobs compare."""
+    pairs = {(found["a"], found["b"]) for found in map(headline_comparison, (job.results for job in jobs)) if found}
+    if all(a.startswith("base") for a, _ in pairs):
+        return ["base", "trained"]
+    return list(*pairs) if len(pairs) == 1 else ["before", "after"]
+
+
 def sweep_table(jobs: Sequence[Job], metric: str = "overall") -> Table:
-    """All jobs: a row per job with what differs, then base, trained and their paired difference in one metric."""
+    """All jobs: a row per job with what differs, then before, after and their paired difference in one metric."""
     keys = differing_settings(jobs)
     rows = []
     for job in jobs:
@@ -167,11 +181,11 @@ def sweep_table(jobs: Sequence[Job], metric: str = "overall") -> Table:
         rows.append([*settings, *cells, with_interval(metric, difference, "difference")])
     note = "95 % bootstrap intervals over prompts; differences are paired, image by image; * excludes zero."
     title = f"All jobs: {ROW_NAMES.get(metric, metric)}"
-    return Table(title, [*(keys or ["job"]), "base", "trained", "difference"], rows, note)
+    return Table(title, [*(keys or ["job"]), *before_and_after(jobs), "difference"], rows, note)
 
 
 def seeds_table(jobs: Sequence[Job], metric: str = "overall") -> Table | None:
-    """Jobs that differ only by `seed` averaged: base, trained and paired difference with Student's interval over seeds.
+    """Jobs that differ only by `seed` averaged: before, after and paired difference with Student's interval over seeds.
 
     Returns None where no two jobs differ only by seed. Jobs without a before and after are left out of it.
 
@@ -200,10 +214,12 @@ def seeds_table(jobs: Sequence[Job], metric: str = "overall") -> Table | None:
         rows.append([*(settings or ["all jobs"]), str(len(group)), *cells, change])
     note = "Mean over seeds with Student's 95 % interval over seeds; one seed has no interval; * excludes zero."
     title = f"Over seeds: {ROW_NAMES.get(metric, metric)}"
-    return Table(title, [*(keys or ["jobs"]), "seeds", "base", "trained", "difference"], rows, note)
+    return Table(title, [*(keys or ["jobs"]), "seeds", *before_and_after(jobs), "difference"], rows, note)
 
 
-def sweep_tables(jobs: Sequence[Job], metric: str = "overall") -> list[Table]:
-    """The table of all jobs and, where jobs differ only by seed, the table of means over seeds."""
-    over_seeds = seeds_table(jobs, metric)
-    return [sweep_table(jobs, metric)] + ([over_seeds] if over_seeds else [])
+def sweep_tables(jobs: Sequence[Job]) -> list[Table]:
+    """For each metric that jobs are about, the table of all jobs and, where jobs differ only by seed, the table of means over seeds."""
+    tables = []
+    for metric in dict.fromkeys(headline_metric(job.results) for job in jobs):
+        tables += [sweep_table(jobs, metric), seeds_table(jobs, metric)]
+    return [table for table in tables if table is not None]

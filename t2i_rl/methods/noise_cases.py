@@ -3,6 +3,8 @@
 import hashlib
 import json
 import shutil
+import signal
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,9 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
+from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import save
 from torch.utils.data import DataLoader
@@ -65,13 +69,14 @@ class NoiseMethod(L.LightningModule):
         samples: pictures a prompt. batch_size: cases in one graph.
         eta: of DDIM, for models of several steps: the noise of every step is searched as well.
         free_text_encoders: drop them once all prompts are encoded.
-        folder: a case's files go to `folder/<place>`; a case that is finished there under the same settings is not done again.
+        folder: a case's files go to `folder/<place>`; a case that is finished there is not done again.
     """
 
     trains = frozenset({"diffusion", "one_step"})
     learns_from = "prompts"
     plan = False
     gradients = False  # whether the reward must have them
+    ends: tuple[str, ...] = ("best",)  # the noises that are measured at the end of a case, beside the first
 
     def __init__(
         self,
@@ -133,9 +138,13 @@ class NoiseMethod(L.LightningModule):
         return [case for case in self.cases() if case.place in places]
 
     def finished(self) -> list[dict]:
-        """The cases that are finished under these settings, in order, as in `case.json`, each with its `place`."""
-        places = [(case, self._place(case)) for case in self.cases() if self._finished(case)]
-        return [read_json(place / "case.json") | {"place": place.name} for _, place in places]
+        """The cases that are finished, in order, as in `case.json`, each with its `place`.
+
+        Raises:
+            UserError: one was finished with another prompt, seed, model or judge.
+        """
+        places = [self._place(case) for case in self.cases() if self._finished(case)]
+        return [read_json(place / "case.json") | {"place": place.name} for place in places]
 
     def predict_dataloader(self) -> DataLoader:
         self._mine = self.mine()
@@ -147,7 +156,8 @@ class NoiseMethod(L.LightningModule):
 
     @torch.no_grad()
     def on_predict_start(self) -> None:
-        """Encode each prompt once, and the empty one where guidance asks for it; then the text encoders may go."""
+        """Encode each prompt once, and the empty one where guidance asks for it; then the text encoders may go. SIGTERM ends the search at once from here on."""
+        signal.signal(signal.SIGTERM, self._stop)  # Lightning puts the former handler back
         for text in dict.fromkeys(case.prompt.text for case in self._mine):
             self.texts[text] = self.model.encode_prompts([text])
         if self.model.guided:
@@ -158,13 +168,26 @@ class NoiseMethod(L.LightningModule):
             *Progress.get_default_columns(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[target]}"),
-            disable=not self.trainer.is_global_zero,
+            disable=not self.trainer.is_global_zero or not Console().is_terminal,
         )
         self._bar.start()
         self._task = self._bar.add_task("noise", total=len(self._mine) * self.length, target="")
+        self._started = time.monotonic()
 
     def on_predict_end(self) -> None:
         self._bar.stop()
+
+    def _stop(self, signum: int, frame) -> None:
+        """Upon SIGTERM: a case's files are written when it is whole, so there is nothing to save."""
+        launcher = self.trainer.strategy.launcher
+        if hasattr(launcher, "kill"):  # the processes that this one launched
+            launcher.kill(signum)
+        raise SIGTERMException
+
+    def stop_progress(self) -> None:
+        """Leave the terminal as it was, after a search that did not reach its end."""
+        if self._bar is not None:
+            self._bar.stop()
 
     def text_of(self, cases: list[Case]) -> TextEncoding:
         return _stacked([self.texts[case.prompt.text] for case in cases])
@@ -187,6 +210,10 @@ class NoiseMethod(L.LightningModule):
         self._bar.update(self._task, completed=(index + 1) * self.batch_size * self.length)
         for track in tracks:
             self._write(track)
+        if self.trainer.is_global_zero and not Console().is_terminal:
+            done, seconds = min((index + 1) * self.batch_size, len(self._mine)), time.monotonic() - self._started
+            first, best = (np.mean(values) for values in zip(*((track.rows[0]["target"], track.best) for track in tracks), strict=True))  # fmt: skip
+            print(f"{done} of {len(self._mine)} cases, {seconds:.0f} s; the last {len(tracks)}: target {first:.3g}, best {best:.3g}", flush=True)  # fmt: skip
 
     def search(self, cases: list[Case]) -> list[Track]:
         """The tracks of a batch of cases."""
@@ -247,8 +274,8 @@ class NoiseMethod(L.LightningModule):
 
     @torch.no_grad()
     def _measure_ends(self, tracks: list[Track]) -> None:
-        """Health and the watched at the best and at the last noise, wherever these fell."""
-        for end in ("best", "last"):
+        """Health and the watched at the best and at the last noise, wherever these fell; their rows hold them too."""
+        for end in self.ends:
             noise, images = (
                 torch.stack([track.noises[end] for track in tracks]),
                 np.stack([track.images[end] for track in tracks]),
@@ -256,9 +283,10 @@ class NoiseMethod(L.LightningModule):
             measured = self._measured(tracks, noise.to(self.device), images)
             for row, track in enumerate(tracks):
                 reached = track.rows[track.best_step if end == "best" else -1]
-                track.ends[end] = {name: reached[name] for name in ("step", "target")} | {
-                    name: float(value[row]) for name, value in measured.items()
-                }
+                figures = {name: float(value[row]) for name, value in measured.items()}
+                track.ends[end] = {name: reached[name] for name in ("step", "target")} | figures
+                if end == "last":
+                    reached.update(figures)  # for the curves, also where the last step was not due
 
     @staticmethod
     def _picture_like(noise: torch.Tensor) -> torch.Tensor:
@@ -279,12 +307,16 @@ class NoiseMethod(L.LightningModule):
 
     def _finished(self, case: Case) -> bool:
         done = self._place(case) / "case.json"
-        return done.exists() and read_json(done)["fingerprint"] == self.fingerprint(case)
+        if done.exists() and read_json(done)["fingerprint"] != self.fingerprint(case):
+            raise UserError(
+                f"{done.parent} holds a case finished with another prompt, seed, model or judge: take another hydra.run.dir, or delete {self.folder}"
+            )
+        return done.exists()
 
     def _write(self, track: Track) -> None:
         """A case's pictures, noises and trajectory; `case.json` last, so that half a case is no case."""
         place = self._place(track.case)
-        shutil.rmtree(place, ignore_errors=True)  # of other settings, or half done
+        shutil.rmtree(place, ignore_errors=True)  # half done
         (place / "images").mkdir(parents=True, exist_ok=True)
         for step, image in track.images.items():
             Image.fromarray(image).save(

@@ -9,8 +9,6 @@ from hydra.utils import instantiate
 from t2i_rl import loading
 from t2i_rl.models.noise_to_image import enable_checkpointing
 
-GIGABYTE = 1e9
-
 
 @dataclass(frozen=True)
 class Memory:
@@ -23,15 +21,18 @@ class Memory:
     def sentence(self, pictures: int, freed: bool) -> str:
         """What a run will take, in one line."""
         total = self.weights + pictures * self.graph + (0 if freed else self.text_encoders)
-        encoders = f"text encoders {self.text_encoders / GIGABYTE:.1f} GB{' (freed once the texts are encoded)' if freed else ''}"
-        return (
-            f"memory predicted: weights {self.weights / GIGABYTE:.1f} GB, {encoders}, graph {self.graph / GIGABYTE:.1f} GB a picture x {pictures}: "
-            f"{max(total, self.weights + self.text_encoders) / GIGABYTE:.1f} GB and what the reward takes"
-        )
+        encoders = f"text encoders {size(self.text_encoders)}{' (freed once the texts are encoded)' if freed else ''}"
+        graph = f", graph {size(self.graph)} a picture x {pictures}" if self.graph else ""
+        return f"memory predicted: weights {size(self.weights)}, {encoders}{graph}: {size(max(total, self.weights + self.text_encoders))} and what the reward takes"
 
 
-def predict(settings, checkpointing: bool) -> Memory:
-    """Of a model's config; no weight is read.
+def size(count: int) -> str:
+    """Bytes as text."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def predict(settings, gradients: bool, checkpointing: bool) -> Memory:
+    """Of a model's config; no weight is read. Without `gradients` no graph is kept.
 
     Raises:
         InstantiationException: its config files can be neither found nor downloaded (Hydra wraps the line that says so).
@@ -40,6 +41,8 @@ def predict(settings, checkpointing: bool) -> Memory:
         model = instantiate(settings, device=None).requires_grad_(False)
     encoders = bytes_of(model.text_encoders)
     weights = bytes_of(model) - encoders
+    if not gradients:
+        return Memory(weights, encoders, 0)
     predictions = model.steps * (2 if model.guided else 1)
     denoiser, autoencoder = graphs(model)
     if not checkpointing:

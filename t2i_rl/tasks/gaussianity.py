@@ -19,21 +19,11 @@ def run(cfg) -> dict:
     """Report on every tensor of `cfg.latents`, a safetensors file of `(C, h, w)` or `(B, C, h, w)`, in natural order and unpacked.
 
     Raises:
-        UserError: the file is broken, or a tensor is no latent.
+        UserError: the file is broken or empty, or a tensor is no latent.
     """
-    try:
-        latents = load_file(cfg.latents)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"latents={cfg.latents}: {error}") from error
-    found, console = {}, Console()
+    latents, found, console = read_latents(cfg.latents, cfg.task.packed), {}, Console()
     for name, value in latents.items():
-        if value.ndim not in (3, 4) or not value.is_floating_point():
-            raise UserError(
-                f"latents={cfg.latents}: {name} has shape {tuple(value.shape)} and dtype {value.dtype}; a latent is (C, h, w) or (B, C, h, w), of floats"
-            )
-        if not torch.isfinite(value).all():
-            raise UserError(f"latents={cfg.latents}: {name} holds values that are not finite")
-        report = GaussianityReport.of(as_pictures(value.float(), cfg.task.packed, f"latents={cfg.latents}: {name}"))
+        report = GaussianityReport.of(value)
         inside = report.inside()
         rows = [
             [
@@ -44,12 +34,9 @@ def run(cfg) -> dict:
             ]
             for figure, (low, high) in report.bands.items()
         ]
+        title = f"{name}: {len(value)} of {' x '.join(map(str, value.shape[1:]))}"
         note = "The band holds 99 % of true noise of this shape. In natural order; a shuffled penalty's value does not tell."
-        console.print(
-            Table(
-                f"{name} {' x '.join(map(str, value.shape))}", ["", "true noise", "mean", "within the band"], rows, note
-            )
-        )
+        console.print(Table(title, ["", "true noise", "mean", "within the band"], rows, note))
         found[name] = {
             figure: {"values": report.figures[figure].tolist(), "band": report.bands[figure]} for figure in report.bands
         }
@@ -57,6 +44,35 @@ def run(cfg) -> dict:
     write_atomic(out, json.dumps(found, indent=1))
     console.print(f"figures: {out}", soft_wrap=True)
     return {"latents": found}
+
+
+def read_latents(path: str, packed: bool | None) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, each as float32 `(B, C, h, w)`.
+
+    Raises:
+        UserError: one line that names the file, the tensor, and what is wrong with it.
+    """
+    try:
+        latents = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"latents={path} must be a safetensors file: {error}") from error
+    if not latents:
+        raise UserError(f"latents={path} holds no tensors")
+    found = {}
+    for name, value in latents.items():
+        where = f"latents={path}: {name}"
+        if value.ndim not in (3, 4) or not value.is_floating_point() or not value.numel():
+            raise UserError(
+                f"{where} has shape {tuple(value.shape)} and dtype {value.dtype}; a latent is (C, h, w) or (B, C, h, w), of floats"
+            )
+        if not torch.isfinite(value).all():
+            raise UserError(f"{where} holds values that are not finite")
+        found[name] = as_pictures(value.float(), packed, where)
+        if not (found[name].flatten(1).std(dim=1, correction=0) > 0).all():
+            raise UserError(
+                f"{where} holds a latent whose values are all the same: it has no kurtosis and no correlations"
+            )
+    return found
 
 
 def as_pictures(latents: torch.Tensor, packed: bool | None, where: str) -> torch.Tensor:

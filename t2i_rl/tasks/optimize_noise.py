@@ -1,34 +1,48 @@
 """`task=optimize_noise`: look for better noise for every prompt with a frozen model; before and after, with held-out judges and the noise's health."""
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from hydra.utils import get_class, instantiate
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from rich.console import Console
 
 from t2i_rl.checks import check_needs, check_parts, watched
+from t2i_rl.errors import UserError
 from t2i_rl.evaluation.noise_pictures import curves_of, hacking_figure, strip
 from t2i_rl.evaluation.noise_report import write_noise_report
 from t2i_rl.evaluation.noise_results import health_table, search_table, summarise
-from t2i_rl.evaluation.results import headline_comparison, write_results
+from t2i_rl.evaluation.results import headline_comparison, read_json, write_atomic, write_results
 from t2i_rl.hashing import weights_sha256
 from t2i_rl.loggers import build_loggers, log_results
 from t2i_rl.models.memory import predict
 
 STRIPS = 6
-CONFIGURED = ("method", "model", "reward", "watch")  # what a finished case depends on
+CONFIGURED = ("method", "model", "reward", "watch")  # what a finished case depends on,
+OF_NO_CONSEQUENCE = (
+    "method.batch_size",
+    "method.image_every",
+    "method.gradient_checkpointing",
+    "method.free_text_encoders",
+    "model.device",
+)  # save these
 
 
 def run(cfg) -> dict:
     """Search for `cfg.data`'s prompts with `cfg.method`; rank 0 returns the content of results.json."""
     out, data = Path(cfg.paths.output_dir), instantiate(cfg.data, batch_size=1)
+    settings = settings_of(cfg)
+    check_folder(out / "noise", settings)
     check_needs(cfg, data.prompts)
     trainer = instantiate(cfg.trainer, inference_mode=False, enable_progress_bar=False, logger=build_loggers(cfg))
     if trainer.is_global_zero:
-        memory = predict(cfg.model, cfg.method.gradient_checkpointing)
+        write_atomic(out / "noise" / "settings.json", json.dumps(settings, indent=1))
+        memory = predict(cfg.model, get_class(cfg.method._target_).gradients, cfg.method.gradient_checkpointing)
         print(memory.sentence(cfg.method.batch_size, cfg.method.free_text_encoders), flush=True)
     reward = instantiate(cfg.reward)
     watch = {name: judge for name, judge in instantiate(watched(cfg)).items() if judge is not None}
@@ -37,18 +51,55 @@ def run(cfg) -> dict:
     benchmark = judging(cfg, data.prompts)
     model = instantiate(cfg.model)
     weights = {"model": weights_sha256(model), **{name: modules_sha256(judge) for name, judge in judges.items()}}
-    settings = {key: OmegaConf.to_container(cfg[key], resolve=True) for key in CONFIGURED}
     method = instantiate(cfg.method, model=model, reward=reward, watch=watch, folder=out / "noise")
-    method.settings = json.dumps(settings | {"sampling": model.sampling(), "weights": weights}, sort_keys=True)
+    method.settings = json.dumps({"sampling": model.sampling(), "weights": weights}, sort_keys=True)
     method.prompts = data.prompts  # not through Hydra, which would make configs of them
+    done, total = len(method.finished()), len(method.cases())
     if trainer.is_global_zero:
         shape = " x ".join(map(str, method.noise_shape()))
-        done, total = len(method.finished()), len(method.cases())
         print(f"{len(data.prompts)} prompts x {method.samples} noises of {shape}; {done} of {total} done before", flush=True)  # fmt: skip
-    trainer.predict(method, return_predictions=False)
+    try:
+        trainer.predict(method, return_predictions=False)
+    except (SIGTERMException, SystemExit):  # Lightning's, for Ctrl-C
+        method.stop_progress()
+        if trainer.is_global_zero:
+            print(f"stopped: {len(method.finished())} of {total} cases are finished; the same command with hydra.run.dir={out} goes on from there", flush=True)  # fmt: skip
+        raise
     if dist.is_initialized():
         dist.barrier()
     return report(cfg, out, trainer, method, benchmark, weights) if trainer.is_global_zero else {}
+
+
+def settings_of(cfg) -> dict:
+    """Dotted names and values of the settings that a finished case depends on."""
+    found = {}
+
+    def walk(node, where: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value, f"{where}.{key}")
+            else:
+                found[f"{where}.{key}"] = value
+
+    for group in CONFIGURED:
+        walk(OmegaConf.to_container(cfg[group], resolve=True), group)
+    return {key: value for key, value in found.items() if key not in OF_NO_CONSEQUENCE}
+
+
+def check_folder(folder: Path, settings: dict) -> None:
+    """Refuse to go on in a folder of finished cases under other settings: they would be lost.
+
+    Raises:
+        UserError: one line that names the settings.
+    """
+    done = len(list(folder.glob("*/case.json")))
+    before = read_json(folder / "settings.json") if done else settings
+    differing = [key for key in before | settings if before.get(key) != settings.get(key)]
+    if differing:
+        named = ", ".join(f"{key}={before.get(key)} there and {settings.get(key)} here" for key in differing)
+        raise UserError(
+            f"{folder} holds {done} cases finished under other settings ({named}): take another hydra.run.dir, or delete that folder"
+        )
 
 
 def judging(cfg, prompts):
@@ -56,6 +107,14 @@ def judging(cfg, prompts):
     benchmark = instantiate(cfg.benchmark)
     size = get_class(cfg.model._target_).image_size(cfg.model)
     return benchmark if size in benchmark.image_sizes and all("include" in prompt.meta for prompt in prompts) else None
+
+
+def prompts_fingerprint(benchmark, prompts, samples: int) -> dict:
+    """What the numbers depend on: these prompts, and the judge where there is one."""
+    rows = [[prompt.id, prompt.text, prompt.meta] for prompt in prompts]
+    judge = {key: benchmark.fingerprint()[key] for key in ("name", "version", "size", "judge")} if benchmark else {"name": "none"}  # fmt: skip
+    digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+    return judge | {"n_prompts": len(rows), "samples_per_prompt": samples, "prompts_sha256": digest}
 
 
 def modules_sha256(judge) -> dict[str, str]:
@@ -71,11 +130,14 @@ def report(cfg, out: Path, trainer, method, benchmark, weights: dict) -> dict:
     cases, steps_of_noise = method.finished(), method.noise_shape()[:-3]
     shape = (*(length * method.noise_shape()[-3] for length in steps_of_noise), *method.noise_shape()[-2:]) if steps_of_noise else method.noise_shape()  # fmt: skip
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    places, prompts = [out / "noise" / case["place"] for case in cases], [case["prompt_id"] for case in cases]
+    files = [place / "trajectory.jsonl" for place in places]
+    trajectories = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     results = {
         **{key: choices.get(key) for key in ("task", "method", "model", "reward", "regularizer")},
         "seed": cfg.seed,
-        "steps": max(case["last"]["step"] for case in cases),
-        "benchmark": benchmark.fingerprint() if benchmark else {"name": "none"},
+        "steps": max(rows[-1]["step"] for rows in trajectories),
+        "benchmark": prompts_fingerprint(benchmark, method.prompts, method.samples),
         "sampling": method.model.sampling(),
         "weights_sha256": weights,
         **summarise(out, cases, shape, benchmark, {prompt.id: prompt for prompt in method.prompts}),
@@ -85,16 +147,14 @@ def report(cfg, out: Path, trainer, method, benchmark, weights: dict) -> dict:
     results["headline"] = {"a": comparison["a"], "b": comparison["b"], "metric": name, **comparison["metrics"][name]}
     write_results(out / "results.json", results)
 
-    places, prompts = [out / "noise" / case["place"] for case in cases], [case["prompt_id"] for case in cases]
-    files = [place / "trajectory.jsonl" for place in places]
-    trajectories = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
     curves = {name: curves_of(trajectories, name, prompts) for name in trajectories[0][0] if name != "step"}
     for step in range(results["steps"] + 1):
         row = {f"noise/{name}": float(mean[steps == step][0]) for name, (steps, mean, _) in curves.items() if step in steps}  # fmt: skip
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
     log_results(trainer.loggers, results)
-    (out / "strips").mkdir(exist_ok=True)
+    shutil.rmtree(out / "strips", ignore_errors=True)
+    (out / "strips").mkdir()
     for case, place in list(zip(cases, places, strict=True))[:STRIPS]:
         strip(place, out / "strips" / f"{case['place']}.png")
     hacking_figure(trajectories, out / "curves.png", list(method.watch), prompts)
