@@ -1,6 +1,7 @@
 """What goes with what, refused in one line before any weight loads."""
 
 import ast
+import math
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -206,6 +207,8 @@ def _check_types(node: DictConfig, where: str) -> None:
             if isinstance(value, float) and int in kinds and not kinds - {int, NoneType}:
                 raise UserError(f"{where}.{name} must be a whole number, not {value!r}")
     for name, child in node.items():
+        if isinstance(child, float) and not math.isfinite(child):
+            raise UserError(f"{where}.{name} must be a finite number, not {child}")
         if isinstance(child, DictConfig):
             _check_types(child, f"{where}.{name}")
 
@@ -231,6 +234,8 @@ def _check_method(cfg: DictConfig) -> None:
     if wanted != "prompts":
         _check_pairs(cfg, method, rewarded)
     _check_noise(cfg, method)
+    if options.get("max_grad_norm") is not None and options["max_grad_norm"] <= 0:
+        raise UserError(f"method.max_grad_norm must be above 0, or null, not {options['max_grad_norm']}")
     method.check(instantiate({key: value for key, value in options.items() if key != "_target_"}))
     half = cfg.model.get("dtype") in ("bfloat16", "float16")
     if half and wanted == "prompts" and "lora" in options and options["lora"] is None:

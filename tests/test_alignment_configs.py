@@ -53,7 +53,10 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
 
 
-@pytest.mark.parametrize(("method", "model"), [("softrepa", "sd15"), ("softrepa", "sdxl"), ("agsm", "sd3")])
+@pytest.mark.parametrize(
+    ("method", "model"),
+    [("softrepa", "sd15"), pytest.param("softrepa", "sdxl", marks=pytest.mark.slow), ("agsm", "sd3")],
+)
 def test_a_whole_run_on_a_small_pipeline_of_the_same_classes(method, model, tmp_path):
     folder, coco, clip = (
         pipeline(model, tmp_path / model),

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_house import call
+
 ROOT = Path(__file__).parents[1]
 QUICK = [
     "debug=fdr",
@@ -45,6 +47,8 @@ def metrics(folder: Path) -> list[dict]:
         (["+trainer.gradient_clip_val=1"], "method.max_grad_norm"),
         (["+trainer.accumulate_grad_batches=4"], "method.micro_batch_size"),
         (["trainer.precision=17"], "bf16-mixed"),
+        (["method.max_grad_norm=-1"], "method.max_grad_norm must be above 0"),
+        (["method.kl_coef=nan"], "method.kl_coef must be a finite number"),
         (["task=generate"], "prompts_file"),
         (["task=pretrain", "model=janus_pro_1b"], "janus_tiny"),
         (["ckpt_path=nowhere.ckpt"], "no such file"),
@@ -55,11 +59,16 @@ def metrics(folder: Path) -> list[dict]:
         (["model=janus_pro_1b"], "deepseek-community/Janus-Pro-1B"),
     ],
 )
-def test_what_cannot_run_says_so_in_one_line(tmp_path, arguments, named):
-    done = run(*arguments, cwd=tmp_path)
-    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.returncode == 2 and len(lines) == 1 and named in lines[0], done.stderr
-    assert "Traceback" not in done.stderr
+def test_what_cannot_run_says_so_in_one_line(tmp_path, arguments, named, monkeypatch, capsys):
+    assert call(monkeypatch, tmp_path, *arguments) == 2
+    said = capsys.readouterr().err
+    lines = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and named in lines[0] and "Traceback" not in said, said
+
+
+def test_a_refusal_is_the_same_from_the_shell(tmp_path):
+    done = run("reward=nsq", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
 def test_the_manual_page_names_every_choice(tmp_path):
@@ -88,6 +97,7 @@ def test_a_run_leaves_everything_behind_and_no_secret(tmp_path):
         assert not path.is_file() or b"secret-key-0123456789" not in path.read_bytes(), path
 
 
+@pytest.mark.slow
 def test_a_sweep_is_its_single_runs_and_ends_with_one_table(tmp_path):
     """Nothing leaks from job to job: the second job of a sweep gives the very numbers of a run on its own."""
     arguments = [*QUICK, "method.kl_coef=0"]
@@ -113,7 +123,7 @@ def test_a_failing_job_does_not_stop_the_sweep(tmp_path):
     assert (tmp_path / "sweep" / "report.html").is_file() and "nothing was evaluated" in done.stdout
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, how):
     """Killed at some moment after the third step, resumed with ckpt_path=last: the same metrics and the same verdicts as one never stopped."""
     settings = [*QUICK, "trainer.max_steps=7", "callbacks.checkpoint.every_n_steps=2", "method.updates_per_rollout=1"]
@@ -144,6 +154,7 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path, how):
         assert records[0] == records[1]
 
 
+@pytest.mark.slow  # tests/test_ddp.py has the same of one step
 def test_two_cpu_processes_give_what_one_gives(tmp_path):
     done = run(*QUICK, "trainer=ddp_sim", "trainer.max_steps=2", "hydra.run.dir=two", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -146,6 +146,7 @@ def test_preferences_are_made_of_right_and_wrong_pictures(folder, tmp_path):
         make_preferences.run(cfg)
 
 
+@pytest.mark.slow
 def test_from_preferences_to_a_tuned_pipeline_on_the_command_line(tmp_path):
     small = ["model=sd_tiny", "model.steps=4"]
     tuned = [

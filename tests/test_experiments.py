@@ -100,6 +100,7 @@ def test_every_rung_of_the_alignment_ladder_composes_and_lora_is_as_large_as_the
         assert 0.85 < sizes["lora"] / sizes["denoising"] < 1.15, sizes
 
 
+@pytest.mark.slow
 def test_the_alignment_table_says_what_the_runs_say(ladder, tmp_path, monkeypatch):
     monkeypatch.setattr(ladder, "BENCH", tmp_path)
     for model in ladder.MODELS:

@@ -40,6 +40,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 def test_two_shards_train_as_one_process_and_go_on_from_each_other(tmp_path):
     keep = "callbacks.checkpoint.keep_every_n_steps=2"
     one = run(tmp_path / "one", "trainer=cpu", "trainer.max_steps=4", keep)

@@ -50,6 +50,7 @@ def test_the_reward_that_the_readme_adds_runs_as_printed(tmp_path):
     assert results["reward"] == "distinct_codes" and results["steps"] == 2
 
 
+@pytest.mark.slow
 def test_the_method_the_benchmark_and_the_model_that_the_docs_add_run_as_printed(tmp_path):
     assert write_files(ADDING, tmp_path) == 8
     paired, trained, blind = run_as_printed(ADDING, tmp_path)
