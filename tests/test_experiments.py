@@ -187,11 +187,11 @@ def searched(module, arm: str, seed: int, model: str = "0") -> None:
         health = {f"health/{name}": 1.0 for name in module.HEALTH}
         initial = {"step": 0, "target": start, "watch/oracle/strict": strict, "watch/oracle/score": strict, **health}
         after = initial | {"step": 50, "target": start + gain, "watch/oracle/strict": float(won[number % 4])}
-        ends = {"initial": initial, "best": after, "last": after}
+        ends = {"initial": initial, "best": after} | ({} if arm in module.SEARCHES else {"last": after})
         (place / "case.json").write_text(json.dumps({"prompt_id": f"p{number // 2}", **ends}))
         rows = [row | {"cosine_to_start": 1.0 - row["step"] / 100} for row in (initial, {"step": 1}, after)]
         (place / "trajectory.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    stages = {end: {"metrics": {"diversity": {"mean": 0.1}}} for end in module.ENDS}
+    stages = {end: {"metrics": {"diversity": {"mean": 0.1}}} for end in ends}
     results = {"weights_sha256": {"model": model}, "steps": 50, "stages": stages}
     (out / "results.json").write_text(json.dumps(results))
     (out / "provenance.json").write_text(json.dumps({"git_commit": "0123456789", "device": "a made-up machine"}))

@@ -31,7 +31,7 @@ TARGETS = {
 @pytest.mark.parametrize("kind", TARGETS)
 def test_prediction_is_what_the_graph_keeps(kind, tmp_path):
     folder = pipeline(kind, tmp_path)
-    expected = predict(OmegaConf.create(TARGETS[kind] | {"path": str(folder)}), checkpointing=False)
+    expected = predict(OmegaConf.create(TARGETS[kind] | {"path": str(folder)}), gradients=True, checkpointing=False)
     model = MODELS[kind](folder).requires_grad_(False)
     assert expected.text_encoders == bytes_of(model.text_encoders) > 0
     assert expected.weights == bytes_of(model) - bytes_of(model.text_encoders)
@@ -48,10 +48,10 @@ def test_no_weight_file_is_read(tmp_path):
     for file in folder.rglob("*.safetensors"):
         file.unlink()
     settings = OmegaConf.create(TARGETS["flux"] | {"path": str(folder)})
-    assert predict(settings, checkpointing=False).graph > predict(settings, checkpointing=True).graph > 0
+    assert predict(settings, gradients=True, checkpointing=False).graph > predict(settings, gradients=True, checkpointing=True).graph > 0
     (folder / "transformer" / "config.json").unlink()
     with pytest.raises(InstantiationException, match="cannot load"):
-        predict(settings, checkpointing=False)
+        predict(settings, gradients=True, checkpointing=False)
 
 
 def test_the_sentence_adds_up():

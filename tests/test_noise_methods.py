@@ -203,7 +203,7 @@ def test_a_held_out_decline_stops_a_case(model, tmp_path):
 
 
 def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
-    """Finished cases are not done again; the others come out as if nothing had happened; other settings start anew."""
+    """Finished cases are not done again; the others come out as if nothing had happened; another model's cases are not overwritten."""
     whole = run(optimization(model, tmp_path / "whole", batch_size=1))
     method = optimization(model, tmp_path / "cut", batch_size=1)
     run(method)
@@ -213,7 +213,8 @@ def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
     again = run(optimization(model, tmp_path / "cut", batch_size=1))
     assert (tmp_path / "cut" / "00000" / "case.json").stat().st_mtime_ns == before
     assert [case["last"]["target"] for case in again] == [case["last"]["target"] for case in whole]
-    assert len(given(optimization(model, tmp_path / "cut"), "others").mine()) == 3
+    with pytest.raises(UserError, match="another prompt, seed, model or judge"):
+        given(optimization(model, tmp_path / "cut"), "others").mine()
 
 
 def test_a_reward_that_fails_stops_the_run(model, tmp_path):

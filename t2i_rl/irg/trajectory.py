@@ -1,0 +1,103 @@
+"""What inference writes, training reads and the report shows: a list of segments, text or image, each with its part in the whole."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from t2i_rl.errors import UserError
+
+GENERATION, UNDERSTANDING = (
+    "generation",
+    "understanding",
+)  # the encoders that a picture is shown to: it is drawn by one and looked at by the other
+BOTH = frozenset((GENERATION, UNDERSTANDING))
+
+
+@dataclass(frozen=True, eq=False)
+class Segment:
+    """One text, or one picture uint8 `(H, W, 3)`.
+
+    `role`: system, prompt, think (R1), draw (I1), question (T_q), reflect (R2), redraw (I2). `loss`: it is to be learnt; else it is context.
+    `seen_by`: the encoders through which what follows sees a picture; a text is always seen.
+    """
+
+    role: str
+    text: str | None = None
+    image: np.ndarray | None = None
+    loss: bool = False
+    seen_by: frozenset[str] = frozenset()
+
+    @property
+    def kind(self) -> str:
+        return "text" if self.image is None else "image"
+
+    def __eq__(self, other) -> bool:
+        same = (self.role, self.text, self.loss, self.seen_by) == (other.role, other.text, other.loss, other.seen_by)
+        return same and (self.image is None) == (other.image is None) and (self.image is None or np.array_equal(self.image, other.image))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Segments in order; `seeds` by segment that was drawn, `settings` (guidance, temperatures, context policy) as they were."""
+
+    segments: tuple[Segment, ...]
+    seeds: tuple[int, ...] = ()
+    settings: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One segment as a mode has it (specification section 2.1)."""
+
+    role: str
+    kind: str
+    loss: bool = False
+
+
+PROMPT, QUESTION = Part("prompt", "text"), Part("question", "text")
+THOUGHT, REFLECTION = Part("think", "text"), Part("reflect", "text")
+WEAK, GOOD = Part("draw", "image"), Part("redraw", "image")
+
+
+def learnt(part: Part) -> Part:
+    return replace(part, loss=True)
+
+
+MODES = {
+    "initial_thinking_understanding_learning": (PROMPT, WEAK, QUESTION, learnt(THOUGHT)),
+    "initial_thinking_generation_learning": (PROMPT, learnt(THOUGHT)),
+    "initial_full_learning": (PROMPT, learnt(THOUGHT), learnt(WEAK)),
+    "improving_thinking_understanding_learning": (PROMPT, WEAK, GOOD, QUESTION, learnt(REFLECTION)),
+    "improving_thinking_generation_learning": (PROMPT, THOUGHT, WEAK, learnt(REFLECTION)),
+    "improving_full_learning": (PROMPT, THOUGHT, WEAK, learnt(REFLECTION), learnt(GOOD)),
+}
+STAGES = {
+    1: dict(zip(MODES, (0.125, 0.125, 0.25, 0.125, 0.125, 0.25), strict=True)),
+    2: {"initial_full_learning": 0.5, "improving_full_learning": 0.5},
+}
+
+
+def in_mode(segments: Sequence[Segment], mode: str, where: str) -> tuple[Segment, ...]:
+    """The segments with the roles that `mode` gives them; a text in front of the prompt is the system's.
+
+    Raises:
+        UserError: there is no such mode, or kind, loss or encoders of a segment are not the mode's; `where` and the segment are named.
+    """
+    if mode not in MODES:
+        raise UserError(f"{where}: there is no mode {mode!r}; the modes are {', '.join(MODES)}")
+    parts = MODES[mode]
+    if len(segments) == len(parts) + 1 and segments[0].kind == "text" and not segments[0].loss:
+        parts = (Part("system", "text"), *parts)
+    if len(segments) != len(parts):
+        wanted = ", ".join(part.role for part in parts)
+        raise UserError(f"{where}: {len(segments)} segments, where {mode} has {len(parts)}: {wanted}")
+    for number, (segment, part) in enumerate(zip(segments, parts, strict=True)):
+        for name in ("kind", "loss"):
+            if getattr(segment, name) != getattr(part, name):
+                raise UserError(
+                    f"{where}: segment {number} ({part.role}): {name} is {getattr(segment, name)}, and {mode} asks for {getattr(part, name)}"
+                )
+        if part.kind == "image" and not part.loss and segment.seen_by != BOTH:
+            raise UserError(f"{where}: segment {number} ({part.role}): a picture in the context is seen by both encoders (need_vae, need_vit)")  # fmt: skip
+    return tuple(replace(segment, role=part.role) for segment, part in zip(segments, parts, strict=True))
