@@ -55,7 +55,11 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize(
     ("method", "model"),
-    [("softrepa", "sd15"), pytest.param("softrepa", "sdxl", marks=pytest.mark.slow), ("agsm", "sd3")],
+    [
+        pytest.param("softrepa", "sd15", marks=pytest.mark.slow),
+        pytest.param("softrepa", "sdxl", marks=pytest.mark.slow),
+        ("agsm", "sd3"),
+    ],
 )
 def test_a_whole_run_on_a_small_pipeline_of_the_same_classes(method, model, tmp_path):
     folder, coco, clip = (

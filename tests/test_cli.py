@@ -114,6 +114,7 @@ def test_a_sweep_is_its_single_runs_and_ends_with_one_table(tmp_path):
     assert found["random", "trained_plan - base_plan", "overall"] == results["headline"]["difference"]
 
 
+@pytest.mark.slow
 def test_a_failing_job_does_not_stop_the_sweep(tmp_path):
     """And a run that evaluates nothing is a run."""
     quick = [*QUICK[:2], "evaluation.stages=[]"]
@@ -188,6 +189,7 @@ def test_images_are_generated_and_judged(tmp_path):
     assert unknown.returncode == 2 and "three red circles" in unknown.stderr
 
 
+@pytest.mark.slow
 def test_a_trained_checkpoint_is_evaluated_beside_its_base(tmp_path):
     trained = run(*QUICK, "hydra.run.dir=out", cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr

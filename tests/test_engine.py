@@ -168,12 +168,12 @@ def test_recorded_lengths_give_what_exact_ones_give(janus):
     rows = torch.cat([ids, unconditional(ids, janus.special)]), torch.cat([mask, mask])
     exact = draw(janus)[1].tokens
     engine = Engine().load(janus.model)
-    session = engine.session(ImageEmitter, 6, 1, 32, 64, guidance_scale=3.0, temperature=1.0)
+    session = engine.session(ImageEmitter, 6, 1, 32, 64, guidance=(3.0,), temperature=1.0)
     session.recorder, session.bucket, session.grows = Bucketed(), 64, False
     session.own.resize(96)
     session.prefill(*rows)
     session.emitter.start(torch.zeros(3, 64) + 0.5)
-    session.emitter.uniforms.copy_(janus.engine.session(ImageEmitter, 6, 1, ids.shape[1], 64, guidance_scale=3.0, temperature=1.0).emitter.uniforms)  # fmt: skip
+    session.emitter.uniforms.copy_(janus.engine.session(ImageEmitter, 6, 1, ids.shape[1], 64, guidance=(3.0,), temperature=1.0).emitter.uniforms)  # fmt: skip
     session.decode()
     assert torch.equal(session.emitter.tokens, exact) and set(lengths) == {96}
 

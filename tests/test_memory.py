@@ -48,7 +48,11 @@ def test_no_weight_file_is_read(tmp_path):
     for file in folder.rglob("*.safetensors"):
         file.unlink()
     settings = OmegaConf.create(TARGETS["flux"] | {"path": str(folder)})
-    assert predict(settings, gradients=True, checkpointing=False).graph > predict(settings, gradients=True, checkpointing=True).graph > 0
+    assert (
+        predict(settings, gradients=True, checkpointing=False).graph
+        > predict(settings, gradients=True, checkpointing=True).graph
+        > 0
+    )
     (folder / "transformer" / "config.json").unlink()
     with pytest.raises(InstantiationException, match="cannot load"):
         predict(settings, gradients=True, checkpointing=False)

@@ -195,6 +195,7 @@ def test_resumed_is_uninterrupted(folders, tmp_path, name, options):
         assert torch.equal(whole[key], resumed[key]), key
 
 
+@pytest.mark.slow
 def test_two_ranks_under_all_texts_train_as_one(folders, tmp_path):
     learnt = []
     for ranks in ("1", "2"):

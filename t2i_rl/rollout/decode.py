@@ -1,5 +1,6 @@
 """Sampling: plans from the language head, images from the generation head under classifier-free guidance."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -92,21 +93,42 @@ def decode_image(
     Raises:
         UserError: not even one row fits into the free memory.
     """
-    branches = 1 if guidance_scale == 1 else 2
+    branches = [(ids, mask)]
+    if guidance_scale != 1:
+        branches.append((unconditional(ids, special), mask))
+    guidance = () if guidance_scale == 1 else (guidance_scale,)
+    return decode_branches(engine, branches, seeds, count=count, guidance=guidance, temperature=temperature)
+
+
+@torch.no_grad()
+def decode_branches(
+    engine: Engine,
+    branches: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    seeds: list[int],
+    *,
+    count: int,
+    guidance: tuple[float, ...],
+    temperature: float = 1.0,
+) -> DecodedImages:
+    """Sample `count` image tokens after each row of the first branch, guided by the same row of the others (see `rows.guided`).
+
+    A branch is ids `(B, L)` or embeddings `(B, L, D)`, left-padded to the length that all share, with its mask `(B, L)`.
+
+    Raises:
+        UserError: not even one row fits into the free memory.
+    """
+    ids, embedded = branches[0][0], branches[0][0].ndim == 3
     prefix = prefix_length(engine, ids)
     uniforms = row_uniforms(seeds, count, ids.device)
-    needed = branches * engine.cache_bytes(prefix + count) + WORKING_BYTES * len(engine.weights.image_embed)
+    needed = len(branches) * engine.cache_bytes(prefix + count) + WORKING_BYTES * len(engine.weights.image_embed)
     most = engine.options.max_rows or rows_that_fit(
         needed, engine.device, "drawing an image", held=engine.held_bytes(ImageEmitter)
     )
     drawn = []
     for part in even_chunks(len(ids), most):
-        rows, row_mask = ids[part], mask[part]
-        if branches == 2:
-            rows, row_mask = torch.cat([rows, unconditional(rows, special)]), torch.cat([row_mask, row_mask])
-        settings = {"guidance_scale": guidance_scale, "temperature": temperature}
-        session = engine.session(ImageEmitter, len(rows), 1, prefix, count, **settings)
-        session.prefill(rows, row_mask)
+        rows, mask = (torch.cat([branch[which][part] for branch in branches]) for which in (0, 1))
+        session = engine.session(ImageEmitter, len(rows), 1, prefix, count, guidance=guidance, temperature=temperature)
+        session.prefill(mask if embedded else rows, mask, rows if embedded else None)
         session.emitter.start(uniforms[part])
         session.decode()
         emitter = session.emitter

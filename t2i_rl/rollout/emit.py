@@ -9,11 +9,14 @@ from t2i_rl.rollout.weights import Weights
 
 
 class ImageEmitter:
-    """Image tokens `(B, N)` under guidance, with the log-probs that they were drawn with and both self-certainties, `(B, N)` each."""
+    """Image tokens `(B, N)` under guidance, with the log-probs that they were drawn with and both self-certainties, `(B, N)` each.
 
-    def __init__(self, weights: Weights, rows: int, count: int, guidance_scale: float, temperature: float):
-        self.weights, self.guidance_scale, self.temperature = weights, guidance_scale, temperature
-        images = rows if guidance_scale == 1 else rows // 2
+    `guidance` has one scale for each negative branch; rows are `[conditional; first negative; second negative; ...]`.
+    """
+
+    def __init__(self, weights: Weights, rows: int, count: int, guidance: tuple[float, ...], temperature: float):
+        self.weights, self.guidance, self.temperature = weights, guidance, temperature
+        images = rows // (1 + len(guidance))
         device = weights.norm.device
         self.uniforms = torch.zeros(images, count, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(images, count, dtype=torch.long, device=device)
@@ -30,7 +33,7 @@ class ImageEmitter:
     def __call__(self, hidden: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         (first, first_bias), (second, second_bias) = self.weights.image_head
         raw = F.linear(self.weights.image_activation(F.linear(hidden, first, first_bias)), second, second_bias).float()
-        logits = guided(raw, self.guidance_scale)
+        logits = guided(raw, self.guidance)
         token = sample_tokens(logits, self.uniforms.index_select(1, slot).squeeze(1), self.temperature)
         scaled = logits / (self.temperature or 1.0)
         logprob = scaled.gather(-1, token.unsqueeze(-1)) - scaled.logsumexp(-1, keepdim=True)
@@ -39,7 +42,7 @@ class ImageEmitter:
         self.conditional.index_copy_(1, slot, self_certainty(raw[: len(token)]).unsqueeze(1))
         self.guided.index_copy_(1, slot, self_certainty(logits).unsqueeze(1))
         x = self.weights.image_embed[token]
-        return x if self.guidance_scale == 1 else torch.cat([x, x])
+        return torch.cat([x] * (1 + len(self.guidance)))
 
 
 class TextEmitter:

@@ -14,10 +14,13 @@ def unconditional(ids: torch.Tensor, special: dict[str, int]) -> torch.Tensor:
     return torch.where(keep, ids, special["pad"])
 
 
-def guided(logits: torch.Tensor, guidance_scale: float, detach_uncond: bool = False) -> torch.Tensor:
-    """Classifier-free guidance on rows `[conditional; unconditional]`: `u + w (c - u)`; `w = 1` has conditional rows only."""
-    if guidance_scale == 1:
-        return logits
-    conditional, uncond = logits.chunk(2)
-    uncond = uncond.detach() if detach_uncond else uncond
-    return uncond + guidance_scale * (conditional - uncond)
+def guided(logits: torch.Tensor, guidance: tuple[float, ...], detach_uncond: bool = False) -> torch.Tensor:
+    """Classifier-free guidance on rows `[conditional; negative; ...]`, one scale a negative: `c <- u + w (c - u)` for each negative u in turn.
+
+    One negative is the usual `u + w (c - u)`; two are IRG's, without the reflection and then without the picture (arXiv 2509.06945).
+    """
+    combined, *negatives = logits.chunk(1 + len(guidance))
+    for scale, negative in zip(guidance, negatives, strict=True):
+        negative = negative.detach() if detach_uncond else negative
+        combined = negative + scale * (combined - negative)
+    return combined

@@ -63,7 +63,8 @@ def score_image(
 
     def head(states: torch.Tensor) -> torch.Tensor:
         logits = model.model.generation_head(states.transpose(0, 1).flatten(0, 1)).float()
-        return guided(logits, scale, detach_uncond=distribution == "guided_detach_uncond")
+        guidance = () if scale == 1 else (scale,)
+        return guided(logits, guidance, detach_uncond=distribution == "guided_detach_uncond")
 
     vocabulary, everything = model.config.vq_config.num_embeddings, torch.ones_like(tokens, dtype=torch.bool)
     return stats_in_chunks(head, vocabulary, hidden.flatten(1, 2).transpose(0, 1), tokens, everything, temperature)

@@ -1,0 +1,183 @@
+"""IRG's conversations on a Janus: labels where the modes have them, caches that equal the full forward, branches that guide as written."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from t2i_rl.irg.janus import NO_LABEL, InterleavedJanus
+from t2i_rl.irg.trajectory import BOTH, MODES, Segment
+from t2i_rl.pretrain.vq import nearest_codes
+from t2i_rl.rollout.rows import guided
+from t2i_rl.shapes.examples import sample_example
+from t2i_rl.shapes.render import render
+from t2i_rl.shapes.text import plan
+from tests.tiny import load_tiny_janus, save_tiny_janus
+
+RNG = np.random.default_rng(0)
+EXAMPLES = [sample_example(RNG) for _ in range(4)]
+
+
+@pytest.fixture(scope="module")
+def inter(tmp_path_factory) -> InterleavedJanus:
+    janus = load_tiny_janus(save_tiny_janus(tmp_path_factory.mktemp("janus")))
+    janus.prepare()
+    return InterleavedJanus(janus)
+
+
+def conversation(mode: str, number: int = 0) -> list[Segment]:
+    """A sample of a mode from the world; every text in its words."""
+    (prompt, scene), (_, other) = EXAMPLES[number], EXAMPLES[(number + 1) % len(EXAMPLES)]
+    texts = {"prompt": prompt.text, "think": plan(other), "question": "describe the picture.", "reflect": f"draw. {plan(scene)}"}  # fmt: skip
+    images = {"draw": render(other), "redraw": render(scene)}
+    return [
+        Segment(part.role, text=texts[part.role], loss=part.loss)
+        if part.kind == "text"
+        else Segment(part.role, image=images[part.role], loss=part.loss, seen_by=frozenset() if part.loss else BOTH)
+        for part in MODES[mode]
+    ]
+
+
+def full_logits(inter: InterleavedJanus, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits at the labelled places of the last picture `(N, codes)` by one plain forward, and its codes `(N,)`."""
+    laid = inter.lay_out(segments)
+    hidden = inter.hidden(laid.embeds[None], torch.ones(1, len(laid.embeds), dtype=torch.bool))[0]
+    chosen = laid.image != NO_LABEL
+    return inter.model.model.generation_head(hidden[chosen]), laid.image[chosen]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@torch.no_grad()
+def test_labels_of_a_mode_are_its_learnt_segments_and_no_others(inter, mode):
+    segments = conversation(mode)
+    laid = inter.lay_out(segments)
+    texts = [segment.text for segment in segments if segment.kind == "text" and segment.loss]
+    assert inter.janus.tokenizer.decode(laid.text[laid.text != NO_LABEL], skip_special_tokens=True) == " ".join(texts)
+    ends = (laid.text == inter.special["eos"]).sum()
+    assert ends == len(texts)
+    learnt = [segment for segment in segments if segment.kind == "image" and segment.loss]
+    codes = [nearest_codes(inter.model.model.vqmodel, inter.pixels(segment.image))[0] for segment in learnt]
+    assert torch.equal(laid.image[laid.image != NO_LABEL], torch.cat(codes) if codes else laid.image[:0])
+    found = inter.losses([segments])
+    assert found["text"][1] == (laid.text != NO_LABEL).sum() and found["image"][1] == inter.tokens * len(learnt)
+
+
+@torch.no_grad()
+def test_losses_are_the_scores_of_the_same_conversation(inter):
+    """Against the scoring that GRPO uses: prompt and plan; and prompt, plan and picture token by token."""
+    segments = conversation("initial_full_learning")
+    prompt, thought, picture = segments
+    janus = inter.janus
+    ids, mask = janus.encode([janus.chat.plan(prompt.text)])
+    tokens = torch.tensor([[*janus.tokenizer(thought.text, add_special_tokens=False).input_ids, inter.special["eos"]]])
+    scored = janus(plan=(ids, mask, tokens, torch.ones_like(tokens, dtype=torch.bool)))
+    codes = nearest_codes(inter.model.model.vqmodel, inter.pixels(picture.image))
+    before = torch.cat([ids, tokens[:, :-1], torch.tensor([[inter.special["boi"]]])], dim=1)
+    drawn = janus(image=(before, torch.ones_like(before), codes))
+    found = inter.losses([segments])
+    assert found["text"][0].item() == pytest.approx(-scored.logprobs.sum().item(), rel=1e-5)
+    assert found["image"][0].item() == pytest.approx(-drawn.logprobs.sum().item(), rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_batch_loses_what_its_conversations_lose(inter):
+    several = [conversation(mode, number % 4) for number, mode in enumerate(MODES)]
+    together, alone = inter.losses(several), [inter.losses([each]) for each in several]
+    for kind in ("text", "image"):
+        assert together[kind][1] == sum(each[kind][1] for each in alone)
+        assert together[kind][0].item() == pytest.approx(sum(each[kind][0].item() for each in alone), rel=1e-5)
+
+
+def branches(segments: list[Segment]) -> list[list[Segment]]:
+    """Everything; without the reflection; without the picture."""
+    return [
+        segments,
+        [segment for segment in segments if segment.role != "reflect"],
+        [segment for segment in segments if segment.kind == "text"],
+    ]
+
+
+@pytest.mark.parametrize("guidance", [(4.0, 2.0), (1.0, 2.0), (4.0, 1.0), (1.0, 1.0)])
+@torch.no_grad()
+def test_drawing_with_caches_is_the_full_forward_of_every_branch(inter, guidance):
+    """Greedy tokens of three caches of different lengths are the argmax of the written combination of three plain forwards."""
+    contexts = [branches(conversation("improving_full_learning", number)[:-1]) for number in range(2)]
+    drawn = inter.sample([list(each) for each in zip(*contexts, strict=True)], "redraw", guidance, [1, 2], 0.0)
+    for row, context in enumerate(contexts):
+        logits = []
+        for segments in context:
+            laid = inter.lay_out(segments, opening="redraw").embeds
+            codes = inter.model.prepare_embeddings_for_image_generation(drawn.tokens[row : row + 1, :-1])[0]
+            hidden = inter.hidden(torch.cat([laid, codes])[None], torch.ones(1, len(laid) + len(codes), dtype=torch.bool))  # fmt: skip
+            logits.append(inter.model.model.generation_head(hidden[0, -inter.tokens :]))
+        full, text, image = logits
+        a = text + guidance[0] * (full - text)
+        combined = image + guidance[1] * (a - image)
+        top = combined.topk(2).values
+        sure = top[:, 0] - top[:, 1] > 1e-3
+        assert torch.equal(combined.argmax(-1)[sure], drawn.tokens[row][sure]) and sure.float().mean() > 0.9
+
+
+@torch.no_grad()
+def test_scales_of_one_are_the_conditional_branch(inter):
+    contexts = [[each] for each in branches(conversation("improving_full_learning")[:-1])]
+    guided_by_none = inter.sample(contexts, "redraw", (1.0, 1.0), [3], 1.0)
+    alone = inter.sample(contexts[:1], "redraw", (), [3], 1.0)
+    assert torch.equal(guided_by_none.tokens, alone.tokens)
+
+
+def test_an_image_branch_equal_to_the_conditional_one_is_plain_guidance():
+    c, t = torch.randn(2, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    w_t, w_i = 4.0, 2.0
+    assert torch.allclose(guided(torch.cat([c, t, c]), (w_t, w_i)), guided(torch.cat([c, t]), (1 + w_i * (w_t - 1),)))
+
+
+@torch.no_grad()
+def test_one_row_is_what_it_is_in_a_batch(inter):
+    contexts = [branches(conversation("improving_full_learning", number)[:-1]) for number in range(3)]
+    many = inter.sample([list(each) for each in zip(*contexts, strict=True)], "redraw", (4.0, 2.0), [5, 6, 7], 1.0)
+    one = inter.sample([[each] for each in contexts[1]], "redraw", (4.0, 2.0), [6], 1.0)
+    assert (many.tokens[1] == one.tokens[0]).float().mean() > 0.95  # rounding may turn a draw
+    assert torch.allclose(many.logprobs[1, :1], one.logprobs[0, :1], atol=1e-4)
+
+
+@torch.no_grad()
+def test_another_first_picture_or_no_reflection_changes_what_comes_after(inter):
+    segments = conversation("improving_full_learning")
+    logits, _ = full_logits(inter, segments)
+    other = [replace(each, image=255 - each.image) if each.role == "draw" else each for each in segments]
+    blank = [each for each in segments if each.role != "reflect"]
+    for changed in (other, blank):
+        assert (full_logits(inter, changed)[0] - logits).abs().max() > 1e-2
+    before, after = (inter.losses([each])["text"][0].item() for each in (segments, other))
+    assert abs(before - after) > 1e-2
+
+
+@torch.no_grad()
+def test_texts_survive_being_decoded_and_read_again(inter):
+    for number in range(4):
+        for segment in conversation("improving_full_learning", number):
+            if segment.kind == "text":
+                ids = inter.janus.tokenizer(segment.text, add_special_tokens=False).input_ids
+                again = inter.janus.tokenizer.decode(ids, skip_special_tokens=True)
+                assert inter.janus.tokenizer(again, add_special_tokens=False).input_ids == ids
+
+
+@torch.no_grad()
+def test_written_texts_depend_on_their_own_seed_and_picture(inter):
+    context = conversation("improving_thinking_generation_learning")[:-1]
+    one = inter.write([context, context], "reflect", [1, 2], 24, 1.0)
+    assert inter.write([context], "reflect", [2], 24, 1.0) == one[1:]
+
+
+@torch.no_grad()
+def test_the_librarys_own_encoder_finds_other_codes(inter):
+    """It does not normalise before the search, which is how these codebooks are read (specification section 3.5)."""
+    vq = inter.model.model.vqmodel
+    pixels = torch.cat([inter.pixels(render(scene)) for _, scene in EXAMPLES])
+    ours, theirs = nearest_codes(vq, pixels), vq.encode(pixels).image_tokens.view(len(pixels), -1)
+    z = torch.nn.functional.normalize(vq.quant_conv(vq.encoder(pixels)).double(), dim=1).flatten(2).transpose(1, 2)
+    book = torch.nn.functional.normalize(vq.quantize.embedding.weight.double(), dim=1)
+    brute = torch.cdist(z, book.expand(len(z), -1, -1)).argmin(-1)
+    assert torch.equal(ours, brute) and (ours != theirs).any()
