@@ -1,5 +1,9 @@
 """Small denoisers and pipeline folders of the real diffusers classes, made from nothing."""
 
+import atexit
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -171,7 +175,17 @@ def clip(width: int, projection: int | None = None):
 
 def pipeline(kind: str, folder: Path, seed: int = 0) -> Path:
     """Make and save a small pipeline: `sd15`, `sdxl`, `sd3` (no T5), `sd3_t5`, `sd35`, `flux`, `sana`, or one of one step: `sd_turbo`, `sdxl_turbo`."""
+    shutil.copytree(_built(kind, seed), folder, dirs_exist_ok=True)
     torch.manual_seed(seed)
+    return folder
+
+
+@cache
+def _built(kind: str, seed: int) -> Path:
+    """Made once a process."""
+    torch.manual_seed(seed)
+    folder = Path(tempfile.mkdtemp(prefix=f"{kind}_"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     tokenizer = build_tokenizer()
     if kind == "sd15":
         pipe = StableDiffusionPipeline(
@@ -187,7 +201,7 @@ def pipeline(kind: str, folder: Path, seed: int = 0) -> Path:
         )  # fmt: skip
     elif kind in ("sd_turbo", "sdxl_turbo"):
         stock = {"sd_turbo": StableDiffusionPipeline, "sdxl_turbo": StableDiffusionXLPipeline}[kind]
-        many_steps = pipeline({"sd_turbo": "sd15", "sdxl_turbo": "sdxl"}[kind], folder, seed)
+        many_steps = _built({"sd_turbo": "sd15", "sdxl_turbo": "sdxl"}[kind], seed)
         euler = EulerDiscreteScheduler if kind == "sd_turbo" else EulerAncestralDiscreteScheduler
         scheduler = euler(beta_schedule="scaled_linear", timestep_spacing="trailing", steps_offset=1)
         pipe = stock.from_pretrained(

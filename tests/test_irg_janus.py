@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from t2i_rl.errors import UserError
+from t2i_rl.irg.interleave import Interleave, windowed, without_images, without_reflection
 from t2i_rl.irg.janus import NO_LABEL, InterleavedJanus
 from t2i_rl.irg.trajectory import BOTH, MODES, Segment
 from t2i_rl.pretrain.vq import nearest_codes
+from t2i_rl.rollout.decode import decode_image
 from t2i_rl.rollout.rows import guided
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.render import render
@@ -168,7 +171,7 @@ def test_texts_survive_being_decoded_and_read_again(inter):
 def test_written_texts_depend_on_their_own_seed_and_picture(inter):
     context = conversation("improving_thinking_generation_learning")[:-1]
     one = inter.write([context, context], "reflect", [1, 2], 24, 1.0)
-    assert inter.write([context], "reflect", [2], 24, 1.0) == one[1:]
+    assert inter.write([context], "reflect", [2], 24, 1.0) == one[1:] != one[:1]
 
 
 @torch.no_grad()
@@ -181,3 +184,99 @@ def test_the_librarys_own_encoder_finds_other_codes(inter):
     book = torch.nn.functional.normalize(vq.quantize.embedding.weight.double(), dim=1)
     brute = torch.cdist(z, book.expand(len(z), -1, -1)).argmin(-1)
     assert torch.equal(ours, brute) and (ours != theirs).any()
+
+
+@torch.no_grad()
+def test_the_first_picture_is_guided_as_janus_guides(inter):
+    """The same tokens as `draw_images` gives for the same conversation: its unconditional is the first round's negative."""
+    prompt, thought = conversation("initial_full_learning")[:2]
+    janus = inter.janus
+    ids, mask = janus.encode([janus.chat.plan(prompt.text)])
+    tail = janus.tokenizer(thought.text, add_special_tokens=False).input_ids + [inter.special["boi"]]
+    ids = torch.cat([ids, torch.tensor([tail])], dim=1)
+    theirs = decode_image(
+        janus.engine, ids, torch.ones_like(ids), [9], count=inter.tokens, special=inter.special, guidance_scale=3.0
+    )
+    ours = inter.sample([[[prompt, thought]], [None]], "draw", (3.0,), [9], 1.0)
+    assert torch.equal(ours.tokens, theirs.tokens) and torch.allclose(ours.logprobs, theirs.logprobs, atol=1e-5)
+
+
+LOOP = {"max_tokens": 24, "text_temperature": 1.0, "retries": 40}
+
+
+@torch.no_grad()
+def test_a_trajectory_depends_on_its_own_seed_and_every_round_sees_the_last(inter):
+    prompts = [prompt.text for prompt, _ in EXAMPLES[:2]]
+    both = Interleave(rounds=3, **LOOP).run(inter, prompts, [1, 2])
+    roles = [segment.role for segment in both[0].segments]
+    assert roles == ["prompt", "think", "draw", "reflect", "redraw", "reflect", "redraw"]
+    alone = Interleave(rounds=3, **LOOP).run(inter, prompts[1:], [2])[0]
+    assert [segment.text for segment in alone.segments[:2]] == [segment.text for segment in both[1].segments[:2]]
+    assert both[0].settings["rounds"] == 3 and all(
+        segment.seen_by == BOTH for segment in both[0].segments if segment.kind == "image"
+    )
+
+
+@torch.no_grad()
+def test_the_window_has_the_shape_of_training(inter):
+    segments = conversation("improving_full_learning")
+    more = [*segments, Segment("reflect", text="more")]
+    assert [each.role for each in windowed(more)] == ["prompt", "reflect", "redraw"]
+    assert [each.role for each in without_reflection(more)] == ["prompt", "think", "draw", "reflect", "redraw"]
+    assert without_images(more) == [each for each in more if each.kind == "text"]
+    Interleave(rounds=3, policy="window", **LOOP).run(inter, [EXAMPLES[0][0].text], [3])
+
+
+class Scripted:
+    """Writes what it is told, in order, and draws black; notes what it was asked."""
+
+    def __init__(self, texts):
+        self.texts, self.asked = list(texts), []
+
+    def write(self, contexts, role, seeds, max_tokens, temperature):
+        self.asked.append((role, tuple(seeds)))
+        return [self.texts.pop(0) for _ in contexts]
+
+    def draw(self, branches, role, guidance, seeds, temperature):
+        self.asked.append(
+            (
+                role,
+                guidance,
+                [[context and [each.role for each in context] for context in branch] for branch in branches],
+            )
+        )
+        return np.zeros((len(branches[0]), 4, 4, 3), np.uint8)
+
+
+def test_the_branches_are_those_of_the_paper():
+    model = Scripted([("a plan", True), ("better", True)])
+    Interleave(guidance_scale=4.0, reflection_scale=3.0, image_scale=2.0).run(model, ["a red circle"], [0])
+    assert model.asked[1] == ("draw", (4.0,), [[["prompt", "think"]], [None]])
+    assert model.asked[3] == (
+        "redraw",
+        (3.0, 2.0),
+        [[["prompt", "think", "draw", "reflect"]], [["prompt", "think", "draw"]], [["prompt", "think", "reflect"]]],
+    )
+
+
+def test_texts_that_are_empty_or_cut_are_written_again_and_then_refused():
+    model = Scripted([("", True), ("cut", False), ("a plan", True)])
+    drawn = Interleave(rounds=1).run(model, ["a red circle"], [0])
+    assert drawn[0].segments[1].text == "a plan" and len({seeds for _, seeds in model.asked[:3]}) == 3
+    with pytest.raises(
+        UserError, match="'a red circle': the think text was empty or longer than 128 tokens in 2 tries"
+    ):
+        Interleave(rounds=1, retries=1).run(Scripted([("", True)] * 2), ["a red circle"], [0])
+
+
+def test_a_reflection_may_end_the_trajectory():
+    model = Scripted([("a plan", True), ("a plan", True), ("stop", True), ("better", True)])
+    done, changed = Interleave(stop="stop").run(model, ["one", "two"], [0, 1])
+    assert [each.role for each in done.segments] == ["prompt", "think", "draw", "reflect"]
+    assert [each.role for each in changed.segments] == ["prompt", "think", "draw", "reflect", "redraw"]
+
+
+@pytest.mark.parametrize("options", [{"policy": "none"}, {"rounds": 0}, {"retries": -1}])
+def test_options_of_the_loop_are_checked(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        Interleave(**options)

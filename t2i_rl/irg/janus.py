@@ -41,8 +41,8 @@ class InterleavedJanus:
         self.tokens = self.model.config.vision_config.num_image_tokens
         self.side = janus.image_size({"path": janus.path, "revision": janus.revision})
 
-    def write(self, contexts: Sequence[Sequence[Segment]], role: str, seeds: list[int], max_tokens: int, temperature: float) -> list[str]:  # fmt: skip
-        """A text of `role` after each context, ended by EOS or cut at `max_tokens`; row `i` depends on `seeds[i]` alone."""
+    def write(self, contexts: Sequence[Sequence[Segment]], role: str, seeds: list[int], max_tokens: int, temperature: float) -> list[tuple[str, bool]]:  # fmt: skip
+        """A text of `role` after each context, and whether EOS ended it before `max_tokens`; row `i` depends on `seeds[i]` alone."""
         embeds, mask = self._left([self.lay_out(context, opening=role).embeds for context in contexts])
         tokens, _ = decode_text(
             self.janus.engine,
@@ -54,7 +54,9 @@ class InterleavedJanus:
             temperature=temperature,
             embeds=embeds,
         )
-        return [text.strip() for text in self.janus.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+        texts = self.janus.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        ended = (tokens == self.special["eos"]).any(dim=1).tolist()
+        return [(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
 
     def draw(self, *given, **settings) -> np.ndarray:
         """Pictures uint8 `(B, H, W, 3)`; see `sample`."""
@@ -63,11 +65,16 @@ class InterleavedJanus:
     def sample(self, branches: Sequence[Sequence[Sequence[Segment]]], role: str, guidance: Sequence[float], seeds: list[int], temperature: float) -> DecodedImages:  # fmt: skip
         """Image tokens of `role` after each context of the first branch, guided by the other branches (see `rows.guided`).
 
-        A branch of scale 1 changes nothing and is not computed.
+        A branch of scale 1 changes nothing and is not computed. A context that is None is Janus's own unconditional of the first branch's: pads, of its length.
         """
         used = [(branch, scale) for branch, scale in zip(branches[1:], guidance, strict=True) if scale != 1]
         kept = [branches[0], *(branch for branch, _ in used)]
-        laid = [self.lay_out(context, opening=role).embeds for branch in kept for context in branch]
+        laid = [self.lay_out(context, opening=role).embeds for context in kept[0]]
+        for branch in kept[1:]:
+            laid += [
+                self._blank(len(laid[row])) if context is None else self.lay_out(context, opening=role).embeds
+                for row, context in enumerate(branch)
+            ]
         embeds, mask = self._left(laid)
         count = len(branches[0])
         parts = list(zip(embeds.split(count), mask.split(count), strict=True))
@@ -155,6 +162,9 @@ class InterleavedJanus:
 
     def _tokens(self, text: str) -> list[int]:
         return self.janus.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _blank(self, length: int) -> torch.Tensor:
+        return self._words([self.special["bos"], *[self.special["pad"]] * (length - 2), self.special["boi"]])
 
     def _words(self, ids: list[int]) -> torch.Tensor:
         return self.model.get_input_embeddings()(torch.tensor(ids, device=self.janus.device))
