@@ -98,16 +98,24 @@ def judge(meta: dict, found: Sequence[Detection]) -> Verdict:
     `score` = (credit of every slot + relations that hold) / (slots + relations + surplus objects), at the best matching of objects to slots;
     malformed blobs are surplus. Mending one defect never lowers it.
     """
-    asked = slots(meta)
-    whole = sorted((item for item in found if not item.malformed), key=lambda item: -item.score)
-    blobs = [item for item in found if item.malformed]
-    match = _best_matching(asked, whole[:MAX_MATCHED])
-    taken = {id(item) for item in match if item is not None}
-    extra = [item for item in whole if id(item) not in taken]
+    asked, match, extra, blobs = matching(meta, found)
     gained, possible = _credit(asked, match)
     score = gained / (possible + len(extra) + len(blobs))
     defects = _defects(asked, match, extra, blobs)
+    whole = [item for item in found if not item.malformed]
     return Verdict(strict=not defects, lenient=lenient(meta, whole), score=score, defects=defects)
+
+
+def matching(
+    meta: dict, found: Sequence[Detection]
+) -> tuple[list[Slot], tuple[Detection | None, ...], list[Detection], list[Detection]]:
+    """What was asked for, the object that stands for each (or None), the objects that nobody asked for, and the malformed blobs."""
+    asked = slots(meta)
+    whole = sorted((item for item in found if not item.malformed), key=lambda item: -item.score)
+    match = _best_matching(asked, whole[:MAX_MATCHED])
+    taken = {id(item) for item in match if item is not None}
+    extra = [item for item in whole if id(item) not in taken]
+    return asked, match, extra, [item for item in found if item.malformed]
 
 
 def _best_matching(asked: list[Slot], whole: list[Detection]) -> tuple[Detection | None, ...]:

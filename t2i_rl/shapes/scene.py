@@ -104,11 +104,10 @@ def sample_scene(wishes: Sequence[Wish], rng: np.random.Generator, size: int = 3
 
     A stated relation holds with a margin (the dominant axis, 0.6 instead of GenEval's 0.5). Textures are solid unless wished.
     """
-    colors = tuple(COLORS)
     while True:
         objects: list[Object] = []
         for wish in wishes:
-            candidate = _place(wish, objects, rng, size, colors)
+            candidate = place(wish, objects, rng, size)
             if candidate is None:
                 break
             objects.append(candidate)
@@ -116,9 +115,9 @@ def sample_scene(wishes: Sequence[Wish], rng: np.random.Generator, size: int = 3
             return Scene(tuple(objects), size, int(rng.choice(BACKGROUNDS)))
 
 
-def _place(
-    wish: Wish, placed: list[Object], rng: np.random.Generator, size: int, colors: tuple[str, ...]
-) -> Object | None:
+def place(wish: Wish, placed: Sequence[Object], rng: np.random.Generator, size: int) -> Object | None:
+    """An object that is as wished and touches none of those placed, whose numbers the wish's relation means; None where 24 tries find no room."""
+    colors = tuple(COLORS)
     r = float(rng.choice(radii(size, wish.size)))
     color = wish.color or colors[rng.integers(len(colors))]
     low, high = int(np.ceil(2 * (r + 1))), int(np.floor(2 * (size - r - 1)))
