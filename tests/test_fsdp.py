@@ -55,6 +55,7 @@ def test_two_shards_train_as_one_process_and_go_on_from_each_other(tmp_path):
         assert_same_curves(rows(two)[2:], rows(onward))
 
 
+@pytest.mark.slow
 def test_adapters_are_sharded_too(tmp_path):
     settings = ("method=iris_lora", "method.lora.r=4", "method.gradient_checkpointing=true", "trainer.max_steps=2")
     one, two = (run(tmp_path / name, f"trainer={name}", *settings) for name in ("cpu", "fsdp_sim"))

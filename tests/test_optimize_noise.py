@@ -111,6 +111,7 @@ def test_what_changes_no_result_may_change(finished):
     assert "12 of 12 done before" in done.stdout
 
 
+@pytest.mark.slow
 def test_two_ranks_find_what_one_finds(finished, tmp_path):
     run(tmp_path / "two", *QUICK, "method.samples=2", "trainer=ddp_sim")
     one, two = (json.loads((folder / "results.json").read_text())["stages"] for folder in (finished, tmp_path / "two"))
