@@ -86,7 +86,7 @@ class Interleave:
             for i, image in zip(going, images, strict=True):
                 segments[i].append(Segment(drawn, image=image, seen_by=BOTH))
         settings = dict(vars(self))
-        return [Trajectory(tuple(row), (seed,), settings) for row, seed in zip(segments, seeds, strict=True)]
+        return [Trajectory(tuple(row), seed, settings) for row, seed in zip(segments, seeds, strict=True)]
 
     def _seen(self, segments: list[Segment]) -> list[Segment]:
         return windowed(segments) if self.policy == "window" else segments

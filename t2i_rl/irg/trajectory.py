@@ -39,10 +39,10 @@ class Segment:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Segments in order; `seeds` by segment that was drawn, `settings` (guidance, temperatures, context policy) as they were."""
+    """Segments in order; the `seed` that every draw in it derives from, and the `settings` (guidance, temperatures, context policy) as they were."""
 
     segments: tuple[Segment, ...]
-    seeds: tuple[int, ...] = ()
+    seed: int | None = None
     settings: dict = field(default_factory=dict)
 
 

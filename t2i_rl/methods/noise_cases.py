@@ -274,7 +274,7 @@ class NoiseMethod(L.LightningModule):
 
     @torch.no_grad()
     def _measure_ends(self, tracks: list[Track]) -> None:
-        """Health and the watched at the best and at the last noise, wherever these fell; their rows hold them too."""
+        """Health and the watched at the best and at the last noise, wherever these fell; the last row holds them too."""
         for end in self.ends:
             noise, images = (
                 torch.stack([track.noises[end] for track in tracks]),
