@@ -42,6 +42,11 @@ def check(cfg: DictConfig) -> None:
     unknown = [stage for stage in cfg.evaluation.stages if stage not in STAGES]
     if unknown:
         raise UserError(f"evaluation.stages holds {unknown[0]!r}; choose from {', '.join(STAGES)}")
+    turns = [stage for stage in cfg.evaluation.stages if stage.endswith("_turns")]
+    if turns and task in ("train", "evaluate") and not interleaves(cfg):
+        raise UserError(
+            f"evaluation.stages holds {turns[0]}, and only a method that interleaves draws turns: take method=irg"
+        )
     if task == "generate" and bool(cfg.prompt) == bool(cfg.prompts_file):
         raise UserError('task=generate takes one of prompt="three red circles" or prompts_file=<file>')
     if task == "gaussianity" and not cfg.latents:
@@ -53,8 +58,8 @@ def check(cfg: DictConfig) -> None:
     ):
         if file and not Path(file).exists():
             raise UserError(f"{key}={file}: there is no such file")
-    if task == "generate" and cfg.mode not in ("plan", "direct"):
-        raise UserError(f"mode must be plan or direct, not {cfg.mode!r}")
+    if task == "generate" and cfg.mode not in (modes := ("turns",) if interleaves(cfg) else ("plan", "direct")):
+        raise UserError(f"mode must be {' or '.join(modes)}, not {cfg.mode!r}")
     if task == "judge" and not (cfg.image and cfg.prompt):
         raise UserError('task=judge takes image=<file> and prompt="three red circles"')
     if task == "pretrain" and Path(cfg.model.path).name not in cfg.task.recipes:
@@ -73,7 +78,7 @@ def check(cfg: DictConfig) -> None:
         raise UserError("model=janus takes a checkpoint: path=<folder or hub id>")
     if cfg.model.get("rollout"):
         instantiate(cfg.model.rollout)
-    if task in ("train", "optimize_noise") or cfg.ckpt_path:
+    if task in ("train", "optimize_noise") or cfg.ckpt_path or (interleaves(cfg) and task in ("generate", "evaluate")):
         _check_method(cfg)
     if task in ("train", "evaluate", "generate") and get_class(cfg.model._target_).family != "autoregressive":
         plans = [stage for stage in cfg.evaluation.stages if stage.endswith("_plan")]
@@ -90,6 +95,11 @@ def check(cfg: DictConfig) -> None:
 def learns_from_prompts(cfg: DictConfig) -> bool:
     """Whether `cfg.method` draws pictures of its own and has them judged, rather than be given some."""
     return getattr(get_class(cfg.method._target_), "learns_from", "prompts") == "prompts"
+
+
+def interleaves(cfg: DictConfig) -> bool:
+    """Whether `cfg.method` draws in turns of thinking, drawing and reflecting."""
+    return getattr(get_class(cfg.method._target_), "interleaves", False)
 
 
 def watched(cfg: DictConfig) -> DictConfig:
@@ -226,22 +236,30 @@ def _check_method(cfg: DictConfig) -> None:
     gives, wanted = getattr(data, "gives", "prompts"), getattr(method, "learns_from", "prompts")
     if gives != wanted:
         shapes = "data=shapes_test" if hasattr(method, "gradients") else "data=shapes"
-        fix = {"pairs": "data=shapes_pairs", "preferences": "data=preferences", "prompts": shapes}[wanted]
+        fix = {
+            "pairs": "data=shapes_pairs",
+            "preferences": "data=preferences",
+            "trajectories": "data=irgl_shapes, or data=irgl with data.path=<folder>",
+            "prompts": shapes,
+        }[wanted]
         raise UserError(f"{method.__name__} learns from {wanted}, and {data.__name__} gives {gives}: take {fix}")
     if wanted == "prompts" and not rewarded:
         names = ", ".join(name for name in choices("reward") if name != "none")
         raise UserError(f"{method.__name__} learns from a reward: take one of reward={names}")
-    if wanted != "prompts":
+    if wanted == "trajectories" and rewarded:
+        raise UserError(f"{method.__name__} learns from trajectories, without a reward: take reward=none")
+    if wanted in ("pairs", "preferences"):
         _check_pairs(cfg, method, rewarded)
     _check_noise(cfg, method)
     if options.get("max_grad_norm") is not None and options["max_grad_norm"] <= 0:
         raise UserError(f"method.max_grad_norm must be above 0, or null, not {options['max_grad_norm']}")
     method.check(instantiate({key: value for key, value in options.items() if key != "_target_"}))
     half = cfg.model.get("dtype") in ("bfloat16", "float16")
-    if half and wanted == "prompts" and "lora" in options and options["lora"] is None:
+    trains = wanted == "prompts" or (wanted == "trajectories" and cfg.task._target_.split(".")[-2] == "train")
+    if half and trains and "lora" in options and options["lora"] is None:
         raise UserError(
             f"model.dtype={cfg.model.dtype} rounds small updates away: set model.dtype=float32 with trainer.precision=bf16-mixed and "
-            "model.rollout.dtype=bfloat16, or train adapters (method=iris_lora)"
+            "model.rollout.dtype=bfloat16, or train adapters (method=iris_lora, or method.lora={r: 16})"
         )
 
 

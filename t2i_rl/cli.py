@@ -53,6 +53,29 @@ def by_family(target: str, autoregressive, others):
     return autoregressive if family == "autoregressive" else others
 
 
+def drawn_as(method: str, model: str) -> str:
+    """How pictures are drawn where nothing else is said: in `turns` by a method that interleaves, else with a `plan` by a model that writes, else `direct`."""
+    from t2i_rl.checks import class_attribute
+
+    try:
+        interleaves = class_attribute(method, "interleaves")
+    except (ImportError, AttributeError, StopIteration):
+        interleaves = False
+    return "turns" if interleaves else by_family(model, "plan", "direct")
+
+
+def default_stages(method: str, model: str) -> list[str]:
+    """The stages of a run that names none."""
+    drawn = drawn_as(method, model)
+    return {
+        "turns": ["base_direct", "base_plan", "trained_turns"],
+        "plan": ["base_direct", "base_plan", "trained_plan"],
+        "direct": ["base_direct", "trained_direct"],
+    }[drawn]
+
+
+OmegaConf.register_new_resolver("drawn_as", drawn_as, replace=True)
+OmegaConf.register_new_resolver("default_stages", default_stages, replace=True)
 OmegaConf.register_new_resolver("by_family", by_family, replace=True)
 OmegaConf.register_new_resolver("smaller", lambda *numbers: min(numbers), replace=True)
 OmegaConf.register_new_resolver("gpu_or_cpu", gpu_or_cpu, replace=True)

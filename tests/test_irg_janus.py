@@ -9,7 +9,7 @@ import torch
 from t2i_rl.errors import UserError
 from t2i_rl.irg.interleave import Interleave, windowed, without_images, without_reflection
 from t2i_rl.irg.janus import NO_LABEL, InterleavedJanus
-from t2i_rl.irg.trajectory import BOTH, MODES, Segment
+from t2i_rl.irg.trajectory import BOTH, MODES, Segment, Written
 from t2i_rl.pretrain.vq import nearest_codes
 from t2i_rl.rollout.decode import decode_image
 from t2i_rl.rollout.rows import guided
@@ -25,8 +25,9 @@ EXAMPLES = [sample_example(RNG) for _ in range(4)]
 @pytest.fixture(scope="module")
 def inter(tmp_path_factory) -> InterleavedJanus:
     janus = load_tiny_janus(save_tiny_janus(tmp_path_factory.mktemp("janus")))
-    janus.prepare()
-    return InterleavedJanus(janus)
+    inter = InterleavedJanus(janus)
+    inter.prepare()
+    return inter
 
 
 def conversation(mode: str, number: int = 0) -> list[Segment]:
@@ -42,10 +43,21 @@ def conversation(mode: str, number: int = 0) -> list[Segment]:
     ]
 
 
+def plain_hidden(inter: InterleavedJanus, embeds: torch.Tensor) -> torch.Tensor:
+    """States `(L, D)` of one conversation by transformers' own causal forward, no mask given."""
+    return inter.model.model.language_model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0]
+
+
+def losses(inter: InterleavedJanus, conversations: list[list[Segment]]) -> dict[str, tuple[float, int]]:
+    """Sums and counts, a row a conversation."""
+    sums, counts = inter([[each] for each in conversations]), [inter.counts(each) for each in conversations]
+    return {kind: (sums[kind].item(), sum(each[kind] for each in counts)) for kind in sums}
+
+
 def full_logits(inter: InterleavedJanus, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits at the labelled places of the last picture `(N, codes)` by one plain forward, and its codes `(N,)`."""
     laid = inter.lay_out(segments)
-    hidden = inter.hidden(laid.embeds[None], torch.ones(1, len(laid.embeds), dtype=torch.bool))[0]
+    hidden = plain_hidden(inter, laid.embeds)
     chosen = laid.image != NO_LABEL
     return inter.model.model.generation_head(hidden[chosen]), laid.image[chosen]
 
@@ -62,7 +74,7 @@ def test_labels_of_a_mode_are_its_learnt_segments_and_no_others(inter, mode):
     learnt = [segment for segment in segments if segment.kind == "image" and segment.loss]
     codes = [nearest_codes(inter.model.model.vqmodel, inter.pixels(segment.image))[0] for segment in learnt]
     assert torch.equal(laid.image[laid.image != NO_LABEL], torch.cat(codes) if codes else laid.image[:0])
-    found = inter.losses([segments])
+    found = losses(inter, [segments])
     assert found["text"][1] == (laid.text != NO_LABEL).sum() and found["image"][1] == inter.tokens * len(learnt)
 
 
@@ -78,18 +90,18 @@ def test_losses_are_the_scores_of_the_same_conversation(inter):
     codes = nearest_codes(inter.model.model.vqmodel, inter.pixels(picture.image))
     before = torch.cat([ids, tokens[:, :-1], torch.tensor([[inter.special["boi"]]])], dim=1)
     drawn = janus(image=(before, torch.ones_like(before), codes))
-    found = inter.losses([segments])
-    assert found["text"][0].item() == pytest.approx(-scored.logprobs.sum().item(), rel=1e-5)
-    assert found["image"][0].item() == pytest.approx(-drawn.logprobs.sum().item(), rel=1e-5)
+    found = losses(inter, [segments])
+    assert found["text"][0] == pytest.approx(-scored.logprobs.sum().item(), rel=1e-5)
+    assert found["image"][0] == pytest.approx(-drawn.logprobs.sum().item(), rel=1e-5)
 
 
 @torch.no_grad()
 def test_a_batch_loses_what_its_conversations_lose(inter):
     several = [conversation(mode, number % 4) for number, mode in enumerate(MODES)]
-    together, alone = inter.losses(several), [inter.losses([each]) for each in several]
+    together, alone = losses(inter, several), [losses(inter, [each]) for each in several]
     for kind in ("text", "image"):
         assert together[kind][1] == sum(each[kind][1] for each in alone)
-        assert together[kind][0].item() == pytest.approx(sum(each[kind][0].item() for each in alone), rel=1e-5)
+        assert together[kind][0] == pytest.approx(sum(each[kind][0] for each in alone), rel=1e-5)
 
 
 def branches(segments: list[Segment]) -> list[list[Segment]]:
@@ -112,8 +124,8 @@ def test_drawing_with_caches_is_the_full_forward_of_every_branch(inter, guidance
         for segments in context:
             laid = inter.lay_out(segments, opening="redraw").embeds
             codes = inter.model.prepare_embeddings_for_image_generation(drawn.tokens[row : row + 1, :-1])[0]
-            hidden = inter.hidden(torch.cat([laid, codes])[None], torch.ones(1, len(laid) + len(codes), dtype=torch.bool))  # fmt: skip
-            logits.append(inter.model.model.generation_head(hidden[0, -inter.tokens :]))
+            hidden = plain_hidden(inter, torch.cat([laid, codes]))
+            logits.append(inter.model.model.generation_head(hidden[-inter.tokens :]))
         full, text, image = logits
         a = text + guidance[0] * (full - text)
         combined = image + guidance[1] * (a - image)
@@ -153,7 +165,7 @@ def test_another_first_picture_or_no_reflection_changes_what_comes_after(inter):
     blank = [each for each in segments if each.role != "reflect"]
     for changed in (other, blank):
         assert (full_logits(inter, changed)[0] - logits).abs().max() > 1e-2
-    before, after = (inter.losses([each])["text"][0].item() for each in (segments, other))
+    before, after = (losses(inter, [each])["text"][0] for each in (segments, other))
     assert abs(before - after) > 1e-2
 
 
@@ -221,7 +233,8 @@ def test_a_trajectory_depends_on_its_own_seed_and_every_round_sees_the_last(inte
 def test_the_window_has_the_shape_of_training(inter):
     segments = conversation("improving_full_learning")
     more = [*segments, Segment("reflect", text="more")]
-    assert [each.role for each in windowed(more)] == ["prompt", "reflect", "redraw"]
+    assert [each.text or each.role for each in windowed(more)] == [segments[0].text, segments[3].text, "redraw", "more"]
+    assert windowed(segments[:2]) == segments[:2]
     assert [each.role for each in without_reflection(more)] == ["prompt", "think", "draw", "reflect", "redraw"]
     assert without_images(more) == [each for each in more if each.kind == "text"]
     Interleave(rounds=3, policy="window", **LOOP).run(inter, [EXAMPLES[0][0].text], [3])
@@ -235,7 +248,7 @@ class Scripted:
 
     def write(self, contexts, role, seeds, max_tokens, temperature):
         self.asked.append((role, tuple(seeds)))
-        return [self.texts.pop(0) for _ in contexts]
+        return [Written(*self.texts.pop(0), 2) for _ in contexts]
 
     def draw(self, branches, role, guidance, seeds, temperature):
         self.asked.append(
@@ -259,14 +272,36 @@ def test_the_branches_are_those_of_the_paper():
     )
 
 
-def test_texts_that_are_empty_or_cut_are_written_again_and_then_refused():
+def test_texts_that_are_empty_or_cut_are_written_again_and_then_kept_and_marked():
     model = Scripted([("", True), ("cut", False), ("a plan", True)])
-    drawn = Interleave(rounds=1).run(model, ["a red circle"], [0])
-    assert drawn[0].segments[1].text == "a plan" and len({seeds for _, seeds in model.asked[:3]}) == 3
-    with pytest.raises(
-        UserError, match="'a red circle': the think text was empty or longer than 128 tokens in 2 tries"
-    ):
-        Interleave(rounds=1, retries=1).run(Scripted([("", True)] * 2), ["a red circle"], [0])
+    drawn = Interleave(rounds=1).run(model, ["a red circle"], [0])[0]
+    assert (
+        drawn.texts == ["a plan"] and drawn.unfinished == [False] and len({seeds for _, seeds in model.asked[:3]}) == 3
+    )
+    drawn = Interleave(rounds=1, retries=1).run(Scripted([("", True), ("cut", False)]), ["a red circle"], [0])[0]
+    assert drawn.texts == ["cut"] and drawn.unfinished == [True]
+
+
+def test_scales_may_differ_from_round_to_round():
+    model = Scripted([("a plan", True), ("b", True), ("c", True), ("d", True)])
+    Interleave(rounds=4, reflection_scale=[4.0, 3.0], image_scale=2.0).run(model, ["a red circle"], [0])
+    assert [asked[1] for asked in model.asked[3::2]] == [(4.0, 2.0), (3.0, 2.0), (3.0, 2.0)]
+
+
+def test_a_judge_may_end_the_trajectory_and_choose_the_answer():
+    texts = [(word, True) for word in ("a", "b", "c", "d", "e", "f")]
+    scores = {0: iter((0.2, 0.9)), 1: iter((0.6, 0.1, 0.3))}
+
+    def judge(numbers, images):
+        return [next(scores[number]) for number in numbers]
+
+    first, second = Interleave(rounds=3, stop_above=0.9, choose=True).run(
+        Scripted(texts), ["one", "two"], [0, 1], judge
+    )
+    assert (first.scores, first.answer, len(first.images)) == ([0.2, 0.9], 1, 2)
+    assert (second.scores, second.answer, len(second.images)) == ([0.6, 0.1, 0.3], 0, 3)
+    with pytest.raises(UserError, match="need a judge"):
+        Interleave(choose=True).run(Scripted(texts), ["one"], [0])
 
 
 def test_a_reflection_may_end_the_trajectory():
@@ -276,7 +311,7 @@ def test_a_reflection_may_end_the_trajectory():
     assert [each.role for each in changed.segments] == ["prompt", "think", "draw", "reflect", "redraw"]
 
 
-@pytest.mark.parametrize("options", [{"policy": "none"}, {"rounds": 0}, {"retries": -1}])
+@pytest.mark.parametrize("options", [{"policy": "none"}, {"rounds": 0}, {"retries": -1}, {"image_scale": []}])
 def test_options_of_the_loop_are_checked(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Interleave(**options)

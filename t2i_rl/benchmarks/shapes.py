@@ -9,6 +9,7 @@ from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt
 from t2i_rl.shapes.judge import Verdict, judge
 from t2i_rl.shapes.oracle import detect
+from t2i_rl.shapes.reflections import named, reflect
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.scene import CANVASES, sample_scene
 from t2i_rl.shapes.suites import select_prompts, wishes
@@ -67,6 +68,13 @@ class Shapes:
                 f"benchmark=shapes judges {self.size}x{self.size} images, the model drew {images.shape[2]}x{images.shape[1]}"
             )
         return [judge(prompt.meta, found) for prompt, found in zip(prompts, detect(images), strict=True)]
+
+    def faults(self, images: np.ndarray, prompts: list[Prompt]) -> list[list[str]]:
+        """What is wrong with each picture, in the words that a reflection uses; empty for a right one."""
+        rng = np.random.default_rng(0)  # places what a mended scene needs; faults do not depend on it
+        return [list(reflect(prompt, found, self.size, rng).faults) for prompt, found in zip(prompts, detect(images), strict=True)]  # fmt: skip
+
+    named = staticmethod(named)
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """What diversity is measured on, float32 `(N, 192)`: the image without its background, averaged over an 8x8 grid."""

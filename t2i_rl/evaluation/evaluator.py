@@ -10,7 +10,7 @@ import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from t2i_rl.evaluation.results import read_records, write_records
+from t2i_rl.evaluation.results import read_records, write_atomic, write_records
 from t2i_rl.hashing import weights_sha256
 from t2i_rl.prompts import Prompt
 from t2i_rl.seeding import derive_seed
@@ -27,7 +27,11 @@ class Evaluator(L.LightningModule):
         super().__init__()
         self.model, self.benchmark, self.mode, self.folder, self.seed = model, benchmark, mode, Path(folder), seed
         self.batch_size = batch_size
-        self.rows: list[tuple[int, dict, np.ndarray]] = []
+        self.rows: dict[str, list[tuple[int, dict, np.ndarray]]] = {}
+
+    def stages(self) -> dict[str, Path]:
+        """Where the records of each stage go that one pass draws."""
+        return {self.folder.name: self.folder}
 
     def test_dataloader(self) -> DataLoader:
         """This rank's share of all (place, prompt, sample) triples: every world_size-th, none twice."""
@@ -51,41 +55,51 @@ class Evaluator(L.LightningModule):
         prompts = [prompt for _, prompt, _ in batch]
         seeds = [derive_seed(self.seed, "evaluate", prompt.id, sample) for _, prompt, sample in batch]
         drawn = self.model.generate([prompt.text for prompt in prompts], seeds, mode=self.mode, fresh=False)
-        verdicts = self.benchmark.judge(drawn.images, prompts)
+        records = self.records(batch, seeds, drawn.images, drawn.plans)
         features = self.benchmark.features(drawn.images)
-        (self.folder / "images").mkdir(parents=True, exist_ok=True)
+        for row, (place, _, _) in enumerate(batch):
+            records[row]["plan_length"] = drawn.plan_lengths[row] if self.mode == "plan" else None
+            self.rows.setdefault(self.folder.name, []).append((place, records[row], features[row]))
+
+    def records(self, batch: list[tuple[int, Prompt, int]], seeds: list[int], images: np.ndarray, texts: list[str], where: str = "") -> list[dict]:  # fmt: skip
+        """Judge pictures and save them below `where`, seen from the stage's folder; a record each."""
+        verdicts = self.benchmark.judge(images, [prompt for _, prompt, _ in batch])
+        found = []
         for row, (place, prompt, sample) in enumerate(batch):
-            name = f"images/{place:05d}.png"
-            Image.fromarray(drawn.images[row]).save(self.folder / name)
-            record = {
-                "prompt_id": prompt.id,
-                "prompt": prompt.text,
-                "tag": prompt.tag,
-                "seen": prompt.meta.get("seen"),
-                "sample_index": sample,
-                "seed": seeds[row],
-                "plan": drawn.plans[row],
-                "plan_length": drawn.plan_lengths[row] if self.mode == "plan" else None,
-                "strict": verdicts[row].strict,
-                "lenient": verdicts[row].lenient,
-                "score": verdicts[row].score,
-                "defects": verdicts[row].defects,
-                "image": name,
-            }
-            self.rows.append((place, record, features[row]))
+            name = f"{where}images/{place:05d}.png"
+            (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[row]).save(self.folder / name)
+            found.append(
+                {
+                    "prompt_id": prompt.id,
+                    "prompt": prompt.text,
+                    "tag": prompt.tag,
+                    "seen": prompt.meta.get("seen"),
+                    "sample_index": sample,
+                    "seed": seeds[row],
+                    "plan": texts[row],
+                    "strict": verdicts[row].strict,
+                    "lenient": verdicts[row].lenient,
+                    "score": verdicts[row].score,
+                    "defects": verdicts[row].defects,
+                    "image": name,
+                }
+            )
+        return found
 
     def on_test_epoch_end(self) -> None:
         rows = self.rows
         if dist.is_initialized():
             gathered: list = [None] * dist.get_world_size()
             dist.all_gather_object(gathered, rows)
-            rows = [row for part in gathered for row in part]
-        rows.sort(key=lambda row: row[0])
+            rows = {stage: [row for part in gathered for row in part.get(stage, [])] for stage in self.stages()}
         fingerprint = self.fingerprint()
-        if self.trainer.is_global_zero:
-            np.save(self.folder / "features.npy", np.stack([features for _, _, features in rows]).astype(np.float32))
-            (self.folder / "fingerprint.json").write_text(json.dumps(fingerprint, indent=1))
-            write_records(self.folder / "records.jsonl", [record for _, record, _ in rows])
+        for stage, folder in self.stages().items() if self.trainer.is_global_zero else ():
+            ordered = sorted(rows[stage], key=lambda row: row[0])
+            folder.mkdir(parents=True, exist_ok=True)
+            np.save(folder / "features.npy", np.stack([features for _, _, features in ordered]).astype(np.float32))
+            write_records(folder / "records.jsonl", [record for _, record, _ in ordered])
+            write_atomic(folder / "fingerprint.json", json.dumps(fingerprint, indent=1))
         self.trainer.strategy.barrier()
 
     def fingerprint(self) -> dict:
@@ -99,10 +113,10 @@ class Evaluator(L.LightningModule):
         }
 
 
-def evaluate(trainer: L.Trainer, evaluator: Evaluator) -> list[dict]:
-    """Records of one stage: drawn and judged now, or read back where the same fingerprint already stands on disk."""
-    saved = evaluator.folder / "fingerprint.json"
-    records = evaluator.folder / "records.jsonl"
-    if not (records.exists() and saved.exists() and json.loads(saved.read_text()) == evaluator.fingerprint()):
+def evaluate(trainer: L.Trainer, evaluator: Evaluator) -> dict[str, list[dict]]:
+    """Records of every stage that the evaluator draws: drawn and judged now, or read back where the same fingerprint already stands on disk."""
+    fingerprint, places = evaluator.fingerprint(), evaluator.stages()
+    saved = [folder / "fingerprint.json" for folder in places.values()]
+    if not all(file.exists() and json.loads(file.read_text()) == fingerprint for file in saved):
         trainer.test(evaluator, verbose=False)
-    return read_records(records)
+    return {stage: read_records(folder / "records.jsonl") for stage, folder in places.items()}

@@ -12,8 +12,10 @@ from omegaconf import OmegaConf
 
 from t2i_rl.errors import UserError
 
-STAGES = ("base_direct", "base_plan", "trained_direct", "trained_plan")
+STAGES = ("base_direct", "base_plan", "base_turns", "trained_direct", "trained_plan", "trained_turns")
 HEADLINE_PAIRS = (
+    ("base_plan", "trained_turn2"),
+    ("base_plan", "trained_turn1"),
     ("base_plan", "trained_plan"),
     ("base_direct", "trained_direct"),
     ("initial", "last"),

@@ -1,5 +1,6 @@
 """The stages of a run (base and trained, direct and with a plan), and the results.json that compares them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -11,19 +12,39 @@ from t2i_rl.evaluation.diversity import compare_diversity, diversity
 from t2i_rl.evaluation.evaluator import Evaluator, evaluate
 from t2i_rl.evaluation.results import STAGES, headline_comparison, write_results
 from t2i_rl.evaluation.stats import aggregate, compare
+from t2i_rl.evaluation.turns import turn_metrics
 
 COMPARED = (
     ("base_direct", "base_plan"),
     ("base_plan", "trained_plan"),
     ("base_direct", "trained_direct"),
     ("base_direct", "trained_plan"),
+    *(("base_direct", f"{side}_turn1") for side in ("base", "trained")),
+    ("base_plan", "trained_turn1"),
+    ("base_plan", "trained_turn2"),
+    *((f"{side}_turn{turn}", f"{side}_turn{turn + 1}") for side in ("base", "trained") for turn in range(1, 8)),
+    *((f"{side}_turn1", f"{side}_{answer}") for side in ("base", "trained") for answer in ("stopped", "chosen")),
+    ("base_plan", "trained_stopped"),
 )
 
 
 class Stages:
-    """Draws stages one after another with one benchmark, one seed, one batch size; `summary` compares all that were drawn."""
+    """Draws stages one after another with one benchmark, one seed, one batch size; `summary` compares all that were drawn.
 
-    def __init__(self, trainer: L.Trainer, model: torch.nn.Module, benchmark, folder: Path, seed: int, batch_size: int):
+    `turns(benchmark, folder, seed, batch_size)` makes the evaluator of stages `base_turns` and `trained_turns`, which come out as one stage a turn.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        model: torch.nn.Module,
+        benchmark,
+        folder: Path,
+        seed: int,
+        batch_size: int,
+        turns: Callable | None = None,
+    ):
+        self.turns = turns
         self.trainer, self.model, self.benchmark = trainer, model, benchmark
         self.folder, self.seed, self.batch_size = Path(folder), seed, batch_size
         self.records: dict[str, list[dict]] = {}
@@ -42,13 +63,16 @@ class Stages:
                 f"{stage}: {len(self.benchmark.prompts())} prompts x {self.benchmark.samples_per_prompt} images",
                 flush=True,
             )
-        evaluator = Evaluator(self.model, self.benchmark, mode, self.folder / stage, self.seed, self.batch_size)
-        self.records[stage] = evaluate(self.trainer, evaluator)
+        where = (self.benchmark, self.folder / stage, self.seed, self.batch_size)
+        evaluator = self.turns(*where) if mode == "turns" else Evaluator(self.model, where[0], mode, *where[1:])
+        self.records |= evaluate(self.trainer, evaluator)
 
     def summary(self) -> dict:
         """`stages` and `comparisons` as in results.json."""
         stages = {
-            stage: {"metrics": aggregate(records, self.benchmark.overall_tasks) | self._diversity(stage)}
+            stage: {
+                "metrics": aggregate(records, self.benchmark.overall_tasks) | self._diversity(stage) | self._turn(stage)
+            }
             for stage, records in self.records.items()
         }
         pairs = [pair for pair in COMPARED if set(pair) <= set(self.records)]
@@ -62,6 +86,13 @@ class Stages:
             for a, b in pairs
         ]
         return {"stages": stages, "comparisons": comparisons}
+
+    def _turn(self, stage: str) -> dict:
+        """What a turn has beside its pictures, the reflection between it and the turn before among it."""
+        side, _, turn = stage.partition("_turn")
+        if not turn:
+            return {}
+        return turn_metrics(self.records[stage], self.records.get(f"{side}_turn{int(turn) - 1}"))
 
     def _features(self, stage: str) -> np.ndarray:
         return np.load(self.folder / stage / "features.npy")

@@ -1,12 +1,13 @@
 """The inference loop: think, draw, look, reflect, draw better, for any number of rounds (IRG section 3; specification sections 1.1 to 1.6)."""
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from t2i_rl.errors import UserError
-from t2i_rl.irg.trajectory import BOTH, Segment, Trajectory
+from t2i_rl.irg.trajectory import BOTH, Segment, Trajectory, Written
 from t2i_rl.seeding import derive_seed
 
 POLICIES = ("append", "window")
@@ -24,11 +25,12 @@ def without_images(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def windowed(segments: Sequence[Segment]) -> list[Segment]:
-    """System and prompt, the last text written, the last picture drawn: the shape that training has."""
+    """The shape that training has: system and prompt, the last picture, the text that it was drawn from, and what came after."""
+    pictures = [number for number, segment in enumerate(segments) if segment.kind == "image"]
+    if not pictures:
+        return list(segments)
     head = [segment for segment in segments if segment.role in ("system", "prompt")]
-    texts = [segment for segment in segments if segment.role in ("think", "reflect")]
-    images = [segment for segment in segments if segment.kind == "image"]
-    return [*head, *texts[-1:], *images[-1:]]
+    return [*head, segments[pictures[-1] - 1], *segments[pictures[-1] :]]
 
 
 @dataclass
@@ -39,10 +41,13 @@ class Interleave:
         rounds: pictures a prompt; 1 thinks and draws.
         policy: what a later round sees, `append` everything, or the `window` of training's shape.
         guidance_scale: of the first picture, against the model's own unconditional.
-        reflection_scale, image_scale: of later pictures, against the context without the latest reflection, and without pictures.
+        reflection_scale, image_scale: of later pictures, against the context without the latest reflection, and without pictures; one number, or one for each
+            later round (the last serves those beyond).
         text_temperature, image_temperature: of sampling.
-        max_tokens: of a text; one that is empty or cut there is written again with another seed, `retries` times at most.
+        max_tokens: of a text; one that is empty or cut there is written again with another seed, `retries` times at most, and then kept and counted.
         stop: a text that says no change is needed; the trajectory ends there. None: every round is drawn.
+        stop_above: a judge's score of the last picture at which the trajectory ends; needs a judge.
+        choose: the answer is the picture that the judge scores highest, not the last; needs a judge.
 
     Raises:
         UserError: an option outside its range.
@@ -51,13 +56,15 @@ class Interleave:
     rounds: int = 2
     policy: str = "append"
     guidance_scale: float = 5.0
-    reflection_scale: float = 2.0
-    image_scale: float = 2.0
+    reflection_scale: float | Sequence[float] = 2.0
+    image_scale: float | Sequence[float] = 2.0
     text_temperature: float = 0.3
     image_temperature: float = 1.0
     max_tokens: int = 128
     retries: int = 3
     stop: str | None = None
+    stop_above: float | None = None
+    choose: bool = False
 
     def __post_init__(self):
         if self.policy not in POLICIES:
@@ -65,55 +72,76 @@ class Interleave:
         for name, least in (("rounds", 1), ("max_tokens", 1), ("retries", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be {least} or more, not {getattr(self, name)}")
+        for name in ("reflection_scale", "image_scale"):
+            value = getattr(self, name)
+            scales = [float(each) for each in value] if isinstance(value, Sequence) else [float(value)]
+            if not scales:
+                raise UserError(f"{name} must be a number, or one for each later round, not an empty list")
+            setattr(self, name, scales)
 
-    def run(self, model, prompts: Sequence[str], seeds: Sequence[int]) -> list[Trajectory]:
+    def run(
+        self, model, prompts: Sequence[str], seeds: Sequence[int], judge: Callable | None = None
+    ) -> list[Trajectory]:
         """A trajectory a prompt; row `i` depends on `seeds[i]` alone.
 
+        `judge(numbers, images)` scores pictures of the prompts of these numbers.
+
         Raises:
-            UserError: a text was empty or unfinished at every try.
+            UserError: a judge is needed and there is none.
         """
-        segments = [[Segment("prompt", text=prompt)] for prompt in prompts]
+        if judge is None and (self.choose or self.stop_above is not None):
+            raise UserError("choose and stop_above need a judge: +reward@method.judge=soft_oracle")
+        rows = [Trajectory((Segment("prompt", text=prompt),), seed, dict(vars(self))) for prompt, seed in zip(prompts, seeds, strict=True)]  # fmt: skip
         going = list(range(len(prompts)))
         for number in range(self.rounds):
             written, drawn = ("think", "draw") if number == 0 else ("reflect", "redraw")
-            texts = self._write(model, [self._seen(segments[i]) for i in going], written, [derive_seed(seeds[i], written, number) for i in going])  # fmt: skip
-            for i, text in zip(going, texts, strict=True):
-                segments[i].append(Segment(written, text=text))
-            going = [i for i in going if self.stop is None or segments[i][-1].text != self.stop]
+            started = time.perf_counter()
+            self._write(model, [rows[i] for i in going], written, number)
+            words = (time.perf_counter() - started) / len(going)
+            going = [i for i in going if self.stop is None or rows[i].segments[-1].text != self.stop]
             if not going:
                 break
-            images = self._draw(model, [segments[i] for i in going], drawn, [derive_seed(seeds[i], drawn, number) for i in going])  # fmt: skip
+            started = time.perf_counter()
+            images = self._draw(model, [rows[i] for i in going], drawn, number)
             for i, image in zip(going, images, strict=True):
-                segments[i].append(Segment(drawn, image=image, seen_by=BOTH))
-        settings = dict(vars(self))
-        return [Trajectory(tuple(row), seed, settings) for row, seed in zip(segments, seeds, strict=True)]
+                rows[i].segments += (Segment(drawn, image=image, seen_by=BOTH),)
+                rows[i].seconds.append(words + (time.perf_counter() - started) / len(going))
+            if judge is not None:
+                for i, score in zip(going, judge(going, images), strict=True):
+                    rows[i].scores.append(float(score))
+            going = [i for i in going if self.stop_above is None or rows[i].scores[-1] < self.stop_above]
+            if not going:
+                break
+        for row in rows:
+            row.answer = int(np.argmax(row.scores)) if self.choose else len(row.images) - 1
+        return rows
 
     def _seen(self, segments: list[Segment]) -> list[Segment]:
         return windowed(segments) if self.policy == "window" else segments
 
-    def _write(self, model, contexts: list[list[Segment]], role: str, seeds: list[int]) -> list[str]:
-        texts: list[str | None] = [None] * len(contexts)
+    def _write(self, model, rows: list[Trajectory], role: str, number: int) -> None:
+        """Add a text to each trajectory."""
+        contexts = [self._seen(row.segments) for row in rows]
+        seeds = [derive_seed(row.seed, role, number) for row in rows]
+        texts: list[Written | None] = [None] * len(rows)
+        left = list(range(len(rows)))
         for attempt in range(self.retries + 1):
-            left = [i for i, text in enumerate(texts) if text is None]
+            tries = [derive_seed(seeds[i], attempt) for i in left]
+            for i, found in zip(left, model.write([contexts[i] for i in left], role, tries, self.max_tokens, self.text_temperature), strict=True):  # fmt: skip
+                texts[i] = found
+            left = [i for i in left if not (texts[i].text and texts[i].finished)]
             if not left:
                 break
-            tries = [derive_seed(seeds[i], attempt) for i in left]
-            found = model.write([contexts[i] for i in left], role, tries, self.max_tokens, self.text_temperature)
-            for i, (text, finished) in zip(left, found, strict=True):
-                texts[i] = text if text and finished else None
-        bad = [i for i, text in enumerate(texts) if text is None]
-        if bad:
-            raise UserError(
-                f"{contexts[bad[0]][0].text!r}: the {role} text was empty or longer than {self.max_tokens} tokens in {self.retries + 1} tries: raise max_tokens or retries"
-            )
-        return texts
+        for i, (row, found) in enumerate(zip(rows, texts, strict=True)):
+            row.segments += (Segment(role, text=found.text),)
+            row.text_tokens.append(found.tokens)
+            row.unfinished.append(i in left)
 
-    def _draw(self, model, contexts: list[list[Segment]], role: str, seeds: list[int]) -> np.ndarray:
-        seen = [self._seen(context) for context in contexts]
+    def _draw(self, model, rows: list[Trajectory], role: str, number: int) -> np.ndarray:
+        seen = [self._seen(row.segments) for row in rows]
+        seeds = [derive_seed(row.seed, role, number) for row in rows]
         if role == "draw":
-            branches, guidance = [seen, [None] * len(seen)], (self.guidance_scale,)
-        else:
-            makers: tuple[Callable, ...] = (without_reflection, without_images)
-            branches = [seen, *([make(context) for context in seen] for make in makers)]
-            guidance = (self.reflection_scale, self.image_scale)
+            return model.draw([seen, [None] * len(seen)], role, (self.guidance_scale,), seeds, self.image_temperature)
+        branches = [seen, *([make(context) for context in seen] for make in (without_reflection, without_images))]
+        guidance = tuple(scales[min(number, len(scales)) - 1] for scales in (self.reflection_scale, self.image_scale))
         return model.draw(branches, role, guidance, seeds, self.image_temperature)

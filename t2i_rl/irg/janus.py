@@ -1,23 +1,28 @@
 """Texts and pictures in one conversation with a Janus: written, drawn, looked at, and learnt (specification section 3.5).
 
 A picture is drawn in code embeddings (E_g, after begin-of-image) and looked at through the understanding tower (E_u). This is the seam: whatever else is to
-run IRG gives `write`, `draw` and `losses` over lists of segments.
+run IRG gives `write`, `draw` and `forward` over lists of segments.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
+from torch.func import functional_call
+from torch.nn.utils.rnn import pad_sequence
 
 from t2i_rl.errors import UserError
-from t2i_rl.irg.trajectory import GENERATION, UNDERSTANDING, Segment
+from t2i_rl.hashing import gathered
+from t2i_rl.irg.packing import block_mask, pack, places
+from t2i_rl.irg.trajectory import GENERATION, UNDERSTANDING, Segment, Written
 from t2i_rl.models.janus import Chat, Janus
 from t2i_rl.pretrain.vq import nearest_codes
 from t2i_rl.rollout.decode import DecodedImages, decode_branches, decode_text
-from t2i_rl.rollout.rows import positions
 
 NO_LABEL = -100
 
@@ -32,19 +37,61 @@ class Laid:
     image: torch.Tensor
 
 
-class InterleavedJanus:
-    """Over a `Janus`; `cues` are asked in front of a reflection and of a picture drawn again."""
+@dataclass
+class Piece:
+    """Words `ids`, or a picture as it is `drawn` or `seen`; `learnt`: they, and a text's end, are predicted from the place before them on."""
 
-    def __init__(self, janus: Janus, reflect_cue: str = "", redraw_cue: str = ""):
-        self.janus, self.model, self.special = janus, janus.model, janus.special
-        self.cues = {"reflect": reflect_cue, "redraw": redraw_cue}
+    kind: str
+    ids: list[int] = field(default_factory=list)
+    image: np.ndarray | None = None
+    learnt: bool = False
+
+
+@dataclass
+class Looks:
+    """One picture: its codes `(N,)`, and `(N, D)` as it is drawn (E_g) and as it is seen (E_u)."""
+
+    codes: torch.Tensor
+    drawn: torch.Tensor
+    seen: torch.Tensor
+
+
+class InterleavedJanus(nn.Module):
+    """Over a `Janus`, whose chat has the cues that are asked in front of a reflection and of a picture drawn again.
+
+    `forward` is all that training computes, so that FSDP may shard it; writing and drawing read the weights that `prepare` read.
+    """
+
+    def __init__(self, janus: Janus):
+        super().__init__()
+        self.janus, self.special = janus, janus.special
+        self.cues = {"reflect": janus.chat.reflect, "redraw": janus.chat.redraw}
         self.tokens = self.model.config.vision_config.num_image_tokens
         self.side = janus.image_size({"path": janus.path, "revision": janus.revision})
+        self._aligner: dict[str, torch.Tensor] | None = None
+        self._by_engine = False
 
-    def write(self, contexts: Sequence[Sequence[Segment]], role: str, seeds: list[int], max_tokens: int, temperature: float) -> list[tuple[str, bool]]:  # fmt: skip
-        """A text of `role` after each context, and whether EOS ended it before `max_tokens`; row `i` depends on `seeds[i]` alone."""
-        embeds, mask = self._left([self.lay_out(context, opening=role).embeds for context in contexts])
-        tokens, _ = decode_text(
+    @property
+    def model(self) -> nn.Module:
+        return self.janus.model
+
+    def prepare(self) -> None:
+        """Read the weights as they are now for writing and drawing. Under FSDP this gathers them: every rank calls it."""
+        self.janus.prepare()
+        self._aligner = {name: gathered(value) for name, value in self.model.model.aligner.state_dict().items()}
+
+    def blocks(self) -> list[nn.Module]:
+        """See `Janus.blocks`."""
+        return self.janus.blocks()
+
+    def unsharded(self) -> set[nn.Parameter]:
+        """See `Janus.unsharded`."""
+        return self.janus.unsharded()
+
+    def write(self, contexts: Sequence[Sequence[Segment]], role: str, seeds: list[int], max_tokens: int, temperature: float) -> list[Written]:  # fmt: skip
+        """A text of `role` after each context, at most `max_tokens` long; row `i` depends on `seeds[i]` alone."""
+        embeds, mask = self._left(self._prefixes(contexts, role))
+        tokens, token_mask = decode_text(
             self.janus.engine,
             mask.long(),
             mask,
@@ -56,99 +103,165 @@ class InterleavedJanus:
         )
         texts = self.janus.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         ended = (tokens == self.special["eos"]).any(dim=1).tolist()
-        return [(text.strip(), end) for text, end in zip(texts, ended, strict=True)]
+        lengths = token_mask.sum(dim=1).tolist()
+        return [Written(text.strip(), *rest) for text, *rest in zip(texts, ended, lengths, strict=True)]
 
     def draw(self, *given, **settings) -> np.ndarray:
         """Pictures uint8 `(B, H, W, 3)`; see `sample`."""
         return self.janus.decode(self.sample(*given, **settings).tokens)
 
-    def sample(self, branches: Sequence[Sequence[Sequence[Segment]]], role: str, guidance: Sequence[float], seeds: list[int], temperature: float) -> DecodedImages:  # fmt: skip
+    def sample(self, branches: Sequence[Sequence[Sequence[Segment] | None]], role: str, guidance: Sequence[float], seeds: list[int], temperature: float) -> DecodedImages:  # fmt: skip
         """Image tokens of `role` after each context of the first branch, guided by the other branches (see `rows.guided`).
 
         A branch of scale 1 changes nothing and is not computed. A context that is None is Janus's own unconditional of the first branch's: pads, of its length.
         """
         used = [(branch, scale) for branch, scale in zip(branches[1:], guidance, strict=True) if scale != 1]
         kept = [branches[0], *(branch for branch, _ in used)]
-        laid = [self.lay_out(context, opening=role).embeds for context in kept[0]]
-        for branch in kept[1:]:
-            laid += [
-                self._blank(len(laid[row])) if context is None else self.lay_out(context, opening=role).embeds
-                for row, context in enumerate(branch)
-            ]
-        embeds, mask = self._left(laid)
-        count = len(branches[0])
-        parts = list(zip(embeds.split(count), mask.split(count), strict=True))
+        given = [context for branch in kept for context in branch if context is not None]
+        laid = iter(self._prefixes(given, role))
+        rows = [[None if context is None else next(laid) for context in branch] for branch in kept]
+        filled = [self._blank(len(rows[0][i])) if row is None else row for branch in rows for i, row in enumerate(branch)]  # fmt: skip
+        embeds, mask = self._left(filled)
+        parts = list(zip(embeds.split(len(seeds)), mask.split(len(seeds)), strict=True))
         scales = tuple(float(scale) for _, scale in used)
         return decode_branches(self.janus.engine, parts, seeds, count=self.tokens, guidance=scales, temperature=temperature)  # fmt: skip
 
-    def losses(self, conversations: Sequence[Sequence[Segment]]) -> dict[str, tuple[torch.Tensor, int]]:
-        """`{kind: (sum of cross-entropies over labelled tokens, their count)}` of texts and images, with gradients."""
-        laid = [self.lay_out(segments) for segments in conversations]
-        width = max(len(each.embeds) for each in laid)
-        embeds = torch.stack([F.pad(each.embeds, (0, 0, 0, width - len(each.embeds))) for each in laid])
-        mask = torch.stack([torch.arange(width, device=embeds.device) < len(each.embeds) for each in laid])
-        hidden = self.hidden(embeds, mask)
+    def passes(self, conversations: Sequence[Sequence[Segment]], tokens_per_pass: int) -> list[list[list[int]]]:
+        """Passes of rows of conversations, by number: see `packing.pack`."""
+        lengths = [sum(map(self._size, self._pieces(segments))) for segments in conversations]
+        return pack(lengths, tokens_per_pass)
+
+    def counts(self, segments: Sequence[Segment], blank: bool = False) -> dict[str, int]:
+        """How many labels of each kind a conversation has."""
+        learnt = [piece for piece in self._pieces(segments) if piece.learnt]
+        texts = [] if blank else [len(piece.ids) + 1 for piece in learnt if piece.kind == "words"]
+        return {"text": sum(texts), "image": self.tokens * sum(piece.kind == "drawn" for piece in learnt)}
+
+    def forward(self, rows: Sequence[Sequence[Sequence[Segment]]], blank: Sequence[Sequence[bool]] | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
+        """`{kind: sum of cross-entropies over labelled tokens}` of texts and images, with gradients, of rows of conversations.
+
+        Where `blank`, only the picture is learnt, after Janus's own unconditional in place of what came before.
+        """
+        blank = blank or [[False] * len(row) for row in rows]
+        looks = self._look([segment.image for row in rows for segments in row for segment in segments if segment.kind == "image"])  # fmt: skip
+        laid = [[self.lay_out(each, looks=looks, blank=empty) for each, empty in zip(row, empties, strict=True)] for row, empties in zip(rows, blank, strict=True)]  # fmt: skip
+        owner, position = (table.to(self.janus.device) for table in places([[len(each.embeds) for each in row] for row in laid]))  # fmt: skip
+        embeds = pad_sequence([torch.cat([each.embeds for each in row]) for row in laid], batch_first=True)
+        hidden = self.hidden(embeds, owner, position)
         heads = {"text": self.model.lm_head, "image": self.model.model.generation_head}
         found = {}
         for kind, head in heads.items():
-            labels = torch.stack([F.pad(getattr(each, kind), (0, width - len(each.embeds)), value=NO_LABEL) for each in laid])  # fmt: skip
+            labels = [torch.cat([getattr(each, kind) for each in row]) for row in laid]
+            labels = pad_sequence(labels, batch_first=True, padding_value=NO_LABEL)
             chosen = labels != NO_LABEL
-            total = F.cross_entropy(head(hidden[chosen]).float(), labels[chosen], reduction="sum") if chosen.any() else hidden.sum() * 0  # fmt: skip
-            found[kind] = (total, int(chosen.sum()))
+            found[kind] = F.cross_entropy(head(hidden[chosen]).float(), labels[chosen], reduction="sum") if chosen.any() else self._nothing(head)  # fmt: skip
+        if not looks:
+            model = self.model.model
+            found["image"] = found["image"] + self._nothing(model.aligner, model.generation_embeddings, model.generation_aligner)  # fmt: skip
         return found
 
-    def hidden(self, embeds: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        """The trunk's states `(B, L, D)` of padded rows."""
+    @staticmethod
+    def _nothing(*modules: nn.Module) -> torch.Tensor:
+        """Zero, with a zero gradient for every parameter of these: ranks add up the gradients of the same parameters."""
+        return sum(0 * parameter.float().sum() for module in modules for parameter in module.parameters())
+
+    def hidden(self, embeds: torch.Tensor, owner: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        """The trunk's states `(R, L, D)` of rows of conversations, laid out as `packing.places` says."""
         trunk = self.model.model.language_model
-        return trunk(inputs_embeds=embeds, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False).last_hidden_state  # fmt: skip
+        return trunk(inputs_embeds=embeds, attention_mask=block_mask(owner), position_ids=position, use_cache=False).last_hidden_state  # fmt: skip
 
-    def lay_out(self, segments: Sequence[Segment], opening: str | None = None) -> Laid:
+    def lay_out(self, segments: Sequence[Segment], opening: str | None = None, looks: dict[int, Looks] | None = None, blank: bool = False) -> Laid:  # fmt: skip
         """A conversation as embeddings and labels; with `opening`, up to where a segment of that role begins."""
+        if looks is None:
+            looks = self._look([segment.image for segment in segments if segment.kind == "image"])
         rows, text, image = [], [], []
-
-        def put(embeds: torch.Tensor, labels: dict | None = None) -> None:
-            """Add places; `labels` `{kind: ids}` are predicted from the place before the first of them on."""
+        for piece in self._pieces(segments, opening):
+            labels = None
+            if piece.kind == "words":
+                embeds = self._words(piece.ids)
+                labels = ("text", torch.tensor([*piece.ids, self.special["eos"]], device=self.janus.device))
+            else:
+                found = looks[id(piece.image)]
+                embeds, labels = getattr(found, piece.kind), ("image", found.codes)
             rows.append(embeds)
             for kind, column in (("text", text), ("image", image)):
                 column.append(torch.full((len(embeds),), NO_LABEL, device=embeds.device))
-                if labels and kind in labels:
-                    column[-2][-1] = labels[kind][0]
-                    column[-1][: len(labels[kind]) - 1] = labels[kind][1:]
+                if piece.learnt and labels[0] == kind:
+                    column[-2][-1] = labels[1][0]
+                    column[-1][: len(labels[1]) - 1] = labels[1][1:]
+        laid = Laid(torch.cat(rows), torch.cat(text), torch.cat(image))
+        return self._blanked(laid) if blank else laid
 
+    def _pieces(self, segments: Sequence[Segment], opening: str | None = None) -> list[Piece]:
+        pieces = []
         if not segments or segments[0].role not in ("system", "prompt"):
-            put(self._words([self.special["bos"]]))
+            pieces.append(Piece("words", [self.special["bos"]]))
         for segment in segments:
             if segment.role == "system":
                 continue  # stands in the prompt's wording
-            self._put_cue(segment.role, put)
-            if segment.kind == "image":
-                self._put_image(segment, put)
+            pieces += self._cue(segment.role)
+            if segment.kind == "text":
+                pieces.append(Piece("words", self._ids(segment, segments), learnt=segment.loss))
                 continue
-            ids = self._ids(segment, segments)
-            put(self._words(ids), {"text": torch.tensor([*ids, self.special["eos"]], device=self.janus.device)} if segment.loss else None)  # fmt: skip
+            begin, end = (Piece("words", [self.special[name]]) for name in ("boi", "eoi"))
+            if segment.loss or GENERATION in segment.seen_by:
+                pieces += [begin, Piece("drawn", image=segment.image, learnt=segment.loss), end]
+            if UNDERSTANDING in segment.seen_by:
+                pieces += [begin, Piece("seen", image=segment.image), end]
         if opening is not None:
-            self._put_cue(opening, put)
+            pieces += self._cue(opening)
         if opening in ("draw", "redraw"):
-            put(self._words([self.special["boi"]]))
-        return Laid(torch.cat(rows), torch.cat(text), torch.cat(image))
+            pieces.append(Piece("words", [self.special["boi"]]))
+        return [piece for piece in pieces if piece.ids or piece.image is not None or piece.learnt]
 
-    def _put_cue(self, role: str, put) -> None:
-        if self.cues.get(role):
-            put(self._words(self._tokens(f"\n\n<|User|>: {self.cues[role]}\n\n<|Assistant|>:")))
+    def _size(self, piece: Piece) -> int:
+        return len(piece.ids) if piece.kind == "words" else self.tokens
 
-    def _put_image(self, segment: Segment, put) -> None:
-        pixels = self.pixels(segment.image)
-        around = [self._words([self.special[name]]) for name in ("boi", "eoi")]
-        if segment.loss or GENERATION in segment.seen_by:
-            with torch.no_grad():
-                codes = nearest_codes(self.model.model.vqmodel, pixels)
-            put(around[0])
-            drawn = self.model.prepare_embeddings_for_image_generation(codes)[0]
-            put(drawn.to(around[0]), {"image": codes[0]} if segment.loss else None)
-            put(around[1])
-        if UNDERSTANDING in segment.seen_by:
-            seen = self.model.model.get_image_features(pixels).pooler_output.reshape(-1, around[0].shape[-1])
-            put(torch.cat([around[0], seen.to(around[0]), around[1]]))
+    def _cue(self, role: str) -> list[Piece]:
+        cue = self.cues.get(role)
+        return [Piece("words", self._tokens(f"\n\n<|User|>: {cue}\n\n<|Assistant|>:"))] if cue else []
+
+    def _blanked(self, laid: Laid) -> Laid:
+        """The same with Janus's own unconditional in front of the last picture that is learnt, and nothing else learnt."""
+        first = int((laid.image != NO_LABEL).nonzero()[-self.tokens])  # begin-of-image, which predicts the first code
+        text, image = torch.full_like(laid.text, NO_LABEL), laid.image.clone()
+        image[:first] = NO_LABEL
+        return Laid(torch.cat([self._blank(first + 1), laid.embeds[first + 1 :]]), text, image)
+
+    def _blank(self, length: int) -> torch.Tensor:
+        return self._words([self.special["bos"], *[self.special["pad"]] * (length - 2), self.special["boi"]])
+
+    def _prefixes(self, contexts: Sequence[Sequence[Segment]], role: str) -> list[torch.Tensor]:
+        """Embeddings `(L_i, D)` of conversations up to where a segment of `role` begins, by the weights that `prepare` read."""
+        with torch.no_grad(), self._prepared():
+            looks = self._look([segment.image for segments in contexts for segment in segments if segment.kind == "image"])  # fmt: skip
+            return [self.lay_out(segments, opening=role, looks=looks).embeds for segments in contexts]
+
+    @contextmanager
+    def _prepared(self) -> Iterator[None]:
+        if self._aligner is None:
+            raise RuntimeError("prepare() reads the weights that writing and drawing take; it was not called")
+        self._by_engine = True
+        try:
+            yield
+        finally:
+            self._by_engine = False
+
+    def _look(self, images: Sequence[np.ndarray]) -> dict[int, Looks]:
+        """Each picture once, all together."""
+        images = list({id(image): image for image in images}.values())
+        if not images:
+            return {}
+        model, pixels = self.model.model, torch.cat([self.pixels(image) for image in images])
+        with torch.no_grad():
+            codes = nearest_codes(model.vqmodel, pixels)
+            eyes = model.vision_model(pixels, return_dict=True).last_hidden_state
+        if self._by_engine:
+            drawn, seen = self.janus.engine.weights.image_embed[codes], functional_call(model.aligner, self._aligner, (eyes,))  # fmt: skip
+        else:
+            drawn, seen = self.model.prepare_embeddings_for_image_generation(codes), model.aligner(eyes)
+        like = self._words([self.special["bos"]])
+        return {id(image): Looks(codes[i], drawn[i].to(like), seen[i].to(like)) for i, image in enumerate(images)}
 
     def _ids(self, segment: Segment, segments: Sequence[Segment]) -> list[int]:
         """The tokens of a text in its wording."""
@@ -163,11 +276,9 @@ class InterleavedJanus:
     def _tokens(self, text: str) -> list[int]:
         return self.janus.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _blank(self, length: int) -> torch.Tensor:
-        return self._words([self.special["bos"], *[self.special["pad"]] * (length - 2), self.special["boi"]])
-
     def _words(self, ids: list[int]) -> torch.Tensor:
-        return self.model.get_input_embeddings()(torch.tensor(ids, device=self.janus.device))
+        ids = torch.tensor(ids, device=self.janus.device)
+        return self.janus.engine.weights.text_embed[ids] if self._by_engine else self.model.get_input_embeddings()(ids)
 
     def pixels(self, image: np.ndarray) -> torch.Tensor:
         """A picture uint8 as `(1, 3, S, S)` in [-1, 1] in the model's dtype; another size is resized (bicubic).

@@ -41,19 +41,41 @@ def read_toy(folder: Path) -> Iterator[tuple[str, Trajectory]]:
         if not shards:
             raise UserError(f"{place} holds no parquet file")
         for shard in shards:
-            for row, text in enumerate(_column(shard)):
-                where = f"{shard}: row {row}"
-                yield place.name, Trajectory(in_mode(segments_of(text, where), place.name, where))
+            yield from ((place.name, each) for each in read_shard(shard, place.name))
 
 
-def _column(shard: Path) -> Iterator[str]:
+def read_shard(shard: Path, mode: str) -> Iterator[Trajectory]:
+    """The rows of one file of a mode.
+
+    Raises:
+        UserError: see `read_toy`.
+    """
+    for row, text in enumerate(_column(shard)):
+        where = f"{shard}: row {row}"
+        yield Trajectory(in_mode(segments_of(text, where), mode, where))
+
+
+def count_rows(shard: Path) -> int:
+    """How many rows a file has, from its footer.
+
+    Raises:
+        UserError: it is no parquet file with a column of conversations.
+    """
+    return _opened(shard).metadata.num_rows
+
+
+def _opened(shard: Path) -> pq.ParquetFile:
     try:
         file = pq.ParquetFile(shard)
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{shard}: not a parquet file ({str(error).splitlines()[0]})") from error
     if COLUMN not in file.schema_arrow.names:
         raise UserError(f"{shard}: there is no column {COLUMN!r}, only {', '.join(file.schema_arrow.names)}")
-    for batch in file.iter_batches(batch_size=16, columns=[COLUMN]):
+    return file
+
+
+def _column(shard: Path) -> Iterator[str]:
+    for batch in _opened(shard).iter_batches(batch_size=16, columns=[COLUMN]):
         yield from batch[COLUMN].to_pylist()
 
 

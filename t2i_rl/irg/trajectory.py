@@ -38,12 +38,39 @@ class Segment:
 
 
 @dataclass(frozen=True)
+class Written:
+    """A text, whether it ended by itself, and its length in tokens."""
+
+    text: str
+    finished: bool
+    tokens: int
+
+
+@dataclass
 class Trajectory:
-    """Segments in order; the `seed` that every draw in it derives from, and the `settings` (guidance, temperatures, context policy) as they were."""
+    """Segments in order; the `seed` that every draw in it derives from, and the `settings` (guidance, temperatures, context policy) as they were.
+
+    Of one that was drawn: for each text its `text_tokens` and whether it is `unfinished` (empty, or cut, at every try); for each picture the `seconds` that its
+    turn took (a batch's, shared out) and, with a judge, its `scores`; `answer` is the number of the picture that stands.
+    """
 
     segments: tuple[Segment, ...]
     seed: int | None = None
     settings: dict = field(default_factory=dict)
+    text_tokens: list[int] = field(default_factory=list)
+    unfinished: list[bool] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    answer: int | None = None
+
+    @property
+    def images(self) -> list[np.ndarray]:
+        return [segment.image for segment in self.segments if segment.kind == "image"]
+
+    @property
+    def texts(self) -> list[str]:
+        """What was thought and reflected, in order."""
+        return [segment.text for segment in self.segments if segment.role in ("think", "reflect")]
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,17 @@ from t2i_rl.rollout.stats import TokenStats
 
 @dataclass(frozen=True)
 class Chat:
-    """The wording around a prompt. `{prompt}` in `instruction` is where the raw prompt goes (T2I-R1 section 3.2)."""
+    """The wording around a prompt. `{prompt}` in `instruction` is where the raw prompt goes (T2I-R1 section 3.2).
+
+    `reflect` and `redraw` are asked, where they are not empty, after a picture and after a reflection on it (`irg.janus`); `stop` is the reflection that
+    finds nothing wrong.
+    """
 
     system: str
     instruction: str
+    reflect: str = ""
+    redraw: str = ""
+    stop: str | None = None
 
     def plan(self, prompt: str) -> str:
         """Phase 1: ask for a semantic plan."""
@@ -70,7 +77,7 @@ class Janus(nn.Module):
             path, dtype=dtype, revision=revision, attn_implementation=attn_implementation, device=device
         )
         self.model.eval()
-        self.chat = Chat(chat["system"], chat["instruction"])
+        self.chat = Chat(**chat)
         self.guidance_scale, self.temperature, self.max_plan_tokens = guidance_scale, temperature, max_plan_tokens
         self.special = special_ids(self.tokenizer)
 

@@ -6,7 +6,7 @@ import torch
 from hydra.utils import instantiate
 from rich.console import Console
 
-from t2i_rl.checks import check_parts
+from t2i_rl.checks import check_parts, interleaves
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table
@@ -20,13 +20,17 @@ def run(cfg) -> dict:
     check_parts(cfg, benchmark, [], {})
     model = instantiate(cfg.model)
     trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
-    stages = Stages(trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size)
+    method = build_method(cfg, model, reward=None, watch={}) if interleaves(cfg) else None
+    turns = method.turns if method else None
+    stages = Stages(
+        trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size, turns
+    )
     modes = dict.fromkeys(stage.split("_")[1] for stage in cfg.evaluation.stages)
     for mode in modes:
         stages.draw(f"base_{mode}")
     steps = 0
     if cfg.ckpt_path:
-        steps = load_trained(cfg, model)
+        steps = method.load(cfg.ckpt_path) if method else load_trained(cfg, model)
         for mode in modes:
             stages.draw(f"trained_{mode}")
     results = write_summary(cfg, stages, steps)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from hydra.utils import instantiate
 from PIL import Image
 from rich.console import Console
@@ -12,6 +13,7 @@ from t2i_rl.evaluation.grid import caption_grid
 from t2i_rl.evaluation.results import write_atomic
 from t2i_rl.prompts import Prompt, read_prompts
 from t2i_rl.seeding import derive_seed
+from t2i_rl.tasks import generate_turns
 from t2i_rl.tasks.evaluate import load_trained
 
 
@@ -19,9 +21,11 @@ def run(cfg) -> dict:
     """Draw `cfg.num_images` images a prompt into the run's folder: PNGs, `images.jsonl`, and one captioned grid."""
     prompts = [Prompt("prompt", cfg.prompt)] if cfg.prompt else read_prompts(cfg.prompts_file)
     model = instantiate(cfg.model)
+    if cfg.mode == "turns":
+        return generate_turns.run(cfg, model.to(device_for(cfg)), prompts)
     if cfg.ckpt_path:
         load_trained(cfg, model)
-    model.to("cuda" if cfg.trainer.accelerator != "cpu" and _cuda() else "cpu")
+    model.to(device_for(cfg))
     out, rows, images = Path(cfg.paths.output_dir), [], []
     (out / "images").mkdir(parents=True, exist_ok=True)
     work = [(prompt, sample) for prompt in prompts for sample in range(cfg.num_images)]
@@ -48,7 +52,6 @@ def run(cfg) -> dict:
     return {"images": len(rows), "folder": str(out)}
 
 
-def _cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
+def device_for(cfg) -> str:
+    """Where a task that trains nothing puts its model."""
+    return "cuda" if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"

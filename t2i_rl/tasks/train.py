@@ -27,7 +27,10 @@ def run(cfg) -> dict:
     trainer = instantiate(cfg.trainer, callbacks=list(callbacks.values()), logger=build_loggers(cfg))
     model = instantiate(cfg.model)
     method = build_method(cfg, model, reward, watch)
-    stages = Stages(trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size)
+    turns = getattr(method, "turns", None)
+    stages = Stages(
+        trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size, turns
+    )
 
     for stage in cfg.evaluation.stages:
         if stage.startswith("base"):

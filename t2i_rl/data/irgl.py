@@ -1,0 +1,129 @@
+"""Trajectories of the six modes from a folder in the published format, in the mixture of a stage, in an order that a resumed run continues."""
+
+from collections import Counter
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+from rich.console import Console
+from torch.utils.data import DataLoader, IterableDataset
+
+from t2i_rl.data.pairs import share_of
+from t2i_rl.errors import UserError
+from t2i_rl.irg.make import Maker
+from t2i_rl.irg.toy_format import count_rows, read_shard
+from t2i_rl.irg.trajectory import MODES, STAGES, Segment
+from t2i_rl.prompts import Prompt
+from t2i_rl.seeding import derive_seed
+from t2i_rl.shapes.examples import TASK_WEIGHTS, sample_example
+
+
+class TrajectoryStream(IterableDataset):
+    """Batches of `(place, mode, segments)`. Batch `k` of all ranks is a function of `(seed, k)`: each place draws its mode, each mode goes through its rows shard by
+    shard, shards and rows in an order of the epoch's own; one shard a mode is in memory."""
+
+    def __init__(self, shards: dict[str, list[tuple[Path, int]]], weights: dict[str, float], batch_size: int, seed: int, first: int):  # fmt: skip
+        self.shards, self.weights, self.batch_size, self.seed, self.position = shards, weights, batch_size, seed, first
+        self._open: dict[str, tuple[Path, list]] = {}
+
+    def __iter__(self):
+        first, share = share_of(self.batch_size)
+        taken = Counter(mode for batch in range(self.position) for mode in self._modes(batch))
+        while True:
+            batch = []
+            for place, mode in enumerate(self._modes(self.position)):
+                if first <= place < first + share:
+                    batch.append((place, mode, self._row(mode, taken[mode])))
+                taken[mode] += 1
+            self.position += 1
+            yield batch
+
+    def _modes(self, batch: int) -> list[str]:
+        rng = np.random.default_rng((self.seed, 11, batch))
+        share = np.array(list(self.weights.values()))
+        return [str(mode) for mode in rng.choice(list(self.weights), self.batch_size, p=share / share.sum())]
+
+    def _row(self, mode: str, number: int) -> tuple[Segment, ...]:
+        shards = self.shards[mode]
+        epoch, offset = divmod(number, sum(count for _, count in shards))
+        order = np.random.default_rng(derive_seed(self.seed, mode, epoch)).permutation(len(shards))
+        for shard in order:
+            path, count = shards[shard]
+            if offset < count:
+                break
+            offset -= count
+        if self._open.get(mode, (None,))[0] != path:
+            self._open[mode] = path, [each.segments for each in read_shard(path, mode)]
+        within = np.random.default_rng(derive_seed(self.seed, mode, epoch, int(shard))).permutation(count)
+        return self._open[mode][1][within[offset]]
+
+
+class Trajectories(L.LightningDataModule):
+    """IRGL data (arXiv 2509.06945): a folder of `task=make_irgl`, or one in the layout of `Osilly/IRG-Toy-Dataset`.
+
+    Args:
+        path: the folder.
+        stage: 1 (all six modes) or 2 (the two full ones), see `trajectory.STAGES`; `weights`: shares of modes by name, in place of it.
+        batch_size: trajectories a step, over all ranks together.
+        maker: makes the folder where it is not there, before the first step, with the model as it is then; None: it has to be there.
+        count: training prompts of `shapes` that the maker gets.
+
+    Raises:
+        UserError: no such stage or mode, or nothing to read.
+    """
+
+    gives = "trajectories"
+
+    def __init__(self, path: str, stage: int = 1, weights: dict[str, float] | None = None, batch_size: int = 16, maker: Maker | None = None, count: int = 4096, seed: int = 0):  # fmt: skip
+        super().__init__()
+        if stage not in STAGES:
+            raise UserError(f"stage must be one of {', '.join(map(str, STAGES))}, not {stage!r}")
+        self.weights = {mode: share for mode, share in dict(weights or STAGES[stage]).items() if share}
+        unknown = [mode for mode in self.weights if mode not in MODES]
+        if unknown or not self.weights:
+            raise UserError(
+                f"data.weights: there is no mode {unknown[0] if unknown else ''!r}; the modes are {', '.join(MODES)}"
+            )
+        if batch_size < 1 or count < 1:
+            raise UserError(f"data.batch_size and data.count must be 1 or more, not {batch_size} and {count}")
+        self.path, self.batch_size, self.maker, self.count, self.seed = Path(path), batch_size, maker, count, seed
+        self.prompts = world_prompts(count, seed) if maker is not None else []
+        if maker is None:
+            self.shards()
+
+    def shards(self) -> dict[str, list[tuple[Path, int]]]:
+        """Files of each mode that is learnt, with their rows.
+
+        Raises:
+            UserError: a mode has none.
+        """
+        found = {mode: [(path, count_rows(path)) for path in sorted((self.path / mode).glob("*.parquet"))] for mode in self.weights}  # fmt: skip
+        lacking = [mode for mode, files in found.items() if not sum(count for _, count in files)]
+        if lacking:
+            raise UserError(f"data.path={self.path} has no rows of {lacking[0]}: make them with task=make_irgl, or leave the mode out with data.weights={{...}}")  # fmt: skip
+        return found
+
+    def prepare_data(self) -> None:
+        """Make the folder where it is not there; Lightning calls this on one process of a machine, before the first step."""
+        if self.maker is None:
+            return
+        if not (self.path / "manifest.json").exists():
+            Console().print(f"making trajectories of {len(self.prompts)} prompts in {self.path} (once)", soft_wrap=True)
+        model = self.trainer.lightning_module.model
+        self.maker.make(self.path, model.to(self.trainer.strategy.root_device), self.prompts)
+
+    def train_dataloader(self) -> DataLoader:
+        first = self.trainer.lightning_module.batches_done
+        stream = TrajectoryStream(self.shards(), self.weights, self.batch_size, self.seed, first)
+        return DataLoader(stream, batch_size=None)
+
+
+def world_prompts(count: int, seed: int) -> list[Prompt]:
+    """Training prompts of `shapes` in the shares that janus_tiny was trained with, no text twice."""
+    rng, found = np.random.default_rng((seed, 12)), {}
+    for _ in range(50 * count):
+        prompt = sample_example(rng, TASK_WEIGHTS)[0]
+        found.setdefault(prompt.text, prompt)
+        if len(found) == count:
+            return list(found.values())
+    raise UserError(f"data.count={count}: `shapes` has only about {len(found)} training prompts")

@@ -1,0 +1,159 @@
+"""IRGL data for a prompt list: the model draws weakly, a teacher thinks, reflects and shows the better picture (specification section 2.5)."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.progress import track
+
+from t2i_rl.errors import UserError
+from t2i_rl.evaluation.results import read_json, write_atomic
+from t2i_rl.hashing import weights_sha256
+from t2i_rl.irg.rows import Material, row_of
+from t2i_rl.irg.toy_format import conversation, write_shard
+from t2i_rl.irg.trajectory import MODES, Trajectory
+from t2i_rl.prompts import Prompt
+from t2i_rl.seeding import derive_seed
+
+
+@dataclass
+class Maker:
+    """Writes a folder in the published format, a shard of prompts at a time; a shard that is finished is never made again.
+
+    Args:
+        teacher: `initial(prompts, seeds)` and `improve(prompts, weak, seeds)`, each a text and a picture a prompt; see `irg.world.World` and `irg.teachers.Teacher`.
+        shard_size: prompts a shard: what a kill can lose.
+        batch_size: pictures drawn together.
+        right_share: of the weak pictures that the teacher finds nothing wrong with, the share that is kept, to teach when to stop.
+        words: shortest and longest text that is kept, in words.
+        ascii_share: least share of a text's letters that are plain Latin ones; 0 keeps every language.
+        seed: together with prompt text it decides every draw.
+
+    Raises:
+        UserError: an option outside its range.
+    """
+
+    teacher: object
+    shard_size: int = 256
+    batch_size: int = 64
+    right_share: float = 1.0
+    words: tuple[int, int] = (1, 600)
+    ascii_share: float = 0.9
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.shard_size, self.batch_size) < 1:
+            raise UserError("shard_size and batch_size must be 1 or more")
+        for name in ("right_share", "ascii_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
+        self.words = tuple(self.words)
+
+    def make(self, folder: Path, model, prompts: Sequence[Prompt]) -> dict:
+        """Make what is not there yet; returns the manifest: settings, counts a mode, and what was left out, and why.
+
+        Raises:
+            UserError: the folder was made with other settings, or the teacher cannot teach a prompt.
+        """
+        folder, prompts = Path(folder), list({prompt.text.casefold(): prompt for prompt in prompts}.values())
+        self.teacher.check(prompts)
+        settings = self.settings(model, prompts)
+        _check_same(folder, settings)
+        write_atomic(folder / "settings.json", json.dumps(settings, indent=1))
+        model.prepare()
+        seen: set[str] = set()
+        starts = range(0, len(prompts), self.shard_size)
+        for number, first in enumerate(track(starts, description="making IRGL", disable=len(starts) < 2)):
+            place = folder / "shards" / f"{number:05d}.json"
+            if not place.exists():
+                self._shard(folder, f"{number:05d}", model, prompts[first : first + self.shard_size], seen, place)
+            seen |= set(read_json(place)["hashes"])
+        manifest = self._manifest(folder, settings, len(starts))
+        write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1))
+        return manifest
+
+    def settings(self, model, prompts: Sequence[Prompt]) -> dict:
+        """What a row depends on."""
+        texts = hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest()
+        return {
+            **{name: value for name, value in vars(self).items() if name not in ("teacher", "batch_size")},
+            "words": list(self.words),
+            "teacher": self.teacher.settings(),
+            "sampling": model.sampling(),
+            "weights_sha256": weights_sha256(model),
+            "prompts": len(prompts),
+            "prompts_sha256": texts,
+        }
+
+    def _shard(self, folder: Path, name: str, model, prompts: list[Prompt], seen: set[str], place: Path) -> None:
+        rows: dict[str, list[Trajectory]] = {mode: [] for mode in MODES}
+        left_out, hashes = Counter(), []
+        for first in range(0, len(prompts), self.batch_size):
+            for material, seed in self._material(model, prompts[first : first + self.batch_size]):
+                for mode in MODES:
+                    why = self._refused(mode, material, seed)
+                    segments = row_of(mode, material, self.teacher.questions) if why is None else ()
+                    digest = hashlib.sha256(f"{mode}{conversation(segments)}".encode()).hexdigest()[:16]
+                    if why is None and digest in seen:
+                        why = "duplicate"
+                    if why is not None:
+                        left_out[f"{mode}: {why}"] += 1
+                        continue
+                    seen.add(digest)
+                    hashes.append(digest)
+                    rows[mode].append(Trajectory(segments))
+        for mode, trajectories in rows.items():
+            if trajectories:
+                write_shard(folder / mode / f"{name}.parquet", trajectories)
+        counts = {mode: len(trajectories) for mode, trajectories in rows.items()}
+        write_atomic(place, json.dumps({"counts": counts, "left_out": dict(left_out), "hashes": hashes}))
+
+    def _material(self, model, prompts: list[Prompt]) -> list[tuple[Material, int]]:
+        texts = [prompt.text for prompt in prompts]
+        seeds = [derive_seed(self.seed, "irgl", text) for text in texts]
+        mode = "plan" if model.family == "autoregressive" else "direct"
+        weak = model.generate(texts, seeds, mode=mode, fresh=False)
+        initial = self.teacher.initial(prompts, seeds)
+        thoughts = weak.plans if mode == "plan" else [thought for thought, _ in initial]
+        better = self.teacher.improve(prompts, weak.images, seeds)
+        return [
+            (Material(prompt, *first, thought, image, *second), seed)
+            for prompt, first, thought, image, second, seed in zip(prompts, initial, thoughts, weak.images, better, seeds, strict=True)
+        ]  # fmt: skip
+
+    def _refused(self, mode: str, material: Material, seed: int) -> str | None:
+        """Why a row is left out, if it is."""
+        improving = mode.startswith("improving")
+        if improving and material.reflection == self.teacher.stop:
+            kept = np.random.default_rng(derive_seed(seed, "right")).random() < self.right_share
+            return None if kept else "nothing wrong with the weak picture"
+        picture, text = (material.better, material.reflection) if improving else (material.good, material.thought)
+        if not self.words[0] <= len(text.split()) <= self.words[1]:
+            return "length of the text"
+        letters = [letter for letter in text if letter.isalpha()]
+        if letters and sum(letter.isascii() for letter in letters) < self.ascii_share * len(letters):
+            return "language of the text"
+        return None if self.teacher.consistent(material.prompt, picture) else "picture and prompt disagree"
+
+    def _manifest(self, folder: Path, settings: dict, shards: int) -> dict:
+        parts = [read_json(folder / "shards" / f"{number:05d}.json") for number in range(shards)]
+        counts, left_out = Counter(), Counter()
+        for part in parts:
+            counts.update(part["counts"])
+            left_out.update(part["left_out"])
+        return {"settings": settings, "shards": shards, "counts": dict(counts), "left_out": dict(left_out)}
+
+
+def _check_same(folder: Path, settings: dict) -> None:
+    if not (folder / "settings.json").exists():
+        return
+    before = read_json(folder / "settings.json")
+    differing = [key for key in settings if before.get(key) != settings[key]]
+    if differing:
+        raise UserError(
+            f"{folder} was made with other settings ({', '.join(differing)}): name another folder, or delete that one"
+        )

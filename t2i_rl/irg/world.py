@@ -1,0 +1,67 @@
+"""The teacher on `shapes`: what the world itself says of a prompt, and of a picture that was drawn for it."""
+
+import numpy as np
+
+from t2i_rl.errors import UserError
+from t2i_rl.prompts import Prompt
+from t2i_rl.seeding import derive_seed
+from t2i_rl.shapes.examples import scene_pairs
+from t2i_rl.shapes.judge import judge
+from t2i_rl.shapes.oracle import detect
+from t2i_rl.shapes.reflections import NO_CHANGE, reflect
+from t2i_rl.shapes.render import render
+from t2i_rl.shapes.scene import sample_scene
+from t2i_rl.shapes.suites import pair_split, wishes
+from t2i_rl.shapes.text import plan
+
+
+class World:
+    """Plans and renders of scenes that are as asked; reflections from the oracle's findings, and renders that keep what was right.
+
+    Args:
+        size: side in pixels of the pictures.
+    """
+
+    stop = NO_CHANGE
+    questions = {"think": "describe the picture.", "reflect": "draw the right picture."}  # words of janus_tiny
+
+    def __init__(self, size: int = 32):
+        self.size = size
+
+    def check(self, prompts: list[Prompt]) -> None:
+        """Refuse prompts that are not the world's.
+
+        Raises:
+            UserError: one line that names the first.
+        """
+        foreign = next((prompt for prompt in prompts if "include" not in prompt.meta), None)
+        if foreign:
+            raise UserError(
+                f"task.teacher=world knows the prompts of `shapes`, and {foreign.text!r} has no 'include': take task/teacher=chat or vlm"
+            )
+
+    def settings(self) -> dict:
+        return {"name": "world", "size": self.size}
+
+    def consistent(self, prompt: Prompt, picture: np.ndarray) -> bool:
+        """Whether the oracle finds just what the prompt asks for."""
+        return judge(prompt.meta, detect(picture[None])[0]).strict
+
+    def initial(self, prompts: list[Prompt], seeds: list[int]) -> list[tuple[str, np.ndarray]]:
+        """A plan and a picture for each prompt; none of the held-out pairs of objects is in them."""
+        found = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            rng = np.random.default_rng(derive_seed(seed, "initial"))
+            scene = sample_scene(wishes(prompt), rng, self.size)
+            while any(pair_split(pair) != "train" for pair in scene_pairs(scene)):
+                scene = sample_scene(wishes(prompt), rng, self.size)
+            found.append((plan(scene), render(scene)))
+        return found
+
+    def improve(self, prompts: list[Prompt], weak: np.ndarray, seeds: list[int]) -> list[tuple[str, np.ndarray]]:
+        """A reflection on each weak picture uint8 `(B, H, W, 3)` and the picture that mends it."""
+        found = []
+        for prompt, seen, seed in zip(prompts, detect(weak), seeds, strict=True):
+            reflection = reflect(prompt, seen, self.size, np.random.default_rng(derive_seed(seed, "improve")))
+            found.append((reflection.text, render(reflection.scene)))
+        return found

@@ -1,0 +1,327 @@
+"""IRG's training: think, draw, look, reflect, draw better, learnt from given trajectories (IRGL, arXiv 2509.06945 section 3.2)."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from peft import LoraConfig
+
+from t2i_rl.callbacks.validation import Pictures
+from t2i_rl.errors import UserError
+from t2i_rl.evaluation.turns import TurnsEvaluator
+from t2i_rl.fsdp import mesh_of, shard, sharded_like
+from t2i_rl.hashing import gathered, weights_sha256
+from t2i_rl.irg.interleave import Interleave
+from t2i_rl.irg.janus import InterleavedJanus
+from t2i_rl.irg.trajectory import Segment
+from t2i_rl.methods.trainable import refuse_rounded_updates, select_trainable
+from t2i_rl.prompts import Prompt
+from t2i_rl.rewards.output import checked
+from t2i_rl.seeding import derive_seed
+
+
+class IRG(L.LightningModule):
+    """Cross-entropy of what a mode teaches, texts through the language head and pictures through the generation head, each a mean over all its tokens of all
+    ranks (specification section 2.2); the weights that are evaluated are an exponential mean.
+
+    Args:
+        model: an adapter of family `autoregressive`.
+        interleave: how trajectories are drawn, while training and by the tasks.
+        optimizer, scheduler: partials, `optimizer(params)` and `scheduler(optimizer)`.
+        text_loss_weight, image_loss_weight: released: 1 and 1.
+        drop_prompt: share of first pictures learnt after the model's own unconditional, the negative of the first picture's guidance.
+        drop_reflection, drop_image: share of second pictures learnt without the reflection, and without the picture before: IRG's two negatives.
+        ema: decay of the exponential mean; 0 keeps none.
+        tokens_per_pass: places with a live graph at a time; changes memory, not the gradient.
+        start_from: a checkpoint of this method whose averaged weights to start from (stage 2), with a fresh optimizer.
+        trainable: regular expressions on parameter names; the default leaves SigLIP and the VQ model frozen.
+        lora: arguments of peft's LoraConfig, or None to train the weights themselves.
+        judge: a reward that reads pictures, for `interleave.choose` and `stop_above`; evaluation reports its choice beside the turns.
+        seed: together with step and place it decides what is dropped.
+
+    Raises:
+        UserError: an option outside its range.
+    """
+
+    trains = frozenset({"autoregressive"})
+    learns_from = "trajectories"
+    interleaves = True
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        interleave: Interleave,
+        optimizer: partial,
+        scheduler: partial | None = None,
+        text_loss_weight: float = 1.0,
+        image_loss_weight: float = 1.0,
+        drop_prompt: float = 0.1,
+        drop_reflection: float = 0.1,
+        drop_image: float = 0.1,
+        ema: float = 0.995,
+        tokens_per_pass: int = 8192,
+        max_grad_norm: float = 1.0,
+        gradient_checkpointing: bool = False,
+        start_from: str | None = None,
+        trainable: tuple[str, ...] = (r"model\.(language_model|aligner|generation_)", r"lm_head\."),
+        lora: dict | None = None,
+        judge=None,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.judge = None if judge is None else partial(scores_of, judge)
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.interleaved, self.interleave = InterleavedJanus(model), interleave
+        self.optimizer_partial, self.scheduler_partial, self.seed = optimizer, scheduler, seed
+        self.loss_weights = {"text": text_loss_weight, "image": image_loss_weight}
+        self.drop_prompt, self.drop_reflection, self.drop_image = drop_prompt, drop_reflection, drop_image
+        self.ema, self.tokens_per_pass, self.max_grad_norm = ema, tokens_per_pass, max_grad_norm
+        self.start_sha256 = weights_sha256(model)
+        select_trainable(model.model, trainable, lora)
+        if gradient_checkpointing:
+            model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            for block in model.blocks():
+                block.training = True
+        self.average: dict[str, torch.Tensor] = {}
+        self.batches_done = 0
+        self.start_from = start_from
+
+    @property
+    def model(self):
+        return self.interleaved.janus
+
+    def every_round(self) -> Interleave:
+        """Its drawing without stop and choice: what a round would draw is then known of every prompt."""
+        return replace(self.interleave, stop=None, stop_above=None, choose=False)
+
+    def turns(self, benchmark, folder: Path, seed: int, batch_size: int) -> TurnsEvaluator:
+        """What evaluates every turn of this method's drawing."""
+        return TurnsEvaluator(self.interleaved, self.interleave, self.judge, benchmark, folder, seed, batch_size)
+
+    @staticmethod
+    def check(options: Mapping) -> None:
+        """Refuse options, by name as in `__init__`, that cannot train; the command line asks before any weight loads.
+
+        Raises:
+            UserError: one line that names the option and its choices.
+        """
+        for name in ("drop_prompt", "drop_reflection", "drop_image", "ema"):
+            if not 0 <= options[name] < 1:
+                raise UserError(f"method.{name} must be at least 0 and below 1, not {options[name]}")
+        if options["tokens_per_pass"] < 1:
+            raise UserError(f"method.tokens_per_pass must be 1 or more, not {options['tokens_per_pass']}")
+        if not options["text_loss_weight"] and not options["image_loss_weight"]:
+            raise UserError("nothing would be trained: give method.text_loss_weight or method.image_loss_weight")
+        interleave = options["interleave"]
+        if options["judge"] is None and (interleave.choose or interleave.stop_above is not None):
+            raise UserError("method.interleave.choose and stop_above need a judge: +reward@method.judge=soft_oracle")
+        if options["start_from"] and not Path(options["start_from"]).is_file():
+            raise UserError(f"method.start_from={options['start_from']}: there is no such file")
+        try:
+            LoraConfig(**(options["lora"] or {}))
+            optimizer = options["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
+            if options["scheduler"] is not None:
+                options["scheduler"](optimizer)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"method.lora, method.optimizer or method.scheduler: {error}") from error
+
+    def setup(self, stage: str) -> None:
+        """Weights of an earlier stage come in after the data was made with the model as it was."""
+        if stage == "fit" and self.start_from and not self.batches_done:
+            self._start_from(Path(self.start_from))
+
+    def configure_model(self) -> None:
+        """Shard where the strategy is FSDP."""
+        mesh = mesh_of(self.trainer)
+        if mesh is not None:
+            shard(self.interleaved, mesh)
+
+    def on_fit_start(self) -> None:
+        refuse_rounded_updates(self.model)
+
+    def on_train_start(self) -> None:
+        """The mean starts from the weights, or goes on where a checkpoint left it."""
+        if self.ema:
+            self.average = {
+                name: sharded_like(self.average[name], parameter).to(parameter) if name in self.average else parameter.detach().clone()
+                for name, parameter in self.learning()
+            }  # fmt: skip
+
+    def learning(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
+        """What trains, by name."""
+        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
+
+    def training_step(self, batch: list[tuple[int, str, tuple[Segment, ...]]], index: int) -> None:
+        """One optimizer step on trajectories, each with its place in the batch of all ranks and its mode."""
+        conversations, blank = zip(*(self.dropped(number, segments) for number, _, segments in batch), strict=True)
+        counted = [self.interleaved.counts(each, empty) for each, empty in zip(conversations, blank, strict=True)]
+        totals = self._over_ranks({kind: sum(each[kind] for each in counted) for kind in self.loss_weights})
+        passes = self.interleaved.passes(conversations, self.tokens_per_pass)
+        wanted = self._most(len(passes))
+        sums = dict.fromkeys(self.loss_weights, 0.0)
+        for number in range(
+            wanted
+        ):  # ranks that have fewer compute their last once more, for nothing: collectives have to meet
+            rows = passes[min(number, len(passes) - 1)]
+            found = self.interleaved([[conversations[i] for i in row] for row in rows], [[blank[i] for i in row] for row in rows])  # fmt: skip
+            once = float(number < len(passes))
+            loss = sum(once * weight * found[kind] / max(totals[kind], 1) for kind, weight in self.loss_weights.items())
+            waits = number < wanted - 1 and dist.is_initialized()
+            with self.trainer.strategy.block_backward_sync() if waits else nullcontext():
+                self.manual_backward(loss * self._ranks())
+            for kind in sums:
+                sums[kind] += once * float(found[kind].detach())
+        norm = self._step()
+        means = {kind: value / max(totals[kind], 1) for kind, value in self._over_ranks(sums).items()}
+        self.log_dict(
+            {
+                **{f"{kind}/loss": value for kind, value in means.items()},
+                **{f"{kind}/tokens": float(value) for kind, value in totals.items()},
+                "train/loss": sum(weight * means[kind] for kind, weight in self.loss_weights.items()),
+                "train/grad_norm": float(norm),
+                "train/lr": self.optimizers().param_groups[0]["lr"],
+                "train/passes": float(wanted),
+            }
+        )
+        self.log("loss", sum(means.values()), prog_bar=True, logger=False)
+
+    def dropped(self, number: int, segments: tuple[Segment, ...]) -> tuple[tuple[Segment, ...], bool]:
+        """A trajectory without what this step drops of it, and whether its picture is learnt after the model's own unconditional.
+
+        Only what a learnt picture is drawn from is dropped: texts that are learnt stay where no picture is, so `drop_reflection` takes the reflection's own loss
+        with it, as in the negative that it trains.
+        """
+        rng = np.random.default_rng(derive_seed(self.seed, "drop", self.batches_done, number))
+        prompt, reflection, image = rng.random(3) < (self.drop_prompt, self.drop_reflection, self.drop_image)
+        learnt = {segment.role for segment in segments if segment.loss}
+        if "redraw" in learnt:
+            gone = {role for role, drop in (("reflect", reflection), ("draw", image)) if drop}
+            return tuple(segment for segment in segments if segment.role not in gone), False
+        return segments, bool(prompt) and "draw" in learnt
+
+    def _step(self) -> torch.Tensor:
+        learning = [parameter for _, parameter in self.learning()]
+        norm = gathered(torch.nn.utils.clip_grad_norm_(learning, self.max_grad_norm))
+        if not torch.isfinite(norm):
+            raise ValueError(f"gradient norm is {norm.item()} at optimizer step {self.global_step}")
+        optimizer = self.optimizers()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self.scheduler_partial is not None:
+            self.lr_schedulers().step()
+        self.batches_done += 1
+        with torch.no_grad():
+            for name, parameter in self.learning() if self.ema else ():
+                self.average[name].mul_(self.ema).add_(parameter, alpha=1 - self.ema)
+        return norm
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The averaged weights in place of those that train."""
+        kept = {name: parameter.detach().clone() for name, parameter in self.learning()} if self.average else {}
+        self.use_average()
+        try:
+            yield
+        finally:
+            self._put(kept)
+
+    def use_average(self) -> None:
+        """From here on the averaged weights are the model's."""
+        self._put(self.average)
+
+    @torch.no_grad()
+    def _put(self, values: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.learning():
+            if name in values:
+                parameter.copy_(sharded_like(values[name], parameter))
+
+    def on_fit_end(self) -> None:
+        """A run ends with the averaged weights; its last checkpoint, saved before, holds both."""
+        self.use_average()
+
+    def transfer_batch_to_device(self, batch: list, device: torch.device, dataloader_idx: int) -> list:
+        """Pictures move where they are laid out."""
+        return batch
+
+    def _ranks(self) -> int:
+        """DDP and FSDP average gradients over ranks, and the loss is a mean over the tokens of all."""
+        return dist.get_world_size() if dist.is_initialized() else 1
+
+    def _over_ranks(self, values: dict[str, float]) -> dict[str, float]:
+        together = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(together)
+        return dict(zip(values, together.tolist(), strict=True))
+
+    def _most(self, count: int) -> int:
+        most = torch.tensor(count, device=self.device)
+        if dist.is_initialized():
+            dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most)
+
+    def configure_optimizers(self):
+        optimizer = self.optimizer_partial([parameter for _, parameter in self.learning()])
+        return optimizer if self.scheduler_partial is None else ([optimizer], [self.scheduler_partial(optimizer)])
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        """Only what learns: everything else is the initial model, which a checkpoint names by its hash."""
+        learning = {name for name, _ in self.learning()}
+        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in learning}
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["irg"] = {
+            "batches_done": self.batches_done,
+            "start_sha256": self.start_sha256,
+            "average": {name: gathered(value).cpu().clone() for name, value in self.average.items()},
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        saved = checkpoint["irg"]
+        if saved["start_sha256"] != self.start_sha256:
+            raise UserError(
+                "this checkpoint was trained from other weights than model.path holds: give the model that its run started from"
+            )
+        self.batches_done, self.average = saved["batches_done"], saved["average"]
+
+    def load(self, path: str) -> int:
+        """The averaged weights of a checkpoint, to draw with; returns the optimizer step it was saved at.
+
+        Raises:
+            UserError: it is no checkpoint of this method on this model.
+        """
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        if "irg" not in checkpoint:
+            raise UserError(f"ckpt_path={path} is no checkpoint of method=irg")
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"], strict=False)
+        self.use_average()
+        return checkpoint["global_step"]
+
+    def _start_from(self, path: Path) -> None:
+        """Averaged weights of an earlier stage.
+
+        Raises:
+            UserError: the file is no checkpoint of this method, or of one that trains other parameters.
+        """
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            values = checkpoint["irg"]["average"] or checkpoint["state_dict"]
+        except (KeyError, RuntimeError, OSError) as error:
+            raise UserError(f"method.start_from={path} is no checkpoint of method=irg") from error
+        if set(values) != {name for name, _ in self.learning()}:
+            raise UserError(
+                f"method.start_from={path} holds other weights than this run trains: give its method.trainable and method.lora"
+            )
+        self._put(values)
+
+
+def scores_of(reward, images: np.ndarray, prompts: list[Prompt]) -> list[float]:
+    """A reward of pictures uint8 `(B, H, W, 3)`, one finite number each."""
+    return checked(reward(Pictures(images, prompts)), len(prompts), type(reward).__name__).total.tolist()

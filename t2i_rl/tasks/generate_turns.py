@@ -1,0 +1,86 @@
+"""`task=generate method=irg`: think, draw, look, reflect, draw better; a folder a trajectory, and a page of strips."""
+
+import base64
+import json
+from html import escape
+from pathlib import Path
+
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.progress import track
+
+from t2i_rl.evaluation.page import definitions, page, section
+from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.irg.files import save_trajectory
+from t2i_rl.irg.trajectory import Trajectory
+from t2i_rl.prompts import Prompt
+from t2i_rl.seeding import derive_seed
+
+SHOWN = 64
+
+
+def run(cfg, model, prompts: list[Prompt]) -> dict:
+    """Draw `cfg.num_images` trajectories a prompt into the run's folder: `trajectories/<number>/`, `images.jsonl`, `report.html`."""
+    method, out = instantiate(cfg.method, model=model), Path(cfg.paths.output_dir)
+    if cfg.ckpt_path:
+        method.load(cfg.ckpt_path)
+    method.interleaved.to(model.device).prepare()
+    work = [(prompt, sample) for prompt in prompts for sample in range(cfg.num_images)]
+    rows, shown, size = [], [], cfg.evaluation.batch_size
+    for first in track(range(0, len(work), size), description="drawing"):
+        batch = work[first : first + size]
+        seeds = [derive_seed(cfg.seed, "generate", prompt.text, sample) for prompt, sample in batch]
+        judge = None if method.judge is None else lambda numbers, images, batch=batch: method.judge(images, [batch[i][0] for i in numbers])  # fmt: skip
+        drawn = method.interleave.run(method.interleaved, [prompt.text for prompt, _ in batch], seeds, judge)
+        for (prompt, sample), each in zip(batch, drawn, strict=True):
+            name = f"trajectories/{len(rows):05d}"
+            save_trajectory(out / name, each)
+            rows.append(row_of(prompt, sample, each, name))
+            shown += [(prompt.text, each, out / name / "strip.png")] * (len(shown) < SHOWN)
+    write_atomic(out / "images.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_atomic(out / "report.html", strips_page(shown, rows))
+    console = Console()
+    console.print(
+        f"{len(rows)} trajectories in {out / 'trajectories'}, strips in {out / 'report.html'}", soft_wrap=True
+    )
+    cut = sum(map(sum, (row["unfinished"] for row in rows)))
+    if cut:
+        console.print(f"{cut} texts did not end within {method.interleave.max_tokens} tokens in {method.interleave.retries + 1} tries and were kept as they are: method.interleave.max_tokens, .retries", soft_wrap=True)  # fmt: skip
+    return {"trajectories": len(rows), "folder": str(out)}
+
+
+def row_of(prompt: Prompt, sample: int, each: Trajectory, name: str) -> dict:
+    """One line of images.jsonl."""
+    images = [f"{name}/turn{turn + 1}.png" for turn in range(len(each.images))]
+    return {
+        "prompt": prompt.text,
+        "sample": sample,
+        "seed": each.seed,
+        "texts": each.texts,
+        "images": images,
+        "answer": images[each.answer],
+        "scores": each.scores,
+        "text_tokens": each.text_tokens,
+        "unfinished": each.unfinished,
+        "seconds": each.seconds,
+        "trajectory": f"{name}/trajectory.json",
+    }
+
+
+def strips_page(shown: list[tuple[str, Trajectory, Path]], rows: list[dict]) -> str:
+    """Strips below one another, and how the trajectories ended."""
+    turns = [len(row["images"]) for row in rows]
+    facts = {
+        "trajectories": len(rows),
+        "pictures a trajectory": f"{sum(turns) / len(turns):.2f}",
+        "tokens of text a trajectory": f"{sum(sum(row['text_tokens']) for row in rows) / len(rows):.1f}",
+        "seconds a trajectory": f"{sum(sum(row['seconds']) for row in rows) / len(rows):.2f} (a batch's, shared out)",
+        "texts that did not end": sum(sum(row["unfinished"]) for row in rows),
+    }
+    strips = "".join(
+        f'<div class="set"><h3>{escape(prompt)}</h3><img alt="{escape(prompt)}" style="max-width: 100%" '
+        f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"></div>'
+        for prompt, _, path in shown
+    )
+    note = "Each turn's picture, with what was thought before it below."
+    return page("Trajectories", f"<h1>Trajectories</h1>{definitions(facts)}{section('Strips', note, strips)}")

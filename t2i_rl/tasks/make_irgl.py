@@ -1,0 +1,33 @@
+"""`task=make_irgl`: IRGL data for a prompt list, in the published format; goes on in its own folder."""
+
+from pathlib import Path
+
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.table import Table
+
+from t2i_rl.data.irgl import world_prompts
+from t2i_rl.irg.make import Maker
+from t2i_rl.prompts import read_prompts
+from t2i_rl.tasks.generate import device_for
+
+
+def run(cfg) -> dict:
+    """Write the six modes into `cfg.task.out`; returns the manifest."""
+    task = cfg.task
+    maker = Maker(
+        instantiate(task.teacher), task.shard_size, cfg.evaluation.batch_size, task.right_share, task.words, task.ascii_share, cfg.seed
+    )  # fmt: skip
+    prompts = read_prompts(cfg.prompts_file) if cfg.prompts_file else world_prompts(task.count, cfg.seed)
+    maker.teacher.check(prompts)
+    model = instantiate(cfg.model).to(device_for(cfg))
+    manifest = maker.make(Path(task.out), model, prompts)
+    table = Table("mode", "rows", title=f"IRGL data in {task.out}", title_justify="left")
+    for mode, count in manifest["counts"].items():
+        table.add_row(mode, str(count))
+    console = Console()
+    console.print(table)
+    for why, count in manifest["left_out"].items():
+        console.print(f"left out, {why}: {count}", soft_wrap=True)
+    console.print(f"method=irg data=irgl data.path={task.out} learns from it", soft_wrap=True)
+    return manifest
