@@ -54,7 +54,7 @@ def check(cfg: DictConfig) -> None:
     for key, file in (
         ("prompts_file", cfg.prompts_file),
         ("latents", cfg.latents),
-        ("data.path", cfg.data.get("path")),
+        ("data.path", None if cfg.data.get("maker") else cfg.data.get("path")),
     ):
         if file and not Path(file).exists():
             raise UserError(f"{key}={file}: there is no such file")
@@ -248,6 +248,8 @@ def _check_method(cfg: DictConfig) -> None:
         raise UserError(f"{method.__name__} learns from a reward: take one of reward={names}")
     if wanted == "trajectories" and rewarded:
         raise UserError(f"{method.__name__} learns from trajectories, without a reward: take reward=none")
+    if getattr(method, "rewards_see", "") == "pictures":
+        _check_sees_pictures(cfg, method)
     if wanted in ("pairs", "preferences"):
         _check_pairs(cfg, method, rewarded)
     _check_noise(cfg, method)
@@ -261,6 +263,16 @@ def _check_method(cfg: DictConfig) -> None:
             f"model.dtype={cfg.model.dtype} rounds small updates away: set model.dtype=float32 with trainer.precision=bf16-mixed and "
             "model.rollout.dtype=bfloat16, or train adapters (method=iris_lora, or method.lora={r: 16})"
         )
+
+
+def _check_sees_pictures(cfg: DictConfig, method: type) -> None:
+    """Whether the reward reads pictures, and nothing else of a rollout."""
+    for part in (cfg.reward.get("parts") or {"": cfg.reward}).values():
+        kind = get_class(part._target_) if part else None
+        if kind and (not kind.needs_images or kind.distribution or getattr(kind, "needs_plans", False)):
+            raise UserError(
+                f"{method.__name__} judges pictures alone, and {kind.__name__} reads more than them, or none: take reward=oracle, or another that reads pictures"
+            )
 
 
 def _check_noise(cfg: DictConfig, method: type) -> None:

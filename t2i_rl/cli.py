@@ -43,35 +43,29 @@ def gpu_or_cpu() -> str:
 
 
 def by_family(target: str, autoregressive, others):
-    """What a setting is for the family of the model's class; a class that cannot be found is complained about elsewhere."""
+    """What a setting is for the family of the model's class."""
+    return autoregressive if _attribute(target, "family", "autoregressive") == "autoregressive" else others
+
+
+def _attribute(target: str, name: str, otherwise):
+    """A constant of a class; a class that cannot be found is complained about elsewhere."""
     from t2i_rl.checks import class_attribute
 
     try:
-        family = class_attribute(target, "family")
+        return class_attribute(target, name)
     except (ImportError, AttributeError, StopIteration):
-        family = "autoregressive"
-    return autoregressive if family == "autoregressive" else others
+        return otherwise
 
 
 def drawn_as(method: str, model: str) -> str:
     """How pictures are drawn where nothing else is said: in `turns` by a method that interleaves, else with a `plan` by a model that writes, else `direct`."""
-    from t2i_rl.checks import class_attribute
-
-    try:
-        interleaves = class_attribute(method, "interleaves")
-    except (ImportError, AttributeError, StopIteration):
-        interleaves = False
-    return "turns" if interleaves else by_family(model, "plan", "direct")
+    return "turns" if _attribute(method, "interleaves", False) else by_family(model, "plan", "direct")
 
 
 def default_stages(method: str, model: str) -> list[str]:
-    """The stages of a run that names none."""
-    drawn = drawn_as(method, model)
-    return {
-        "turns": ["base_direct", "base_plan", "trained_turns"],
-        "plan": ["base_direct", "base_plan", "trained_plan"],
-        "direct": ["base_direct", "trained_direct"],
-    }[drawn]
+    """The stages of a run that names none: the method's own, else before and after."""
+    others = by_family(model, ["base_direct", "base_plan", "trained_plan"], ["base_direct", "trained_direct"])
+    return list(_attribute(method, "stages", others))
 
 
 OmegaConf.register_new_resolver("drawn_as", drawn_as, replace=True)

@@ -50,8 +50,10 @@ def plain_hidden(inter: InterleavedJanus, embeds: torch.Tensor) -> torch.Tensor:
 
 def losses(inter: InterleavedJanus, conversations: list[list[Segment]]) -> dict[str, tuple[float, int]]:
     """Sums and counts, a row a conversation."""
-    sums, counts = inter([[each] for each in conversations]), [inter.counts(each) for each in conversations]
-    return {kind: (sums[kind].item(), sum(each[kind] for each in counts)) for kind in sums}
+    scored, counts = inter([[each] for each in conversations])[0], [inter.counts(each) for each in conversations]
+    for kind, (_, owner) in scored.items():
+        assert [int((owner == i).sum()) for i in range(len(counts))] == [each[kind] for each in counts]
+    return {kind: (-logprobs.sum().item(), len(logprobs)) for kind, (logprobs, _) in scored.items()}
 
 
 def full_logits(inter: InterleavedJanus, segments: list[Segment]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -258,7 +260,7 @@ class Scripted:
                 [[context and [each.role for each in context] for context in branch] for branch in branches],
             )
         )
-        return np.zeros((len(branches[0]), 4, 4, 3), np.uint8)
+        return np.zeros((len(branches[0]), 4, 4, 3), np.uint8), [None] * len(branches[0])
 
 
 def test_the_branches_are_those_of_the_paper():

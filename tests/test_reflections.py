@@ -12,7 +12,7 @@ from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.reflections import NO_CHANGE, named, reflect
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.scene import Object, Scene
-from t2i_rl.shapes.text import enumerate_prompts
+from t2i_rl.shapes.text import enumerate_prompts, plan
 
 
 def looked_at(prompt, scene, seed=0):
@@ -43,7 +43,7 @@ def test_what_is_right_is_left_alone(seed):
     rng = np.random.default_rng(seed)
     prompt, scene = sample_example(rng)
     found = looked_at(prompt, scene, seed)
-    assert found.text == NO_CHANGE and found.faults == () and found.kept == found.scene.objects
+    assert found.text == f"{plan(found.scene)} {NO_CHANGE}" and found.faults == () and found.kept == found.scene.objects
     for item in found.scene.objects:
         nearest = min(scene.objects, key=lambda other: abs(other.x - item.x) + abs(other.y - item.y))
         assert (item.shape, item.color) == (nearest.shape, nearest.color) and abs(item.x - nearest.x) <= 1
@@ -63,6 +63,13 @@ def test_each_fault_is_told_and_mended():
         assert "two objects." in found.text
     assert ": draw a blue square." in looked_at(pair, Scene((RED, replace(BLUE, color="green")))).text
     assert ": clear." in looked_at(pair, Scene((RED, BLUE, Object("cross", "black", 24.0, 8.0, 5.0)))).text
+
+
+def test_a_reflection_begins_with_what_the_picture_shows():
+    pair = prompt_of("color_attr", "a red circle and a blue square")
+    shown = "two objects. a red circle at the top left. a green square at the bottom right. a green square at the bottom right: "
+    assert looked_at(pair, Scene((RED, replace(BLUE, color="green")))).text.startswith(shown)
+    assert looked_at(pair, Scene(())).text.startswith("no objects. no red circle: ")
 
 
 def test_a_wrong_side_is_told_and_the_other_object_stays():

@@ -105,7 +105,7 @@ class Trajectories(L.LightningDataModule):
 
     def prepare_data(self) -> None:
         """Make the folder where it is not there; Lightning calls this on one process of a machine, before the first step."""
-        if self.maker is None:
+        if self.maker is None or self.trainer.state.fn != "fit":  # a trainer that goes on to test calls this again
             return
         if not (self.path / "manifest.json").exists():
             Console().print(f"making trajectories of {len(self.prompts)} prompts in {self.path} (once)", soft_wrap=True)

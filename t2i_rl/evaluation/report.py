@@ -21,6 +21,7 @@ from t2i_rl.evaluation.results import (
     write_atomic,
 )
 from t2i_rl.evaluation.tables import MARK, Table, before_after_table, differing_settings, headline, sweep_tables
+from t2i_rl.evaluation.turn_tables import turn_tables
 
 PROMPTS_PER_TASK = 3
 CHANGES_SHOWN = 6
@@ -137,7 +138,7 @@ def write_report(run_dir: Path) -> Path:
     body = [
         f'<h1>{escape(title)}</h1><p class="lead">{escape(headline(results))}</p>',
         definitions(facts) + provenance_section(job.folder),
-        section(table.title, table.note, table_html(table)),
+        *(section(each.title, each.note, table_html(each)) for each in [table, *turn_tables(results)]),
         curves_section(job.folder),
         image_sections(job),
         section("Config", "As resolved for this run.", folded("config.yaml", config.read_text(encoding="utf-8")))

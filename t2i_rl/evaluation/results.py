@@ -16,6 +16,7 @@ STAGES = ("base_direct", "base_plan", "base_turns", "trained_direct", "trained_p
 HEADLINE_PAIRS = (
     ("base_plan", "trained_turn2"),
     ("base_plan", "trained_turn1"),
+    ("base_turn2", "trained_turn2"),
     ("base_plan", "trained_plan"),
     ("base_direct", "trained_direct"),
     ("initial", "last"),

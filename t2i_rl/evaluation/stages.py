@@ -25,6 +25,7 @@ COMPARED = (
     *((f"{side}_turn{turn}", f"{side}_turn{turn + 1}") for side in ("base", "trained") for turn in range(1, 8)),
     *((f"{side}_turn1", f"{side}_{answer}") for side in ("base", "trained") for answer in ("stopped", "chosen")),
     ("base_plan", "trained_stopped"),
+    *((f"base_{turn}", f"trained_{turn}") for turn in ("turn1", "turn2", "stopped")),
 )
 
 

@@ -13,7 +13,14 @@ from t2i_rl.evaluation.stats import seed_interval
 
 MISSING = "-"
 MARK = " *"
-PLAIN_FORMATS = {"plan_length": ".1f", "vendi": ".2f", "diversity": ".3f", "target": ".3f"}
+PLAIN_FORMATS = {
+    "plan_length": ".1f",
+    "vendi": ".2f",
+    "diversity": ".3f",
+    "target": ".3f",
+    "text_tokens": ".1f",
+    "seconds": ".2f",
+}
 ROW_NAMES = {
     "overall": "overall (strict)",
     "lenient": "overall (lenient)",

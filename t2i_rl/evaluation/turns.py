@@ -9,7 +9,7 @@ import torch
 
 from t2i_rl.evaluation.evaluator import Evaluator
 from t2i_rl.evaluation.stats import RESAMPLES, bootstrap, percentile_interval
-from t2i_rl.irg.interleave import Interleave
+from t2i_rl.irg.interleave import Interleave, says_stop
 from t2i_rl.irg.trajectory import Trajectory
 from t2i_rl.prompts import Prompt
 from t2i_rl.seeding import derive_seed
@@ -65,7 +65,7 @@ class TurnsEvaluator(Evaluator):
         for row, (record, each) in enumerate(zip(records, drawn, strict=True)):
             record |= {"plan_length": each.text_tokens[turn], "text_tokens": each.text_tokens[turn], "unfinished": each.unfinished[turn], "seconds": each.seconds[turn]}  # fmt: skip
             if turn:
-                record["says_stop"] = self.stop is not None and each.texts[turn] == self.stop
+                record["says_stop"] = says_stop(each.texts[turn], self.stop)
             if faults[row] is not None:
                 record |= {"faults": faults[row], "named": self.benchmark.named(each.texts[turn])}
             if self.judge is not None:
@@ -79,7 +79,7 @@ class TurnsEvaluator(Evaluator):
 
 def stopped_at(texts: Sequence[str], stop: str) -> int:
     """The number of the picture that stands: the first one of which the reflection says `stop`, else the last."""
-    return next((turn for turn, text in enumerate(texts[1:]) if text == stop), len(texts) - 1)
+    return next((turn for turn, text in enumerate(texts[1:]) if says_stop(text, stop)), len(texts) - 1)
 
 
 def reflection_metrics(before: Sequence[dict], after: Sequence[dict], resamples: int = RESAMPLES, seed: int = 0) -> dict[str, dict]:  # fmt: skip

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -33,6 +34,11 @@ def windowed(segments: Sequence[Segment]) -> list[Segment]:
     return [*head, segments[pictures[-1] - 1], *segments[pictures[-1] :]]
 
 
+def says_stop(text: str, stop: str | None) -> bool:
+    """Whether a reflection finds nothing wrong."""
+    return stop is not None and text.endswith(stop)
+
+
 @dataclass
 class Interleave:
     """Draws trajectories with a model that writes and draws over lists of segments (`irg.janus.InterleavedJanus`).
@@ -45,7 +51,7 @@ class Interleave:
             later round (the last serves those beyond).
         text_temperature, image_temperature: of sampling.
         max_tokens: of a text; one that is empty or cut there is written again with another seed, `retries` times at most, and then kept and counted.
-        stop: a text that says no change is needed; the trajectory ends there. None: every round is drawn.
+        stop: how a reflection ends that finds nothing wrong; the trajectory ends there. None: every round is drawn.
         stop_above: a judge's score of the last picture at which the trajectory ends; needs a judge.
         choose: the answer is the picture that the judge scores highest, not the last; needs a judge.
 
@@ -56,8 +62,8 @@ class Interleave:
     rounds: int = 2
     policy: str = "append"
     guidance_scale: float = 5.0
-    reflection_scale: float | Sequence[float] = 2.0
-    image_scale: float | Sequence[float] = 2.0
+    reflection_scale: Any = 2.0  # Hydra knows no union of a number and a list
+    image_scale: Any = 2.0
     text_temperature: float = 0.3
     image_temperature: float = 1.0
     max_tokens: int = 128
@@ -98,13 +104,13 @@ class Interleave:
             started = time.perf_counter()
             self._write(model, [rows[i] for i in going], written, number)
             words = (time.perf_counter() - started) / len(going)
-            going = [i for i in going if self.stop is None or rows[i].segments[-1].text != self.stop]
+            going = [i for i in going if number == 0 or not says_stop(rows[i].segments[-1].text, self.stop)]
             if not going:
                 break
             started = time.perf_counter()
-            images = self._draw(model, [rows[i] for i in going], drawn, number)
-            for i, image in zip(going, images, strict=True):
-                rows[i].segments += (Segment(drawn, image=image, seen_by=BOTH),)
+            images, drawn_as = self._draw(model, [rows[i] for i in going], drawn, number)
+            for i, image, codes in zip(going, images, drawn_as, strict=True):
+                rows[i].segments += (Segment(drawn, image=image, seen_by=BOTH, drawn_as=codes),)
                 rows[i].seconds.append(words + (time.perf_counter() - started) / len(going))
             if judge is not None:
                 for i, score in zip(going, judge(going, images), strict=True):
@@ -133,11 +139,11 @@ class Interleave:
             if not left:
                 break
         for i, (row, found) in enumerate(zip(rows, texts, strict=True)):
-            row.segments += (Segment(role, text=found.text),)
+            row.segments += (Segment(role, text=found.text, drawn_as=found.drawn_as),)
             row.text_tokens.append(found.tokens)
             row.unfinished.append(i in left)
 
-    def _draw(self, model, rows: list[Trajectory], role: str, number: int) -> np.ndarray:
+    def _draw(self, model, rows: list[Trajectory], role: str, number: int) -> tuple[np.ndarray, Sequence]:
         seen = [self._seen(row.segments) for row in rows]
         seeds = [derive_seed(row.seed, role, number) for row in rows]
         if role == "draw":

@@ -7,6 +7,7 @@ run IRG gives `write`, `draw` and `forward` over lists of segments.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from t2i_rl.pretrain.vq import nearest_codes
 from t2i_rl.rollout.decode import DecodedImages, decode_branches, decode_text
 
 NO_LABEL = -100
+Scored = tuple[torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -44,6 +46,7 @@ class Piece:
     kind: str
     ids: list[int] = field(default_factory=list)
     image: np.ndarray | None = None
+    codes: torch.Tensor | None = None
     learnt: bool = False
 
 
@@ -90,7 +93,7 @@ class InterleavedJanus(nn.Module):
 
     def write(self, contexts: Sequence[Sequence[Segment]], role: str, seeds: list[int], max_tokens: int, temperature: float) -> list[Written]:  # fmt: skip
         """A text of `role` after each context, at most `max_tokens` long; row `i` depends on `seeds[i]` alone."""
-        embeds, mask = self._left(self._prefixes(contexts, role))
+        embeds, mask = self._left(self._prefixes(contexts, role, max_tokens))
         tokens, token_mask = decode_text(
             self.janus.engine,
             mask.long(),
@@ -104,11 +107,17 @@ class InterleavedJanus(nn.Module):
         texts = self.janus.tokenizer.batch_decode(tokens, skip_special_tokens=True)
         ended = (tokens == self.special["eos"]).any(dim=1).tolist()
         lengths = token_mask.sum(dim=1).tolist()
-        return [Written(text.strip(), *rest) for text, *rest in zip(texts, ended, lengths, strict=True)]
+        ids = [row[: length - end].tolist() for row, length, end in zip(tokens, lengths, ended, strict=True)]
+        return [Written(text.strip(), *rest) for text, *rest in zip(texts, ended, lengths, ids, strict=True)]
 
-    def draw(self, *given, **settings) -> np.ndarray:
-        """Pictures uint8 `(B, H, W, 3)`; see `sample`."""
-        return self.janus.decode(self.sample(*given, **settings).tokens)
+    def reads_as_written(self, segment: Segment) -> bool:
+        """Whether a text's words are read as the very tokens that it was written in: only then are its log-probs those of what was sampled."""
+        return self._tokens(segment.text) == segment.drawn_as
+
+    def draw(self, *given, **settings) -> tuple[np.ndarray, torch.Tensor]:
+        """Pictures uint8 `(B, H, W, 3)` and their codes `(B, N)`; see `sample`."""
+        codes = self.sample(*given, **settings).tokens
+        return self.janus.decode(codes), codes
 
     def sample(self, branches: Sequence[Sequence[Sequence[Segment] | None]], role: str, guidance: Sequence[float], seeds: list[int], temperature: float) -> DecodedImages:  # fmt: skip
         """Image tokens of `role` after each context of the first branch, guided by the other branches (see `rows.guided`).
@@ -118,7 +127,7 @@ class InterleavedJanus(nn.Module):
         used = [(branch, scale) for branch, scale in zip(branches[1:], guidance, strict=True) if scale != 1]
         kept = [branches[0], *(branch for branch, _ in used)]
         given = [context for branch in kept for context in branch if context is not None]
-        laid = iter(self._prefixes(given, role))
+        laid = iter(self._prefixes(given, role, self.tokens))
         rows = [[None if context is None else next(laid) for context in branch] for branch in kept]
         filled = [self._blank(len(rows[0][i])) if row is None else row for branch in rows for i, row in enumerate(branch)]  # fmt: skip
         embeds, mask = self._left(filled)
@@ -137,8 +146,9 @@ class InterleavedJanus(nn.Module):
         texts = [] if blank else [len(piece.ids) + 1 for piece in learnt if piece.kind == "words"]
         return {"text": sum(texts), "image": self.tokens * sum(piece.kind == "drawn" for piece in learnt)}
 
-    def forward(self, rows: Sequence[Sequence[Sequence[Segment]]], blank: Sequence[Sequence[bool]] | None = None) -> dict[str, torch.Tensor]:  # fmt: skip
-        """`{kind: sum of cross-entropies over labelled tokens}` of texts and images, with gradients, of rows of conversations.
+    def forward(self, rows: Sequence[Sequence[Sequence[Segment]]], blank: Sequence[Sequence[bool]] | None = None) -> tuple[dict[str, Scored], torch.Tensor]:  # fmt: skip
+        """Every labelled token of texts and images, `{kind: (log-probs (n,), its conversation's number (n,))}`, of rows of conversations counted through; and zero, with
+        a gradient for every parameter beside the trunk, whatever a pass holds: ranks add up the gradients of the same parameters.
 
         Where `blank`, only the picture is learnt, after Janus's own unconditional in place of what came before.
         """
@@ -148,22 +158,20 @@ class InterleavedJanus(nn.Module):
         owner, position = (table.to(self.janus.device) for table in places([[len(each.embeds) for each in row] for row in laid]))  # fmt: skip
         embeds = pad_sequence([torch.cat([each.embeds for each in row]) for row in laid], batch_first=True)
         hidden = self.hidden(embeds, owner, position)
-        heads = {"text": self.model.lm_head, "image": self.model.model.generation_head}
-        found = {}
+        before = torch.tensor([0, *accumulate(map(len, rows))][:-1], device=owner.device)
+        heads, found = {"text": self.model.lm_head, "image": self.model.model.generation_head}, {}
         for kind, head in heads.items():
             labels = [torch.cat([getattr(each, kind) for each in row]) for row in laid]
             labels = pad_sequence(labels, batch_first=True, padding_value=NO_LABEL)
             chosen = labels != NO_LABEL
-            found[kind] = F.cross_entropy(head(hidden[chosen]).float(), labels[chosen], reduction="sum") if chosen.any() else self._nothing(head)  # fmt: skip
-        if not looks:
-            model = self.model.model
-            found["image"] = found["image"] + self._nothing(model.aligner, model.generation_embeddings, model.generation_aligner)  # fmt: skip
-        return found
+            logprobs = -F.cross_entropy(head(hidden[chosen]).float(), labels[chosen], reduction="none")
+            found[kind] = logprobs, (owner + before[:, None])[chosen]
+        return found, self._nothing()
 
-    @staticmethod
-    def _nothing(*modules: nn.Module) -> torch.Tensor:
-        """Zero, with a zero gradient for every parameter of these: ranks add up the gradients of the same parameters."""
-        return sum(0 * parameter.float().sum() for module in modules for parameter in module.parameters())
+    def _nothing(self) -> torch.Tensor:
+        model = self.model.model
+        parts = (model.aligner, model.generation_embeddings, model.generation_aligner, model.generation_head, self.model.lm_head)  # fmt: skip
+        return sum(0 * parameter.float().sum() for module in parts for parameter in module.parameters())
 
     def hidden(self, embeds: torch.Tensor, owner: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The trunk's states `(R, L, D)` of rows of conversations, laid out as `packing.places` says."""
@@ -181,7 +189,7 @@ class InterleavedJanus(nn.Module):
                 embeds = self._words(piece.ids)
                 labels = ("text", torch.tensor([*piece.ids, self.special["eos"]], device=self.janus.device))
             else:
-                found = looks[id(piece.image)]
+                found = looks[id(piece.image)] if piece.codes is None else self._drawn_as(piece.codes)
                 embeds, labels = getattr(found, piece.kind), ("image", found.codes)
             rows.append(embeds)
             for kind, column in (("text", text), ("image", image)):
@@ -205,7 +213,8 @@ class InterleavedJanus(nn.Module):
                 continue
             begin, end = (Piece("words", [self.special[name]]) for name in ("boi", "eoi"))
             if segment.loss or GENERATION in segment.seen_by:
-                pieces += [begin, Piece("drawn", image=segment.image, learnt=segment.loss), end]
+                codes = segment.drawn_as if segment.loss else None  # what follows has seen the picture, not its codes
+                pieces += [begin, Piece("drawn", image=segment.image, codes=codes, learnt=segment.loss), end]
             if UNDERSTANDING in segment.seen_by:
                 pieces += [begin, Piece("seen", image=segment.image), end]
         if opening is not None:
@@ -231,11 +240,21 @@ class InterleavedJanus(nn.Module):
     def _blank(self, length: int) -> torch.Tensor:
         return self._words([self.special["bos"], *[self.special["pad"]] * (length - 2), self.special["boi"]])
 
-    def _prefixes(self, contexts: Sequence[Sequence[Segment]], role: str) -> list[torch.Tensor]:
-        """Embeddings `(L_i, D)` of conversations up to where a segment of `role` begins, by the weights that `prepare` read."""
+    def _prefixes(self, contexts: Sequence[Sequence[Segment]], role: str, more: int) -> list[torch.Tensor]:
+        """Embeddings `(L_i, D)` of conversations up to where a segment of `role` begins, by the weights that `prepare` read.
+
+        Raises:
+            UserError: with `more` tokens to come they are longer than the model's positions.
+        """
         with torch.no_grad(), self._prepared():
             looks = self._look([segment.image for segments in contexts for segment in segments if segment.kind == "image"])  # fmt: skip
-            return [self.lay_out(segments, opening=role, looks=looks).embeds for segments in contexts]
+            laid = [self.lay_out(segments, opening=role, looks=looks).embeds for segments in contexts]
+        longest, room = max(map(len, laid)) + more, self.model.config.text_config.max_position_embeddings
+        if longest > room:
+            raise UserError(
+                f"a conversation of {longest} tokens, and the model has {room} positions: set method.interleave.policy=window, or lower method.interleave.rounds or max_tokens"
+            )
+        return laid
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
@@ -262,6 +281,10 @@ class InterleavedJanus(nn.Module):
             drawn, seen = self.model.prepare_embeddings_for_image_generation(codes), model.aligner(eyes)
         like = self._words([self.special["bos"]])
         return {id(image): Looks(codes[i], drawn[i].to(like), seen[i].to(like)) for i, image in enumerate(images)}
+
+    def _drawn_as(self, codes: torch.Tensor) -> Looks:
+        drawn = self.model.prepare_embeddings_for_image_generation(codes[None])[0]
+        return Looks(codes, drawn.to(self._words([self.special["bos"]])), drawn)
 
     def _ids(self, segment: Segment, segments: Sequence[Segment]) -> list[int]:
         """The tokens of a text in its wording."""

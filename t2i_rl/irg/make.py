@@ -13,6 +13,7 @@ from rich.progress import track
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.results import read_json, write_atomic
 from t2i_rl.hashing import weights_sha256
+from t2i_rl.irg.interleave import says_stop
 from t2i_rl.irg.rows import Material, row_of
 from t2i_rl.irg.toy_format import conversation, write_shard
 from t2i_rl.irg.trajectory import MODES, Trajectory
@@ -128,7 +129,7 @@ class Maker:
     def _refused(self, mode: str, material: Material, seed: int) -> str | None:
         """Why a row is left out, if it is."""
         improving = mode.startswith("improving")
-        if improving and material.reflection == self.teacher.stop:
+        if improving and says_stop(material.reflection, self.teacher.stop):
             kept = np.random.default_rng(derive_seed(seed, "right")).random() < self.right_share
             return None if kept else "nothing wrong with the weak picture"
         picture, text = (material.better, material.reflection) if improving else (material.good, material.thought)

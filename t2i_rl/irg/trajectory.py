@@ -19,7 +19,8 @@ class Segment:
     """One text, or one picture uint8 `(H, W, 3)`.
 
     `role`: system, prompt, think (R1), draw (I1), question (T_q), reflect (R2), redraw (I2). `loss`: it is to be learnt; else it is context.
-    `seen_by`: the encoders through which what follows sees a picture; a text is always seen.
+    `seen_by`: the encoders through which what follows sees a picture; a text is always seen. `drawn_as`: what the model wrote or drew, for that model alone (Janus:
+    tokens, codes); None: found from the text, from the pixels.
     """
 
     role: str
@@ -27,6 +28,7 @@ class Segment:
     image: np.ndarray | None = None
     loss: bool = False
     seen_by: frozenset[str] = frozenset()
+    drawn_as: object = None
 
     @property
     def kind(self) -> str:
@@ -39,11 +41,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Written:
-    """A text, whether it ended by itself, and its length in tokens."""
+    """A text, whether it ended by itself, its length in tokens, and what the model wrote (see `Segment.drawn_as`)."""
 
     text: str
     finished: bool
     tokens: int
+    drawn_as: object = None
 
 
 @dataclass

@@ -52,6 +52,7 @@ class IRG(L.LightningModule):
     trains = frozenset({"autoregressive"})
     learns_from = "trajectories"
     interleaves = True
+    stages = ("base_direct", "base_plan", "trained_turns")
 
     def __init__(
         self,
@@ -170,14 +171,14 @@ class IRG(L.LightningModule):
             wanted
         ):  # ranks that have fewer compute their last once more, for nothing: collectives have to meet
             rows = passes[min(number, len(passes) - 1)]
-            found = self.interleaved([[conversations[i] for i in row] for row in rows], [[blank[i] for i in row] for row in rows])  # fmt: skip
+            found, nothing = self.interleaved([[conversations[i] for i in row] for row in rows], [[blank[i] for i in row] for row in rows])  # fmt: skip
             once = float(number < len(passes))
-            loss = sum(once * weight * found[kind] / max(totals[kind], 1) for kind, weight in self.loss_weights.items())
-            waits = number < wanted - 1 and dist.is_initialized()
-            with self.trainer.strategy.block_backward_sync() if waits else nullcontext():
-                self.manual_backward(loss * self._ranks())
+            lost = {kind: -logprobs.sum() for kind, (logprobs, _) in found.items()}
+            loss = sum(once * weight * lost[kind] / max(totals[kind], 1) for kind, weight in self.loss_weights.items())
+            with self._meeting(number == wanted - 1):
+                self.manual_backward(loss * self._ranks() + nothing)
             for kind in sums:
-                sums[kind] += once * float(found[kind].detach())
+                sums[kind] += once * float(lost[kind].detach())
         norm = self._step()
         means = {kind: value / max(totals[kind], 1) for kind, value in self._over_ranks(sums).items()}
         self.log_dict(
@@ -249,6 +250,11 @@ class IRG(L.LightningModule):
     def transfer_batch_to_device(self, batch: list, device: torch.device, dataloader_idx: int) -> list:
         """Pictures move where they are laid out."""
         return batch
+
+    def _meeting(self, last: bool):
+        """Ranks add their gradients up in the last pass of a step."""
+        waits = not last and dist.is_initialized()
+        return self.trainer.strategy.block_backward_sync() if waits else nullcontext()
 
     def _ranks(self) -> int:
         """DDP and FSDP average gradients over ranks, and the loss is a mean over the tokens of all."""

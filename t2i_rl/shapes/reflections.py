@@ -9,7 +9,7 @@ from t2i_rl.prompts import Prompt
 from t2i_rl.shapes.judge import ATTRIBUTES, Slot, matching, relations
 from t2i_rl.shapes.oracle import Detection
 from t2i_rl.shapes.scene import COLORS, Object, Scene, Wish, apart, place, radii, relation_holds
-from t2i_rl.shapes.text import article, object_name, place_name, plan
+from t2i_rl.shapes.text import NUMBERS, article, object_name, place_name, plan
 
 NO_CHANGE = "stop."  # words of the tokenizer: `the stop signal` is one of the world's facts
 TRIES = 40
@@ -17,8 +17,8 @@ TRIES = 40
 
 @dataclass(frozen=True)
 class Reflection:
-    """`text`: each fault and how to mend it, then the plan of the mended scene; `NO_CHANGE` where there is none. `faults`: what is wrong, a phrase each, as
-    `text` begins its sentences. `kept`: the objects of `scene` that stand where the picture has them."""
+    """`text`: what the picture shows, as a plan has it; each fault and how to mend it; the plan of the mended scene. Where nothing is wrong, `NO_CHANGE` in place
+    of faults and plan. `faults`: what is wrong, a phrase each, as `text` begins its sentences. `kept`: the objects of `scene` that stand where the picture has them."""
 
     text: str
     faults: tuple[str, ...]
@@ -46,10 +46,18 @@ def reflect(prompt: Prompt, found: Sequence[Detection], size: int, rng: np.rando
         faults.append(_at(item, size))
         sentences.append(f"{faults[-1]}: clear.")
     for item in blobs:
-        faults.append(f"{article(f'{item.color} object')} at the {place_name(as_object(item, size), size)}")
+        faults.append(_blob(item, size))
         sentences.append(f"{faults[-1]}: clear.")
-    text = " ".join([*sentences, plan(scene)]) if faults else NO_CHANGE
+    rest = [*sentences, plan(scene)] if faults else [NO_CHANGE]
+    text = " ".join([*_shown(found, size), *rest])
     return Reflection(text, tuple(faults), scene, tuple(new for new, stay in zip(objects, stays, strict=True) if stay))
+
+
+def _shown(found: Sequence[Detection], size: int) -> list[str]:
+    """Sentences on what a picture shows, in reading order: how many objects, then each; a malformed one is an `object` of its colour."""
+    items = sorted(((as_object(item, size), item) for item in found), key=lambda pair: (pair[0].y, pair[0].x))
+    count = {0: "no objects.", 1: "one object."}.get(len(items)) or f"{NUMBERS.get(len(items), 'many')} objects."
+    return [count, *(f"{_blob(item, size) if item.malformed else _at(seen, size)}." for seen, item in items)]
 
 
 def named(text: str) -> tuple[str, ...]:
@@ -67,6 +75,10 @@ def as_object(item: Detection, size: int) -> Object:
 
 def _at(item: Object, size: int) -> str:
     return f"{article(object_name(item, size))} at the {place_name(item, size)}"
+
+
+def _blob(item: Detection, size: int) -> str:
+    return f"{article(f'{item.color} object')} at the {place_name(as_object(item, size), size)}"
 
 
 def _wrong(number: int, asked: list[Slot], match: Sequence[Detection | None]) -> str | None:

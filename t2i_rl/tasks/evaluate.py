@@ -10,6 +10,7 @@ from t2i_rl.checks import check_parts, interleaves
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table
+from t2i_rl.evaluation.turn_tables import turn_tables
 from t2i_rl.tasks.train import build_method
 
 
@@ -36,7 +37,8 @@ def run(cfg) -> dict:
     results = write_summary(cfg, stages, steps)
     if trainer.is_global_zero:
         console = Console()
-        console.print(before_after_table(results))
+        for table in [before_after_table(results), *turn_tables(results)]:
+            console.print(table)
         console.print(f"report: {write_report(out)}", soft_wrap=True)
     return results
 

@@ -9,6 +9,7 @@ from t2i_rl.checks import check_needs, check_parts, check_validation, learns_fro
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table, headline
+from t2i_rl.evaluation.turn_tables import turn_tables
 from t2i_rl.loggers import build_loggers, log_results
 
 
@@ -46,7 +47,8 @@ def run(cfg) -> dict:
     if trainer.is_global_zero:
         console = Console()
         if results["stages"]:
-            console.print(before_after_table(results))
+            for table in [before_after_table(results), *turn_tables(results)]:
+                console.print(table)
         console.print(headline(results))
         console.print(f"report: {write_report(out)}", soft_wrap=True)
     return results
