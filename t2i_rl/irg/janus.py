@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
+from t2i_rl.data.image_text import square
 from t2i_rl.errors import UserError
 from t2i_rl.hashing import gathered
 from t2i_rl.irg.packing import block_mask, pack, places
@@ -129,7 +130,8 @@ class InterleavedJanus(nn.Module):
         given = [context for branch in kept for context in branch if context is not None]
         laid = iter(self._prefixes(given, role, self.tokens))
         rows = [[None if context is None else next(laid) for context in branch] for branch in kept]
-        filled = [self._blank(len(rows[0][i])) if row is None else row for branch in rows for i, row in enumerate(branch)]  # fmt: skip
+        with torch.no_grad(), self._prepared():
+            filled = [self._blank(len(rows[0][i])) if row is None else row for branch in rows for i, row in enumerate(branch)]  # fmt: skip
         embeds, mask = self._left(filled)
         parts = list(zip(embeds.split(len(seeds)), mask.split(len(seeds)), strict=True))
         scales = tuple(float(scale) for _, scale in used)
@@ -304,15 +306,9 @@ class InterleavedJanus(nn.Module):
         return self.janus.engine.weights.text_embed[ids] if self._by_engine else self.model.get_input_embeddings()(ids)
 
     def pixels(self, image: np.ndarray) -> torch.Tensor:
-        """A picture uint8 as `(1, 3, S, S)` in [-1, 1] in the model's dtype; another size is resized (bicubic).
-
-        Raises:
-            UserError: it is no square.
-        """
-        if image.shape[0] != image.shape[1]:
-            raise UserError(f"a picture of {image.shape[1]}x{image.shape[0]} pixels: Janus draws and sees squares")
-        if image.shape[0] != self.side:
-            image = np.asarray(Image.fromarray(image).resize((self.side, self.side), Image.Resampling.BICUBIC))
+        """A picture uint8 as `(1, 3, S, S)` in [-1, 1] in the model's dtype; of another size, its shorter side is resized (bicubic) and its middle cut out."""
+        if image.shape[:2] != (self.side, self.side):
+            image = square(Image.fromarray(image), self.side)
         pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(self.janus.device)
         return (pixels.float() / 127.5 - 1).to(self.model.dtype)
 

@@ -1,0 +1,145 @@
+"""The teacher outside `shapes`: good pictures that are given or drawn by another model, and a writer that looks at them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from t2i_rl.errors import UserError
+from t2i_rl.prompts import Prompt, text_of
+
+THINK = (
+    "This picture was drawn for the request below. Write the plan that somebody has in mind before drawing it: every object with its number, colour, "
+    "material and place, then light, style and mood, in at most {words} words. Write it as a plan; do not mention the picture.\n\nRequest: {prompt}"
+)
+REFLECT = (
+    "Both pictures were drawn for the request below; the second is better. You see the first and want the second. Begin with a paragraph on what is wrong "
+    "with the first. Then write three sections titled '### Detailed Explanation of Required Improvements', '### Step-by-Step Modification Guidance' and "
+    "'### Final Comprehensive Prompt for the Improved Image', concrete about composition, light, colour, texture, position and style, in at most {words} "
+    "words. Never speak of the second picture as if it were there. If the first needs no change, answer only: {stop}\n\nRequest: {prompt}"
+)
+CONSISTENT = "Does this picture show all that the request asks for? Answer with yes or no.\n\nRequest: {prompt}"
+QUESTIONS = {
+    "think": "How would one plan this picture before drawing it?",
+    "reflect": "How is the first picture to be improved to become the second?",
+}
+
+
+class Teacher:
+    """Modes' texts by a `writer`, over `pictures` of each prompt (IRGL, arXiv 2509.06945 section 3.3; their wording is not published, this is ours).
+
+    Args:
+        pictures: `GivenPictures` or `DrawnPictures`.
+        writer: answers questions about pictures: `writers.ChatWriter` or `writers.LocalWriter`.
+        stop: the answer that says a picture needs no change.
+        words: length that is asked for.
+        consistency: ask the writer whether a picture shows its prompt, and leave out what does not.
+    """
+
+    questions = QUESTIONS
+
+    def __init__(self, pictures, writer, stop: str = "No change needed.", words: int = 200, consistency: bool = True):
+        self.pictures, self.writer, self.stop, self.words, self.consistency = pictures, writer, stop, words, consistency
+
+    def check(self, prompts: list[Prompt]) -> None:
+        """Refuse prompts that there is no picture of.
+
+        Raises:
+            UserError: one line that names the first.
+        """
+        self.pictures.check(prompts)
+
+    def settings(self) -> dict:
+        parts = {"pictures": self.pictures.settings(), "writer": self.writer.settings()}
+        return {"name": "teacher", **parts, "stop": self.stop, "words": self.words, "consistency": self.consistency}
+
+    def initial(self, prompts: list[Prompt], seeds: list[int]) -> list[tuple[str, np.ndarray]]:
+        """A plan and a good picture for each prompt."""
+        good = self.pictures.pictures(prompts, seeds)
+        asked = [(THINK.format(prompt=prompt.text, words=self.words), [image]) for prompt, image in zip(prompts, good, strict=True)]  # fmt: skip
+        return list(zip(self.writer.answer(asked), good, strict=True))
+
+    def improve(self, prompts: list[Prompt], weak: np.ndarray, seeds: list[int]) -> list[tuple[str, np.ndarray]]:
+        """A reflection on each weak picture, and the good one."""
+        good = self.pictures.pictures(prompts, seeds)
+        asked = [(REFLECT.format(prompt=prompt.text, words=self.words, stop=self.stop), [bad, image]) for prompt, bad, image in zip(prompts, weak, good, strict=True)]  # fmt: skip
+        return list(zip(self.writer.answer(asked), good, strict=True))
+
+    def consistent(self, prompt: Prompt, picture: np.ndarray) -> bool:
+        """Whether the writer finds in a picture what its prompt asks for.
+
+        Raises:
+            UserError: it answers neither yes nor no.
+        """
+        if not self.consistency:
+            return True
+        answer = self.writer.answer([(CONSISTENT.format(prompt=prompt.text), [picture])])[0].strip().lower()
+        if not answer.startswith(("yes", "no")):
+            raise UserError(
+                f"asked whether a picture shows {prompt.text!r}, the writer said {answer[:60]!r} and not yes or no: take another writer, or consistency=false"
+            )
+        return answer.startswith("yes")
+
+
+class GivenPictures:
+    """Pictures from a folder whose `images.jsonl` has a `prompt` and an `image` (a path in it) a line, as task=generate writes it.
+
+    Raises:
+        UserError: the file is missing or a line is not that.
+    """
+
+    def __init__(self, path: str):
+        self.path, self.files = Path(path), {}
+        file = self.path / "images.jsonl"
+        if not file.is_file():
+            raise UserError(f"{file} does not exist: good pictures come with a line of prompt and image each")
+        for number, line in enumerate(text_of(file).splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                self.files.setdefault(row["prompt"].casefold(), row["image"])
+            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{file}:{number}: not an object with 'prompt' and 'image' ({error})") from error
+
+    def settings(self) -> dict:
+        return {"name": "given", "path": str(self.path.resolve())}
+
+    def check(self, prompts: list[Prompt]) -> None:
+        lacking = next((prompt for prompt in prompts if prompt.text.casefold() not in self.files), None)
+        if lacking:
+            raise UserError(f"{self.path} has no picture of {lacking.text!r}")
+
+    def pictures(self, prompts: list[Prompt], seeds: list[int]) -> list[np.ndarray]:
+        """One uint8 `(H, W, 3)` a prompt.
+
+        Raises:
+            UserError: a file is no picture.
+        """
+        found = []
+        for prompt in prompts:
+            file = self.path / self.files[prompt.text.casefold()]
+            try:
+                found.append(np.asarray(Image.open(file).convert("RGB")))
+            except (OSError, UnidentifiedImageError) as error:
+                raise UserError(f"{file} is no picture ({error})") from error
+        return found
+
+
+class DrawnPictures:
+    """Pictures that a better model draws, with the same seeds every time."""
+
+    def __init__(self, model, mode: str = "direct"):
+        self.model, self.mode = model.to("cuda" if torch.cuda.is_available() else "cpu"), mode
+        self.model.prepare()
+
+    def settings(self) -> dict:
+        return {"name": "drawn", "model": self.model.path, "mode": self.mode, "sampling": self.model.sampling()}
+
+    def check(self, prompts: list[Prompt]) -> None:
+        """Any prompt can be drawn."""
+
+    def pictures(self, prompts: list[Prompt], seeds: list[int]) -> list[np.ndarray]:
+        """One uint8 `(H, W, 3)` a prompt."""
+        drawn = self.model.generate([prompt.text for prompt in prompts], seeds, mode=self.mode, fresh=False)
+        return list(drawn.images)

@@ -1,0 +1,133 @@
+"""Who answers questions about pictures: a server that speaks OpenAI's protocol, or a model of transformers on this machine."""
+
+import base64
+import os
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+
+from t2i_rl import loading
+from t2i_rl.errors import UserError
+from t2i_rl.irg.toy_format import png
+
+Asked = tuple[str, list[np.ndarray]]
+
+
+class ChatWriter:
+    """A vision-language model behind `<url>/chat/completions`; the key comes from the environment and is shown nowhere.
+
+    Args:
+        url: the server, e.g. `http://localhost:8000/v1` (vLLM, SGLang, OpenAI).
+        model: its name there.
+        key_env: the environment variable that holds the key.
+        workers: questions on their way at a time; retries: of one that failed, at growing distances.
+
+    Raises:
+        UserError: the variable is not set, or a question failed for good.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        key_env: str = "T2I_RL_WRITER_KEY",
+        workers: int = 8,
+        retries: int = 4,
+        timeout: float = 120.0,
+        max_tokens: int = 1024,
+        temperature: float = 0.0,
+    ):
+        from huggingface_hub import InferenceClient
+
+        key = os.environ.get(key_env)
+        if not key:
+            raise UserError(
+                f"{key_env} is not set: export the key of {url} in it (any word, where the server asks for none)"
+            )
+        self.url, self.model, self.workers, self.retries = url, model, workers, retries
+        self.max_tokens, self.temperature = max_tokens, temperature
+        self.client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
+
+    def settings(self) -> dict:
+        return {"name": "chat", "url": self.url, "model": self.model, "max_tokens": self.max_tokens, "temperature": self.temperature}  # fmt: skip
+
+    def answer(self, asked: Sequence[Asked]) -> list[str]:
+        """One text a question with its pictures uint8 `(H, W, 3)`, in order."""
+        with ThreadPoolExecutor(self.workers) as pool:
+            return list(pool.map(self._one, asked))
+
+    def _one(self, asked: Asked) -> str:
+        question, images = asked
+        shown = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"}} for image in images]  # fmt: skip
+        messages = [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
+        for attempt in range(self.retries + 1):
+            try:
+                reply = self.client.chat_completion(messages, model=self.model, max_tokens=self.max_tokens, temperature=self.temperature)  # fmt: skip
+            except Exception as error:  # httpx has its own errors, and huggingface_hub too
+                if attempt == self.retries:
+                    raise UserError(f"{self.url} did not answer in {self.retries + 1} tries ({loading.first_line(error)}); what is finished stays, the same command goes on from there") from error  # fmt: skip
+                time.sleep(min(2.0**attempt, 30))
+                continue
+            choice = reply.choices[0]
+            if choice.finish_reason == "length":
+                raise UserError(f"an answer of {self.url} was cut at {self.max_tokens} tokens: raise max_tokens")
+            return (choice.message.content or "").strip()
+        raise AssertionError("unreachable")
+
+
+class LocalWriter:
+    """A vision-language model of transformers (`AutoModelForImageTextToText`), asked greedily.
+
+    Args:
+        path: a folder or a hub id.
+        batch_size: questions answered together.
+
+    Raises:
+        UserError: it cannot be loaded, has no chat template, or an answer was cut.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str = "bfloat16",
+        device: str | None = "auto",
+        revision: str | None = None,
+        batch_size: int = 8,
+        max_tokens: int = 1024,
+    ):
+        from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+
+        kind = loading.load_part(AutoConfig, path, revision).model_type
+        self.path, self.batch_size, self.max_tokens = str(path), batch_size, max_tokens
+        self.processor = loading.load_part(AutoProcessor, path, revision)
+        if not getattr(self.processor, "chat_template", None):
+            raise UserError(f"{path} has no chat template: take a model that is tuned to follow instructions")
+        self.processor.tokenizer.padding_side = "left"
+        self.model = loading.load_model(AutoModelForImageTextToText, path, kind=kind, dtype=dtype, revision=revision, device=device)  # fmt: skip
+
+    def settings(self) -> dict:
+        return {"name": "local", "path": self.path, "max_tokens": self.max_tokens}
+
+    @torch.no_grad()
+    def answer(self, asked: Sequence[Asked]) -> list[str]:
+        """One text a question with its pictures uint8 `(H, W, 3)`, in order."""
+        answers = []
+        for first in range(0, len(asked), self.batch_size):
+            chats = [
+                [{"role": "user", "content": [*({"type": "image", "image": Image.fromarray(image)} for image in images), {"type": "text", "text": question}]}]
+                for question, images in asked[first : first + self.batch_size]
+            ]  # fmt: skip
+            inputs = self.processor.apply_chat_template(
+                chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
+            ).to(self.model.device, self.model.dtype)  # fmt: skip
+            written = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]  # fmt: skip
+            ends = self.model.generation_config.eos_token_id
+            ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=written.device)
+            if not torch.isin(written, ends).any(dim=1).all():
+                raise UserError(f"an answer of {self.path} was cut at {self.max_tokens} tokens: raise max_tokens")
+            answers += [text.strip() for text in self.processor.batch_decode(written, skip_special_tokens=True)]
+        return answers
