@@ -97,7 +97,7 @@ class TrajectoryGRPO(IRG):
                 "method.reward_on=gain compares the last picture with the first: take method.interleave.rounds=2"
             )
         for name in ("text_temperature", "image_temperature"):
-            if options["interleave"][name] != 1:
+            if getattr(options["interleave"], name) != 1:
                 raise UserError(
                     f"method.interleave.{name} must be 1: actions are scored at the temperature that they are drawn at"
                 )

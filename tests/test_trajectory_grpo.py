@@ -1,0 +1,167 @@
+"""GRPO over trajectories: actions are scored as they were sampled, the gradient is the written one, ranks are one."""
+
+from functools import partial
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from t2i_rl.data.prompt_stream import PromptData
+from t2i_rl.errors import UserError
+from t2i_rl.irg.interleave import Interleave
+from t2i_rl.irg.trajectory import BOTH, MODES
+from t2i_rl.methods.trajectory_grpo import TrajectoryGRPO, actions
+from t2i_rl.rewards.output import RewardOutput
+from tests.tiny import PROMPTS, load_tiny_janus, save_tiny_janus
+
+
+class Brightness:
+    """Reads pictures alone."""
+
+    needs_images, distribution = True, None
+
+    def __call__(self, rollout):
+        return RewardOutput(torch.tensor([float(image.mean()) / 255 for image in rollout.images], dtype=torch.float64))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    return save_tiny_janus(tmp_path_factory.mktemp("janus"))
+
+
+def method(folder: str, **options) -> TrajectoryGRPO:
+    loop = Interleave(
+        guidance_scale=1.0, reflection_scale=1.0, image_scale=1.0, text_temperature=1.0, max_tokens=10, retries=0
+    )
+    settings = {"group_size": 3, "optimizer": partial(torch.optim.SGD, lr=1.0), "max_grad_norm": 1e9, "kl_coef": 0.1, "tokens_per_pass": 900, "interleave": loop}  # fmt: skip
+    return TrajectoryGRPO(load_tiny_janus(folder), Brightness(), **settings | options)
+
+
+class TwoPrompts(PromptData):
+    def __init__(self):
+        L.LightningDataModule.__init__(self)
+        self.prompts, self.batch_size, self.seed = PROMPTS, 2, 0
+
+
+def fit(module, steps: int, ranks: int = 1) -> TrajectoryGRPO:
+    trainer = L.Trainer(
+        accelerator="cpu", devices=ranks, strategy="ddp_spawn" if ranks > 1 else "auto", max_steps=steps, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, TwoPrompts())
+    return module
+
+
+def test_each_round_is_a_conversation_of_its_mode(folder):
+    drawn = method(folder).roll_out([(0, PROMPTS[0])])[0]
+    drawn.unfinished = [False, True]
+    first, second = actions(drawn, lambda segment: True)
+    for segments, mode in ((first, "initial_full_learning"), (second, "improving_full_learning")):
+        assert [each.role for each in segments] == [part.role for part in MODES[mode]]
+    assert [each.loss for each in first] == [False, True, True]
+    assert [each.loss for each in second] == [False, False, False, False, True]  # the reflection did not end
+    assert second[2].seen_by == BOTH and second[2].drawn_as is None and second[4].drawn_as is not None
+
+
+@torch.no_grad()
+def test_actions_are_scored_as_they_were_sampled(folder):
+    """Without guidance the sampler's own log-probs are the conditional's; the codes are those sampled, not those that the picture is read as."""
+    module = method(folder)
+    inter, noted = module.interleaved, []
+    sample = inter.sample
+
+    def watched(*given):
+        noted.append(sample(*given))
+        return noted[-1]
+
+    inter.sample = watched
+    drawn = module.roll_out([(0, PROMPTS[0]), (1, PROMPTS[1])])
+    conversations = [each for row in drawn for each in actions(row, lambda segment: True)]
+    scored = module.scores(conversations)
+    for number, each in enumerate(scored):
+        decoded = noted[number % 2]
+        torch.testing.assert_close(each["image"], decoded.logprobs[number // 2], rtol=1e-3, atol=1e-3)
+
+
+def test_one_update_follows_the_gradient_of_the_written_objective(folder):
+    ours, theirs = method(folder), method(folder)
+    start = {name: value.detach().clone() for name, value in theirs.learning()}
+    theirs.interleaved.prepare()
+    prompts = [PROMPTS[0], PROMPTS[1]]
+    order = [index for index, _ in next(iter(_batches()))]
+    batch = [(index, PROMPTS[index]) for index in order]
+    assert len(batch) == len(prompts)
+    drawn = theirs.roll_out(batch)
+    rewards = np.array([float(row.images[-1].mean()) / 255 for row in drawn]).reshape(2, 3)
+    advantages = ((rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True, ddof=1) + 1e-4)).flatten()
+    total, count = 0.0, 0
+    for row, advantage in zip(drawn, advantages, strict=True):
+        for segments in actions(row, theirs.interleaved.reads_as_written):
+            scored, _ = theirs.interleaved([[segments]])
+            for logprobs, _ in scored.values():
+                total = (
+                    total - (logprobs - logprobs.detach()).exp().mul(advantage).sum()
+                )  # the ratio is one; the KL's gradient there is zero
+                count += len(logprobs)
+    (total / count).backward()
+    fit(ours, 1)
+    grads = {name: value.grad for name, value in theirs.learning()}
+    largest = max(float(grad.abs().max()) for grad in grads.values() if grad is not None)
+    assert largest > 0
+    for name, value in ours.learning():
+        expected = torch.zeros_like(value) if grads[name] is None else grads[name]
+        torch.testing.assert_close(start[name] - value.detach(), expected, rtol=2e-3, atol=2e-4 * largest)
+
+
+def _batches():
+    data = TwoPrompts()
+    data.trainer = type("T", (), {"lightning_module": type("M", (), {"rollouts_done": 0})})
+    return data.train_dataloader()
+
+
+def test_the_gain_rewards_what_the_last_picture_adds(folder):
+    module = method(folder, reward_on="gain")
+    drawn = module.roll_out([(0, PROMPTS[0])])
+    rewards, _ = module.judged(drawn, [PROMPTS[0]] * 3)
+    for row, reward, first, last in zip(drawn, rewards["reward"], rewards["first"], rewards["last"], strict=True):
+        assert (
+            reward == last - first
+            and first == float(row.images[0].mean()) / 255
+            and last == float(row.images[1].mean()) / 255
+        )
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(folder):
+    start = {name: value.detach().clone() for name, value in method(folder).learning()}
+    one, two = (dict(fit(method(folder), 2, ranks).learning()) for ranks in (1, 2))
+    change = max(float((one[name] - start[name]).detach().abs().max()) for name in one)
+    assert change > 0
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=2e-4 * change)
+
+
+def test_a_reward_that_is_no_number_stops(folder):
+    class Broken(Brightness):
+        def __call__(self, rollout):
+            return RewardOutput(torch.full((len(rollout),), float("nan"), dtype=torch.float64))
+
+    module = method(folder)
+    module.reward = Broken()
+    with pytest.raises(ValueError, match="not finite"):
+        module.judged(module.roll_out([(0, PROMPTS[0])]), [PROMPTS[0]] * 3)
+
+
+def test_options_that_cannot_train_are_refused(folder):
+    loop = {"rounds": 1, "text_temperature": 1.0, "image_temperature": 1.0}
+    with pytest.raises(UserError, match="rounds=2"):
+        TrajectoryGRPO.check(
+            {
+                "group_size": 2,
+                "updates_per_rollout": 1,
+                "kl_coef": 0,
+                "reward_on": "gain",
+                "interleave": Interleave(**loop),
+            }
+        )
