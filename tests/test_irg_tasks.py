@@ -70,7 +70,7 @@ def test_a_small_checkpoint_of_the_real_class_goes_all_the_way(folder, tmp_path,
     for turn in ("trained_turn1", "trained_turn2"):
         assert judged["stages"][turn]["metrics"]["overall"] == results["stages"][turn]["metrics"]["overall"]
 
-    run(monkeypatch, tmp_path, folder, "method=irg_grpo", f"method.start_from={checkpoint}", "method.group_size=2", "method.trainable=['model\\.(language_model|aligner|generation_)','lm_head\\.']",
+    run(monkeypatch, tmp_path, folder, "method=irg_grpo", f"method.start_from={checkpoint}", "method.group_size=2",
         "data.batch_size=1", "data.prompts_per_task=1", "trainer.max_steps=2", "hydra.run.dir=rl", "method.interleave.max_tokens=12")  # fmt: skip
     rl = json.loads((tmp_path / "rl" / "results.json").read_text())
     assert {"base_turn1", "base_turn2", "trained_turn1", "trained_turn2"} <= set(rl["stages"]) and rl["headline"][

@@ -72,7 +72,7 @@ class InterleavedJanus(nn.Module):
         self.cues = {"reflect": janus.chat.reflect, "redraw": janus.chat.redraw}
         self.tokens = self.model.config.vision_config.num_image_tokens
         self.side = janus.image_size({"path": janus.path, "revision": janus.revision})
-        self._aligner: dict[str, torch.Tensor] | None = None
+        self._eyes: dict[str, dict[str, torch.Tensor]] | None = None
         self._by_engine = False
 
     @property
@@ -82,7 +82,8 @@ class InterleavedJanus(nn.Module):
     def prepare(self) -> None:
         """Read the weights as they are now for writing and drawing. Under FSDP this gathers them: every rank calls it."""
         self.janus.prepare()
-        self._aligner = {name: gathered(value) for name, value in self.model.model.aligner.state_dict().items()}
+        parts = {name: getattr(self.model.model, name) for name in ("vision_model", "aligner")}
+        self._eyes = {name: {key: gathered(value) for key, value in part.state_dict().items()} for name, part in parts.items()}  # fmt: skip
 
     def blocks(self) -> list[nn.Module]:
         """See `Janus.blocks`."""
@@ -171,9 +172,8 @@ class InterleavedJanus(nn.Module):
         return found, self._nothing()
 
     def _nothing(self) -> torch.Tensor:
-        model = self.model.model
-        parts = (model.aligner, model.generation_embeddings, model.generation_aligner, model.generation_head, self.model.lm_head)  # fmt: skip
-        return sum(0 * parameter.float().sum() for module in parts for parameter in module.parameters())
+        named = self.model.named_parameters()
+        return sum(0 * value.float().sum() for name, value in named if value.requires_grad and not name.startswith("model.language_model.layers"))  # fmt: skip
 
     def hidden(self, embeds: torch.Tensor, owner: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         """The trunk's states `(R, L, D)` of rows of conversations, laid out as `packing.places` says."""
@@ -260,7 +260,7 @@ class InterleavedJanus(nn.Module):
 
     @contextmanager
     def _prepared(self) -> Iterator[None]:
-        if self._aligner is None:
+        if self._eyes is None:
             raise RuntimeError("prepare() reads the weights that writing and drawing take; it was not called")
         self._by_engine = True
         try:
@@ -276,11 +276,13 @@ class InterleavedJanus(nn.Module):
         model, pixels = self.model.model, torch.cat([self.pixels(image) for image in images])
         with torch.no_grad():
             codes = nearest_codes(model.vqmodel, pixels)
-            eyes = model.vision_model(pixels, return_dict=True).last_hidden_state
         if self._by_engine:
-            drawn, seen = self.janus.engine.weights.image_embed[codes], functional_call(model.aligner, self._aligner, (eyes,))  # fmt: skip
+            drawn = self.janus.engine.weights.image_embed[codes]
+            eyes = functional_call(model.vision_model, self._eyes["vision_model"], (pixels,), {"return_dict": True})
+            seen = functional_call(model.aligner, self._eyes["aligner"], (eyes.last_hidden_state,))
         else:
-            drawn, seen = self.model.prepare_embeddings_for_image_generation(codes), model.aligner(eyes)
+            drawn = self.model.prepare_embeddings_for_image_generation(codes)
+            seen = model.get_image_features(pixels, return_dict=True).pooler_output
         like = self._words([self.special["bos"]])
         return {id(image): Looks(codes[i], drawn[i].to(like), seen[i].to(like)) for i, image in enumerate(images)}
 

@@ -1,5 +1,6 @@
 """IRG's training: think, draw, look, reflect, draw better, learnt from given trajectories (IRGL, arXiv 2509.06945 section 3.2)."""
 
+import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -40,7 +41,7 @@ class IRG(L.LightningModule):
         ema: decay of the exponential mean; 0 keeps none.
         tokens_per_pass: places with a live graph at a time; changes memory, not the gradient.
         start_from: a checkpoint of this method whose averaged weights to start from (stage 2), with a fresh optimizer.
-        trainable: regular expressions on parameter names; the default leaves SigLIP and the VQ model frozen.
+        trainable: regular expressions on parameter names; the default leaves the VQ model alone frozen, as IRG does.
         lora: arguments of peft's LoraConfig, or None to train the weights themselves.
         judge: a reward that reads pictures, for `interleave.choose` and `stop_above`; evaluation reports its choice beside the turns.
         seed: together with step and place it decides what is dropped.
@@ -70,7 +71,7 @@ class IRG(L.LightningModule):
         max_grad_norm: float = 1.0,
         gradient_checkpointing: bool = False,
         start_from: str | None = None,
-        trainable: tuple[str, ...] = (r"model\.(language_model|aligner|generation_)", r"lm_head\."),
+        trainable: tuple[str, ...] = (r"model\.(language_model|vision_model|aligner|generation_)", r"lm_head\."),
         lora: dict | None = None,
         judge=None,
         seed: int = 0,
@@ -316,16 +317,25 @@ class IRG(L.LightningModule):
         Raises:
             UserError: the file is no checkpoint of this method, or of one that trains other parameters.
         """
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            values = checkpoint["irg"]["average"] or checkpoint["state_dict"]
-        except (KeyError, RuntimeError, OSError) as error:
-            raise UserError(f"method.start_from={path} is no checkpoint of method=irg") from error
+        values = self.saved_average(path)
         if set(values) != {name for name, _ in self.learning()}:
             raise UserError(
                 f"method.start_from={path} holds other weights than this run trains: give its method.trainable and method.lora"
             )
         self._put(values)
+
+    @staticmethod
+    def saved_average(path: Path) -> dict[str, torch.Tensor]:
+        """The averaged weights in a checkpoint, by name; the weights that trained, where it keeps no mean.
+
+        Raises:
+            UserError: the file is no checkpoint of this method.
+        """
+        try:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+            return checkpoint["irg"]["average"] or checkpoint["state_dict"]
+        except (KeyError, RuntimeError, OSError, pickle.UnpicklingError) as error:
+            raise UserError(f"method.start_from={path} is no checkpoint of method=irg") from error
 
 
 def scores_of(reward, images: np.ndarray, prompts: list[Prompt]) -> list[float]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from t2i_rl.callbacks.validation import Pictures
 from t2i_rl.errors import UserError
+from t2i_rl.hashing import weights_sha256
 from t2i_rl.irg.interleave import Interleave
 from t2i_rl.irg.janus import InterleavedJanus
 from t2i_rl.irg.trajectory import BOTH, Segment, Trajectory
@@ -82,6 +83,7 @@ class TrajectoryGRPO(IRG):
         self.clip_range, self.kl_coef = clip_range, kl_coef
         if start_from:
             self._start_from(Path(start_from))
+            self.start_sha256 = weights_sha256(model)  # also of what does not train further
         self.reference = Reference(model) if kl_coef else None
 
     @staticmethod
@@ -103,6 +105,18 @@ class TrajectoryGRPO(IRG):
                 )
         unused = dict.fromkeys(("drop_prompt", "drop_reflection", "drop_image", "ema"), 0.0)
         IRG.check({**options, **unused})
+
+    @torch.no_grad()
+    def _start_from(self, path: Path) -> None:
+        """Averaged weights of a run of method=irg, whatever it trained."""
+        named, values = dict(self.named_parameters()), self.saved_average(path)
+        foreign = sorted(set(values) - set(named))
+        if foreign:
+            raise UserError(
+                f"method.start_from={path} holds {foreign[0]}, which this model has not: was it trained with adapters, or on another model?"
+            )
+        for name, value in values.items():
+            named[name].copy_(value)
 
     @property
     def rollouts_done(self) -> int:
