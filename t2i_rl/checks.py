@@ -269,7 +269,8 @@ def _check_sees_pictures(cfg: DictConfig, method: type) -> None:
     """Whether the reward reads pictures, and nothing else of a rollout."""
     for part in (cfg.reward.get("parts") or {"": cfg.reward}).values():
         kind = get_class(part._target_) if part else None
-        if kind and (not kind.needs_images or kind.distribution or getattr(kind, "needs_plans", False)):
+        sees = kind and (kind.needs_images or getattr(kind, "reads_nothing", False))
+        if kind and (not sees or kind.distribution or getattr(kind, "needs_plans", False)):
             raise UserError(
                 f"{method.__name__} judges pictures alone, and {kind.__name__} reads more than them, or none: take reward=oracle, or another that reads pictures"
             )

@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 
 GROUPS = (
     "task",
+    "task/teacher",
     "method",
     "method/optimizer",
     "regularizer",
@@ -31,6 +32,7 @@ common commands
   python run.py                                       IRIS on janus_tiny: evaluate, train, evaluate; CPU, minutes
   python run.py reward=oracle trainer.max_steps=100   another reward, more steps
   python run.py task=generate prompt="three red circles"
+  python run.py method=irg                            think, draw, reflect, draw better: learnt from trajectories
   python run.py task=evaluate ckpt_path=<run>/checkpoints/last.ckpt
   python run.py ckpt_path=last                        go on where the newest run with these settings stopped
   python run.py debug=fdr                             two steps of everything
@@ -78,6 +80,12 @@ def _what_goes_with_what(conf: Path) -> list[str]:
         )
     lines.append("  reward=oracle           needs prompts of shapes (data=shapes) and a model that draws 32 px")
     lines.append("  reward=length           needs method.plan=true")
+    lines.append(
+        "  method=irg              learns from data=irgl_shapes or irgl; draws in turns (task=generate, task=evaluate)"
+    )
+    lines.append(
+        "  method=irg_grpo         takes rewards that read pictures (reward=oracle, soft_oracle, ...), or reward=random"
+    )
     lines.append("  benchmark=shapes        judges models that draw benchmark.size pixels (janus_tiny: 32)")
     lines.append(
         "  method/optimizer, regularizer   method=noise_opt; its reward must be differentiable (reward=soft_oracle, aesthetic, ...)"

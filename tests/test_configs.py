@@ -32,6 +32,22 @@ GIVEN = {  # what has no default
         for name in ("mpgr_flux_aesthetic", "mpgr_flux_pickscore", "reno_sdxl_turbo", "dno_sd15", "gper_flux")
     },
     "task/encode": ["task.out=encodings"],
+    "data/irgl": ["method=irg", "data.path=irgl"],
+    "task/make_irgl": ["task.out=irgl"],
+    "task/teacher/world": ["task=make_irgl", "task.out=irgl"],
+    "task/teacher/chat": [
+        "task=make_irgl",
+        "task.out=irgl",
+        "task.teacher.pictures.path=good",
+        "task.teacher.writer.url=http://localhost:8000/v1",
+        "task.teacher.writer.model=m",
+    ],
+    "task/teacher/local": [
+        "task=make_irgl",
+        "task.out=irgl",
+        "task.teacher.pictures.path=good",
+        "task.teacher.writer.path=vlm",
+    ],
     "task/import_soft_tokens": ["task.tokens=dc_tokens.pth"],
     **{
         f"experiment/{method}_{model}": ["data.path=coco"]

@@ -141,7 +141,8 @@ class TrajectoryGRPO(IRG):
         updates = [self.update(conversations, old, reference, advantages[owner]) for _ in range(self.updates_per_rollout)]  # fmt: skip
         spread = torch.tensor(rewards["reward"]).view(-1, self.group_size).std(dim=1)
         metrics = {
-            **{f"reward/{name}": float(np.mean(values)) for name, values in (rewards | watched).items()},
+            **{f"reward/{name}": float(np.mean(values)) for name, values in rewards.items()},
+            **{name.replace("_", "/", 1): float(np.mean(values)) for name, values in watched.items()},
             "reward/zero_std_ratio": float((spread == 0).double().mean()),
             "text/unfinished": float(np.mean([flag for row in drawn for flag in row.unfinished])),
             "text/not_scored": float(np.mean([not each.loss for row in conversations for each in row[-2:-1]])),
@@ -166,10 +167,10 @@ class TrajectoryGRPO(IRG):
 
     def judged(self, drawn: list[Trajectory], prompts: list[Prompt]) -> tuple[dict, dict]:
         """What is trained on with the first and the last picture's own rewards, and the last picture's watched ones."""
-        turns = {"first": np.stack([row.images[0] for row in drawn]), "last": np.stack([row.images[-1] for row in drawn])}  # fmt: skip
-        seen = {name: Pictures(images, prompts) for name, images in turns.items()}
-        for each in seen.values():
-            each.group_size = self.group_size
+        seen = {}
+        for name, turn in (("first", 0), ("last", -1)):
+            seen[name] = Pictures(np.stack([row.images[turn] for row in drawn]), prompts)
+            seen[name].group_size, seen[name].seeds = self.group_size, [derive_seed(row.seed, turn) for row in drawn]
         with torch.autocast(self.device.type, enabled=False):
             found = {name: checked(self.reward(each), len(drawn), type(self.reward).__name__).total.tolist() for name, each in seen.items()}  # fmt: skip
             watched = {f"watch_{name}": checked(judge(seen["last"]), len(drawn), name).total.tolist() for name, judge in self.watch.items()}  # fmt: skip

@@ -9,6 +9,7 @@ class Random:
     """A uniform number in [0, 1) for each row, a function of the row's sampling seed (so a resumed run sees the same)."""
 
     needs_images = False
+    reads_nothing = True  # of what was drawn
     distribution = None
 
     def __call__(self, rollout: Rollout) -> RewardOutput:

@@ -1,0 +1,318 @@
+"""IRG's ablation ladder (arXiv 2509.06945 section 4.3) at the scale of `shapes`: good pictures only, trajectories, six modes in two stages; rounds 1 to 4, a sweep
+of the two guidance scales, and GRPO on top with its random control.
+
+    python experiments/irg_shapes/run.py                 # everything that is not done yet, then table.md, figure.png and strips.png
+    python experiments/irg_shapes/run.py --only-table
+
+Jobs live in outputs/irg_shapes/<arm>/seed_<n>; two run side by side, each on one thread. A killed one goes on where it stopped.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image
+
+from t2i_rl.evaluation.diversity import diversity_by_prompt
+from t2i_rl.evaluation.grid import FRAME, RIGHT, WRONG, caption_grid, first_of_each_task
+from t2i_rl.evaluation.results import image_path, read_json, read_results, read_stage, write_atomic
+from t2i_rl.evaluation.stats import compare_over_seeds, seed_interval
+from t2i_rl.evaluation.tables import excludes_zero
+from t2i_rl.evaluation.turns import reflection_metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+OUTPUTS = ROOT / "outputs" / "irg_shapes"
+SEEDS = (0, 1, 2)
+STEPS, FIRST_STAGE = 1000, 600  # optimizer steps of every arm; of these, the two-stage arm's in stage 1
+GRPO_STEPS = 20
+SCALES = ((1.0, 1.0), (1.5, 1.0), (1.0, 1.5), (1.5, 1.5), (2.0, 2.0), (4.0, 2.0))
+TURNS = "evaluation.stages=[trained_turns]"
+TRAIN = ["experiment=irg_shapes", f"trainer.max_steps={STEPS}"]
+GOOD = "data.weights={initial_full_learning: 1.0}"
+ARMS = {  # what is trained, in order of need: a later job may start from an earlier one's checkpoint
+    "good": [*TRAIN, GOOD, "method.interleave.rounds=1"],
+    "trajectories": [*TRAIN, "stage=2", TURNS],
+    "stage1": ["experiment=irg_shapes", f"trainer.max_steps={FIRST_STAGE}", "evaluation.stages=[]"],
+    "six": ["experiment=irg_shapes", f"trainer.max_steps={STEPS - FIRST_STAGE}", "stage=2", "method.scheduler=null", TURNS, "method.start_from={stage1}"],
+    "grpo": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}"],
+    "grpo_random": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}", "reward=random"],
+}  # fmt: skip
+ROUNDS = [
+    "task=evaluate",
+    "experiment=irg_shapes",
+    "ckpt_path={six}",
+    TURNS,
+    "method.interleave.rounds=4",
+    "method.interleave.policy=window",
+]
+SWEEP = ["task=evaluate", "experiment=irg_shapes", "ckpt_path={six}", TURNS, "benchmark.split=validation", "benchmark.prompts_per_task=20", "benchmark.samples_per_prompt=1"]  # fmt: skip
+MEASURED = {"rounds": ROUNDS} | {
+    f"guidance_{reflection:g}_{image:g}": [*SWEEP, f"method.interleave.reflection_scale={reflection}", f"method.interleave.image_scale={image}"]
+    for reflection, image in SCALES
+}  # fmt: skip
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+METRICS = ("overall", *(f"task/{task}" for task in TASKS), "held_out", "lenient", "malformed")
+DID = ("mends", "breaks", "names_defect", "false_alarms", "unfinished")
+
+
+def folder(arm: str, seed: int) -> Path:
+    return OUTPUTS / arm / f"seed_{seed}"
+
+
+def run_job(job: tuple[str, int]) -> None:
+    """One job in its own process, resumed where a killed one stopped; its output goes to job.log."""
+    arm, seed = job
+    out = folder(arm, seed)
+    if (out / "results.json").exists():
+        print(f"{arm} seed {seed}: done before", flush=True)
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    places = {name: f"'{folder(name, seed) / 'checkpoints' / 'last.ckpt'}'" for name in ARMS}
+    settings = [
+        item.format(**places) if "={s" in item else item for item in (ARMS.get(arm) or MEASURED[arm])
+    ]  # the dicts of Hydra have braces too
+    command = [sys.executable, "run.py", *settings, f"seed={seed}", f"hydra.run.dir={out}"]
+    if arm in ARMS and (out / "checkpoints" / "last.ckpt").exists():
+        command.append("ckpt_path=last")
+    with (out / "job.log").open("a") as log:
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{arm} seed {seed} failed with exit code {done.returncode}: see {out / 'job.log'}")
+    print(f"{arm} seed {seed}: done", flush=True)
+
+
+def run_all(workers: int) -> None:
+    """Every job, arm by arm; a job waits for the one whose checkpoint or data it takes, which stands before it in the queue."""
+    done: dict[tuple[str, int], Future] = {}
+    needs = {"good": None, "trajectories": "good", "stage1": "good", "six": "stage1"}
+
+    def after_what_it_needs(job: tuple[str, int]) -> None:
+        needed = needs.get(job[0], "six")
+        if needed is not None:
+            done[needed, job[1]].result()
+        run_job(job)
+
+    with ThreadPoolExecutor(workers) as pool:
+        for arm in (*ARMS, *MEASURED):
+            for seed in SEEDS:
+                done[arm, seed] = pool.submit(after_what_it_needs, (arm, seed))
+    for job in done.values():
+        job.result()
+
+
+def records(arm: str, stage: str) -> list[list[dict]]:
+    return [list(read_stage(folder(arm, seed), stage).values()) for seed in SEEDS]
+
+
+def cell(values: dict, scale: float = 100, digits: int = 1) -> str:
+    """`+3.1 [+1.0, +5.2]`, bold where the interval excludes zero."""
+    shown = [f"{scale * values[key]:+.{digits}f}" for key in ("difference", "low", "high")]
+    text = f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    return f"**{text}**" if excludes_zero(values) else text
+
+
+def share(values: list[float], scale: float = 100, digits: int = 1) -> str:
+    """Mean over seeds with Student's 95 % interval."""
+    over = seed_interval(values)
+    return f"{scale * over['mean']:.{digits}f} [{scale * over['low']:.{digits}f}, {scale * over['high']:.{digits}f}]"
+
+
+def student(values: list[float]) -> dict:
+    over = seed_interval(values)
+    return {"difference": over["mean"], "low": over["low"], "high": over["high"]}
+
+
+def paired(before: list[list[dict]], after: list[list[dict]]) -> dict:
+    """Every metric's paired difference over seeds; `overall` by Student's interval over seeds too."""
+    pairs = list(zip(before, after, strict=True))
+    by_seed = [compare_over_seeds([pair])["overall"]["difference"] for pair in pairs]
+    return {**compare_over_seeds(pairs), "overall, Student": student(by_seed)}
+
+
+def strict(arm: str, stage: str) -> str:
+    """Strict accuracy, the unweighted mean over tasks, over seeds."""
+    return share(
+        [
+            read_results(folder(arm, seed) / "results.json")["stages"][stage]["metrics"]["overall"]["mean"]
+            for seed in SEEDS
+        ]
+    )
+
+
+def diversity(arm: str, stage: str) -> str:
+    found = []
+    for seed in SEEDS:
+        place = folder(arm, seed)
+        ids = [record["prompt_id"] for record in read_stage(place, stage).values()]
+        found.append(
+            float(diversity_by_prompt(np.load(place / "evaluation" / stage / "features.npy"), ids)["diversity"].mean())
+        )
+    return share(found, 1, 3)
+
+
+def did(arm: str, before: str, after: str) -> dict[str, str]:
+    """What the reflections between two turns did, and what they cost."""
+    pairs = list(zip(records(arm, before), records(arm, after), strict=True))
+    found = {name: share([reflection_metrics(a, b, resamples=2)[name]["mean"] for a, b in pairs]) for name in DID}
+    for name, digits in (("text_tokens", 1), ("seconds", 2)):
+        found[name] = share([float(np.mean([row[name] for row in b])) for _, b in pairs], 1, digits)
+    return found
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+LADDER = (
+    ("base, direct", "good", "base_direct"),
+    ("base, with a plan", "good", "base_plan"),
+    ("good pictures only", "good", "trained_turn1"),
+    ("+ trajectories: I1", "trajectories", "trained_turn1"),
+    ("+ trajectories: I2", "trajectories", "trained_turn2"),
+    ("+ trajectories: I1 kept where R2 finds nothing wrong, else I2", "trajectories", "trained_stopped"),
+    ("+ six modes: I1", "six", "trained_turn1"),
+    ("+ six modes: I2", "six", "trained_turn2"),
+    ("+ six modes: I1 kept where R2 finds nothing wrong, else I2", "six", "trained_stopped"),
+    ("+ GRPO on I2: I1", "grpo", "trained_turn1"),
+    ("+ GRPO on I2: I2", "grpo", "trained_turn2"),
+    ("+ GRPO, random reward (control): I2", "grpo_random", "trained_turn2"),
+)
+PAIRS = (
+    ("good pictures - base with a plan", ("good", "base_plan"), ("good", "trained_turn1")),
+    ("good pictures - base direct", ("good", "base_direct"), ("good", "trained_turn1")),
+    ("six modes' I1 - good pictures (what the texts add to the first picture)", ("good", "trained_turn1"), ("six", "trained_turn1")),
+    ("trajectories' I2 - I1", ("trajectories", "trained_turn1"), ("trajectories", "trained_turn2")),
+    ("six modes' I2 - I1", ("six", "trained_turn1"), ("six", "trained_turn2")),
+    ("six modes: kept or I2 - I1", ("six", "trained_turn1"), ("six", "trained_stopped")),
+    ("six modes' I2 - base with a plan", ("good", "base_plan"), ("six", "trained_turn2")),
+    ("six modes - trajectories, I2", ("trajectories", "trained_turn2"), ("six", "trained_turn2")),
+    ("GRPO's I2 - six modes' I2", ("six", "trained_turn2"), ("grpo", "trained_turn2")),
+    ("GRPO's I2 - its random control's I2", ("grpo_random", "trained_turn2"), ("grpo", "trained_turn2")),
+)  # fmt: skip
+
+
+def write_table() -> None:
+    runs = [read_json(folder(arm, seed) / "provenance.json") for arm in (*ARMS, *MEASURED) for seed in SEEDS]
+    commits = " and ".join(sorted({run["git_commit"][:7] for run in runs}))
+    results = read_results(folder("good", 0) / "results.json")
+    manifest = read_json(next((ROOT / "outputs" / "irgl").glob("janus_tiny_*_seed0")) / "manifest.json")
+    short = ("overall", "overall, Student", *METRICS[1:])
+    differences = {name: paired(records(*before), records(*after)) for name, before, after in PAIRS}
+    reflected = {
+        "trajectories": did("trajectories", "trained_turn1", "trained_turn2"),
+        "six modes": did("six", "trained_turn1", "trained_turn2"),
+        "+ GRPO": did("grpo", "trained_turn1", "trained_turn2"),
+        "six modes, third round": did("rounds", "trained_turn2", "trained_turn3"),
+        "six modes, fourth round": did("rounds", "trained_turn3", "trained_turn4"),
+    }
+    sweep = [
+        [f"{reflection:g}", f"{image:g}", strict(name, "trained_turn1"), strict(name, "trained_turn2"), cell(paired(records(name, "trained_turn1"), records(name, "trained_turn2"))["overall"])]
+        for (reflection, image), name in ((scales, f"guidance_{scales[0]:g}_{scales[1]:g}") for scales in SCALES)
+    ]  # fmt: skip
+    lines = [
+        "# IRG's ladder on `shapes`",
+        "",
+        f"`python experiments/irg_shapes/run.py` at {commits}, {runs[0]['device']}, one thread a job: seeds {', '.join(map(str, SEEDS))}, {STEPS} optimizer steps of 16 "
+        f"trajectories in every trained arm (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2), GRPO {GRPO_STEPS} steps of 64; "
+        f"{results['benchmark']['n_prompts']} test prompts x {results['benchmark']['samples_per_prompt']} trajectories, strict accuracy in percent.",
+        f"Data of seed 0: {', '.join(f'{count} rows of {mode}' for mode, count in manifest['counts'].items())}.",
+        "",
+        "Intervals of levels and of what reflections did: Student's over three seeds, which is wide. Differences: paired trajectory by trajectory, two-level bootstrap "
+        "(seeds, then prompts), which understates the spread over three seeds; `overall, Student` over seeds alone. Bold: excludes zero. No correction for the number of cells.",
+        "",
+        "## The ladder",
+        "",
+        *table(["", "overall", "diversity"], [[name, strict(arm, stage), diversity(arm, stage)] for name, arm, stage in LADDER]),
+        "## Paired differences, in points",
+        "",
+        *table(["", *(name.removeprefix("task/") for name in short)], [[name, *(cell(found[metric]) for metric in short)] for name, found in differences.items()]),
+        "## What reflections did",
+        "",
+        "`mends`: of the wrong pictures before, the share that is right after. `breaks`: of the right ones, the share that is wrong after. `names_defect`: of the wrong "
+        "ones, the share whose reflection has one of the oracle's own phrases for what is wrong. `false_alarms`: of the right ones, the share whose reflection names a "
+        "fault. Seconds: a picture with its text, in batches of 64 on one thread, two jobs side by side.",
+        "",
+        *table(["", *DID, "text_tokens", "seconds"], [[name, *found.values()] for name, found in reflected.items()]),
+        "## Rounds (six modes; later rounds see the window that training has)",
+        "",
+        *table(["", "overall"], [[f"round {turn}", strict("rounds", f"trained_turn{turn}")] for turn in (1, 2, 3, 4)] + [["the first picture that R finds nothing wrong with, else the last", strict("rounds", "trained_stopped")]]),
+        "## Guidance of the second picture (six modes; 108 validation prompts)",
+        "",
+        *table(["against the context without reflection", "without pictures", "I1", "I2", "I2 - I1"], sweep),
+    ]  # fmt: skip
+    write_atomic(HERE / "table.md", "\n".join(lines))
+    print(f"wrote {HERE / 'table.md'}")
+
+
+def column(arm: str, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one logged metric."""
+    with (folder(arm, seed) / "metrics.csv").open() as rows:
+        kept = [(float(row["step"]), float(row[name])) for row in csv.DictReader(rows) if row.get(name)]
+    return tuple(np.array(kept).T)
+
+
+def write_figure() -> None:
+    """Levels of the ladder, and what the validation prompts showed while training."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    for place, (name, arm, stage) in enumerate(reversed(LADDER)):
+        values = [
+            100 * read_results(folder(arm, seed) / "results.json")["stages"][stage]["metrics"]["overall"]["mean"]
+            for seed in SEEDS
+        ]
+        axes[0].plot(values, [place] * len(values), "o", color=f"C{list(ARMS).index(arm)}", alpha=0.7)
+        axes[0].text(1, place + 0.2, name, fontsize=7)
+    axes[0].set(title="strict accuracy, a dot a seed", xlabel="percent", yticks=[], xlim=(0, 100))
+    for axis, names, title in ((axes[1], ("text/loss", "image/loss"), "cross-entropy, nats a token (means of 20 steps)"), (axes[2], ("val/turn1", "val/turn2", "val/names_defect", "val/false_alarms"), "validation prompts while training")):  # fmt: skip
+        for arm, style in (("trajectories", "--"), ("stage1", ":"), ("six", "-")):
+            for number, name in enumerate(names):
+                found = [column(arm, seed, name) for seed in SEEDS]
+                width = 20 if axis is axes[1] else 1
+                mean = np.convolve(
+                    np.mean([values for _, values in found], axis=0), np.ones(width) / width, mode="valid"
+                )
+                offset = FIRST_STAGE if arm == "six" else 0
+                axis.plot(found[0][0][width - 1 :] + offset, mean, style, color=f"C{number}", label=f"{arm}: {name}")
+        axis.set(title=title, xlabel="step")
+        axis.legend(fontsize=6)
+    figure.savefig(HERE / "figure.png", dpi=100)
+    print(f"wrote {HERE / 'figure.png'}")
+
+
+def write_strips() -> None:
+    """The first two test prompts of each task, seed 0, chosen without looking: I1 and I2 with what was thought before them."""
+    place = folder("six", SEEDS[0])
+    first, second = (read_stage(place, stage) for stage in ("trained_turn1", "trained_turn2"))
+    images, captions, frames = [], [], []
+    for key in first_of_each_task(list(first.values()), 2):
+        for name, stage, rows in (("I1", "trained_turn1", first), ("I2", "trained_turn2", second)):
+            images.append(np.asarray(Image.open(image_path(place, stage, rows[key])).convert("RGB")))
+            captions.append(
+                f"{name}: {rows[key]['prompt']}\n{rows[key]['plan']}"
+                if name == "I1"
+                else f"{name}\n{rows[key]['plan']}"
+            )
+            frames.append({True: RIGHT, False: WRONG}.get(rows[key]["strict"], FRAME))
+    caption_grid(images, captions, 4, 6, frames).save(HERE / "strips.png")
+    print(f"wrote {HERE / 'strips.png'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only-table", action="store_true", help="rebuild tables and pictures from finished jobs")
+    parser.add_argument("--workers", type=int, default=2, help="jobs side by side, one thread each")
+    options = parser.parse_args()
+    if not options.only_table:
+        run_all(options.workers)
+    write_table()
+    write_figure()
+    write_strips()
