@@ -74,6 +74,7 @@ OmegaConf.register_new_resolver("by_family", by_family, replace=True)
 OmegaConf.register_new_resolver("smaller", lambda *numbers: min(numbers), replace=True)
 OmegaConf.register_new_resolver("gpu_or_cpu", gpu_or_cpu, replace=True)
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).name, replace=True)
 OmegaConf.register_new_resolver("package_dir", lambda name: str(PACKAGE / name), replace=True)
 
 failures: list[str] = []

@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf
 from t2i_rl.errors import UserError
 
 COMPARED = ("method", "model", "reward", "data", "seed", "watch")
+OF_DRAWING = ("interleave", "judge")  # settings of a method that change nothing of what was trained
 
 
 def continue_in_place(arguments: list[str], conf: Path) -> list[str]:
@@ -25,7 +26,7 @@ def continue_in_place(arguments: list[str], conf: Path) -> list[str]:
     cfg = _compose(given, conf)
     folders = [item.split("=", 1)[1].strip("'\"") for item in arguments if item.startswith("hydra.run.dir=")]
     if cfg.hydra.runtime.choices.task != "train":
-        found = _newest_run(cfg) / "checkpoints" / "last.ckpt"
+        found = _newest_run(cfg, OF_DRAWING) / "checkpoints" / "last.ckpt"
         print(f"last checkpoint: {found}")
         return [f"ckpt_path={_quoted(found)}" if item == "ckpt_path=last" else item for item in arguments]
     if not folders:
@@ -38,19 +39,22 @@ def continue_in_place(arguments: list[str], conf: Path) -> list[str]:
     return arguments
 
 
-def _newest_run(cfg: DictConfig) -> Path:
+def _newest_run(cfg: DictConfig, ignored: tuple[str, ...] = ()) -> Path:
     outputs = Path(cfg.paths.root_dir) / "outputs" / "train"
     for checkpoint in sorted(outputs.glob("*/checkpoints/last.ckpt"), key=lambda path: -path.stat().st_mtime):
         saved = OmegaConf.load(checkpoint.parents[1] / "config.yaml")
-        if all(_plain(saved, key) == _plain(cfg, key) for key in COMPARED):
+        if all(_plain(saved, key, ignored) == _plain(cfg, key, ignored) for key in COMPARED):
             return checkpoint.parents[1]
     raise UserError(
         f"no run below {outputs} with these settings has a checkpoint; give ckpt_path=<file> or run without it"
     )
 
 
-def _plain(cfg: DictConfig, key: str):
-    return OmegaConf.to_container(cfg[key], resolve=True) if OmegaConf.is_config(cfg[key]) else cfg[key]
+def _plain(cfg: DictConfig, key: str, ignored: tuple[str, ...]):
+    if not OmegaConf.is_config(cfg[key]):
+        return cfg[key]
+    found = OmegaConf.to_container(cfg[key], resolve=True)
+    return {name: value for name, value in found.items() if name not in ignored} if isinstance(found, dict) else found
 
 
 def _quoted(path: Path) -> str:

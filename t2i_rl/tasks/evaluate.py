@@ -45,6 +45,8 @@ def run(cfg) -> dict:
 
 def load_trained(cfg, model) -> int:
     """Put a checkpoint's weights into `model`; returns the optimizer step it was saved at."""
+    if interleaves(cfg):
+        return build_method(cfg, model, reward=None, watch={}).load(cfg.ckpt_path)
     checkpoint = torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)
     method = build_method(cfg, model, reward=None, watch={})  # nothing is rewarded: its models need not load
     method.on_load_checkpoint(checkpoint)
