@@ -32,6 +32,8 @@ GIVEN = {  # what has no default
         for name in ("mpgr_flux_aesthetic", "mpgr_flux_pickscore", "reno_sdxl_turbo", "dno_sd15", "gper_flux")
     },
     "task/encode": ["task.out=encodings"],
+    "experiment/irg_janus_pro_7b": ["data.path=irgl"],
+    "experiment/irg_janus_pro_7b_stage2": ["data.path=irgl", "method.start_from=last.ckpt"],
     "data/irgl": ["method=irg", "data.path=irgl"],
     "task/make_irgl": ["task.out=irgl"],
     "task/teacher/world": ["task=make_irgl", "task.out=irgl"],

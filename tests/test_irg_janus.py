@@ -269,8 +269,13 @@ def test_the_branches_are_those_of_the_paper():
     assert model.asked[1] == ("draw", (4.0,), [[["prompt", "think"]], [None]])
     assert model.asked[3] == (
         "redraw",
-        (3.0, 2.0),
-        [[["prompt", "think", "draw", "reflect"]], [["prompt", "think", "draw"]], [["prompt", "think", "reflect"]]],
+        (3.0, 2.0, 1.0),
+        [
+            [["prompt", "think", "draw", "reflect"]],
+            [["prompt", "think", "draw"]],
+            [["prompt", "think", "reflect"]],
+            [None],
+        ],
     )
 
 
@@ -287,7 +292,7 @@ def test_texts_that_are_empty_or_cut_are_written_again_and_then_kept_and_marked(
 def test_scales_may_differ_from_round_to_round():
     model = Scripted([("a plan", True), ("b", True), ("c", True), ("d", True)])
     Interleave(rounds=4, reflection_scale=[4.0, 3.0], image_scale=2.0).run(model, ["a red circle"], [0])
-    assert [asked[1] for asked in model.asked[3::2]] == [(4.0, 2.0), (3.0, 2.0), (3.0, 2.0)]
+    assert [asked[1] for asked in model.asked[3::2]] == [(4.0, 2.0, 1.0), (3.0, 2.0, 1.0), (3.0, 2.0, 1.0)]
 
 
 def test_a_judge_may_end_the_trajectory_and_choose_the_answer():

@@ -116,3 +116,37 @@ def test_two_processes_train_draw_and_judge_as_one(folder, tmp_path, trainer):
     for stage in ("trained_turn1", "trained_turn2"):
         scores = [each["stages"][stage]["metrics"]["score"]["mean"] for each in results]
         assert scores[0] == pytest.approx(scores[1], abs=0.05)
+
+
+@pytest.mark.slow
+def test_the_papers_configs_run_small_from_the_published_format(folder, tmp_path, monkeypatch):
+    """With only paths, sizes and counts changed: data of the toy layout, stage 1, then stage 2 from its mean."""
+    small = [
+        f"model.path={folder}", "model.device=null", "trainer=cpu", "trainer.precision=32-true", "data.batch_size=4", "model.max_plan_tokens=8", "~callbacks.progress",
+        "method.interleave.max_tokens=6", "method.interleave.retries=0", "trainer.max_steps=1", "data.path=irgl",
+    ]  # fmt: skip
+    made = ["task=make_irgl", "model=janus", f"path={folder}", "model.max_plan_tokens=8", "task.out=irgl", "task.count=6", "task.shard_size=4", "trainer=cpu"]  # fmt: skip
+    assert call(monkeypatch, tmp_path, *made) == 0
+    assert call(monkeypatch, tmp_path, "experiment=irg_janus_pro_7b", *small, "hydra.run.dir=one") == 0
+    assert len(list((tmp_path / "one" / "samples").glob("*.png"))) == 2
+    start = f"method.start_from={tmp_path / 'one' / 'checkpoints' / 'last.ckpt'}"
+    assert call(monkeypatch, tmp_path, "experiment=irg_janus_pro_7b_stage2", *small, start, "hydra.run.dir=two") == 0
+    saved = torch.load(tmp_path / "two" / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["optimizer_states"][0]["param_groups"][0]["lr"] == 2e-5 and saved["global_step"] == 1
+
+
+def test_the_papers_numbers_are_in_its_configs():
+    from omegaconf import OmegaConf
+
+    from tests.test_configs import composed
+
+    one = composed("experiment=irg_janus_pro_7b", "data.path=irgl")
+    two = composed("experiment=irg_janus_pro_7b_stage2", "data.path=irgl", "method.start_from=last.ckpt")
+    paper = {
+        "method.optimizer.lr": 2e-5, "method.optimizer.eps": 1e-15, "method.optimizer.betas": [0.9, 0.95], "method.optimizer.weight_decay": 0.0, "method.ema": 0.995,
+        "method.max_grad_norm": 1.0, "method.text_loss_weight": 1.0, "method.image_loss_weight": 1.0, "method.interleave.reflection_scale": 2.0,
+        "method.interleave.image_scale": 2.0, "method.interleave.prompt_scale": 1.0, "method.interleave.text_temperature": 0.3, "method.interleave.rounds": 2,
+    }  # fmt: skip
+    for cfg, steps, warmup, stage in ((one, 2000, 500, 1), (two, 30000, None, 2)):
+        for key, value in {**paper, "trainer.max_steps": steps, "data.stage": stage, "method.scheduler.total_iters": warmup}.items():  # fmt: skip
+            assert OmegaConf.select(cfg, key) == value, key

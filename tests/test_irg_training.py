@@ -224,8 +224,9 @@ def test_what_is_dropped_is_what_guidance_lacks(janus_folder):
     item = materials(1)[0]
     always = method(janus_folder, drop_prompt=0.99, drop_reflection=0.99, drop_image=0.99)
     improving, initial = (row_of(mode, item, World.questions) for mode in reversed(FULL))
-    assert [each.role for each in always.dropped(0, improving)[0]] == ["prompt", "think", "redraw"]
-    assert always.dropped(0, initial) == (initial, True)
+    assert always.dropped(0, initial) == (initial, True) and always.dropped(0, improving) == (improving, True)
+    negatives = method(janus_folder, drop_prompt=0.0, drop_reflection=0.99, drop_image=0.99)
+    assert [each.role for each in negatives.dropped(0, improving)[0]] == ["prompt", "think", "redraw"]
     for mode in MODES:
         if mode not in FULL:
             rows = row_of(mode, item, World.questions)

@@ -49,6 +49,7 @@ class Interleave:
         guidance_scale: of the first picture, against the model's own unconditional.
         reflection_scale, image_scale: of later pictures, against the context without the latest reflection, and without pictures; one number, or one for each
             later round (the last serves those beyond).
+        prompt_scale: of later pictures, against the model's own unconditional, in the same manner; IRG has none (1).
         text_temperature, image_temperature: of sampling.
         max_tokens: of a text; one that is empty or cut there is written again with another seed, `retries` times at most, and then kept and counted.
         stop: how a reflection ends that finds nothing wrong; the trajectory ends there. None: every round is drawn.
@@ -64,6 +65,7 @@ class Interleave:
     guidance_scale: float = 5.0
     reflection_scale: Any = 2.0  # Hydra knows no union of a number and a list
     image_scale: Any = 2.0
+    prompt_scale: Any = 1.0
     text_temperature: float = 0.3
     image_temperature: float = 1.0
     max_tokens: int = 128
@@ -78,7 +80,7 @@ class Interleave:
         for name, least in (("rounds", 1), ("max_tokens", 1), ("retries", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be {least} or more, not {getattr(self, name)}")
-        for name in ("reflection_scale", "image_scale"):
+        for name in ("reflection_scale", "image_scale", "prompt_scale"):
             value = getattr(self, name)
             scales = [float(each) for each in value] if isinstance(value, Sequence) else [float(value)]
             if not scales:
@@ -149,5 +151,7 @@ class Interleave:
         if role == "draw":
             return model.draw([seen, [None] * len(seen)], role, (self.guidance_scale,), seeds, self.image_temperature)
         branches = [seen, *([make(context) for context in seen] for make in (without_reflection, without_images))]
-        guidance = tuple(scales[min(number, len(scales)) - 1] for scales in (self.reflection_scale, self.image_scale))
+        scales = (self.reflection_scale, self.image_scale, self.prompt_scale)
+        guidance = tuple(each[min(number, len(each)) - 1] for each in scales)
+        branches.append([None] * len(seen))
         return model.draw(branches, role, guidance, seeds, self.image_temperature)

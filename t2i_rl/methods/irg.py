@@ -36,7 +36,7 @@ class IRG(L.LightningModule):
         interleave: how trajectories are drawn, while training and by the tasks.
         optimizer, scheduler: partials, `optimizer(params)` and `scheduler(optimizer)`.
         text_loss_weight, image_loss_weight: released: 1 and 1.
-        drop_prompt: share of first pictures learnt after the model's own unconditional, the negative of the first picture's guidance.
+        drop_prompt: share of pictures learnt after the model's own unconditional, the negative of `guidance_scale` and `prompt_scale`.
         drop_reflection, drop_image: share of second pictures learnt without the reflection, and without the picture before: IRG's two negatives.
         ema: decay of the exponential mean; 0 keeps none.
         tokens_per_pass: places with a live graph at a time; changes memory, not the gradient.
@@ -203,10 +203,11 @@ class IRG(L.LightningModule):
         rng = np.random.default_rng(derive_seed(self.seed, "drop", self.batches_done, number))
         prompt, reflection, image = rng.random(3) < (self.drop_prompt, self.drop_reflection, self.drop_image)
         learnt = {segment.role for segment in segments if segment.loss}
-        if "redraw" in learnt:
-            gone = {role for role, drop in (("reflect", reflection), ("draw", image)) if drop}
-            return tuple(segment for segment in segments if segment.role not in gone), False
-        return segments, bool(prompt) and "draw" in learnt
+        blank = bool(prompt) and bool({"draw", "redraw"} & learnt)
+        if blank or "redraw" not in learnt:
+            return segments, blank
+        gone = {role for role, drop in (("reflect", reflection), ("draw", image)) if drop}
+        return tuple(segment for segment in segments if segment.role not in gone), False
 
     def _step(self) -> torch.Tensor:
         learning = [parameter for _, parameter in self.learning()]
