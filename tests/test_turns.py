@@ -40,10 +40,11 @@ def test_what_reflections_did_by_hand():
         "mends": (0.5, 2),
         "breaks": (pytest.approx(1 / 3), 3),
         "names_defect": (0.5, 2),
+        "flags": (1.0, 2),
         "false_alarms": (pytest.approx(1 / 3), 3),
         "unfinished": (0.2, 5),
     }
-    assert reflection_metrics(before[:2], after[:2]).keys() == {"mends", "names_defect", "unfinished"}
+    assert reflection_metrics(before[:2], after[:2]).keys() == {"mends", "names_defect", "flags", "unfinished"}
 
 
 def test_the_stop_takes_the_first_picture_that_nothing_is_wrong_with():

@@ -61,7 +61,7 @@ MEASURED = {"rounds": ROUNDS} | {
 }  # fmt: skip
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 METRICS = ("overall", *(f"task/{task}" for task in TASKS), "held_out", "lenient", "malformed")
-DID = ("mends", "breaks", "names_defect", "false_alarms", "unfinished")
+DID = ("mends", "breaks", "names_defect", "flags", "false_alarms", "unfinished")
 
 
 def folder(arm: str, seed: int) -> Path:
@@ -239,7 +239,7 @@ def write_table() -> None:
         "## What reflections did",
         "",
         "`mends`: of the wrong pictures before, the share that is right after. `breaks`: of the right ones, the share that is wrong after. `names_defect`: of the wrong "
-        "ones, the share whose reflection has one of the oracle's own phrases for what is wrong. `false_alarms`: of the right ones, the share whose reflection names a "
+        "ones, the share whose reflection has one of the oracle's own phrases for what is wrong, place included; `flags`: any. `false_alarms`: of the right ones, the share whose reflection names a "
         "fault. Seconds: a picture with its text, in batches of 64 on one thread, two jobs side by side.",
         "",
         *table(["", *DID, "text_tokens", "seconds"], [[name, *found.values()] for name, found in reflected.items()]),

@@ -7,6 +7,7 @@ DID = {
     "mends": "wrong pictures that the turn mends",
     "breaks": "right pictures that it breaks",
     "names_defect": "reflections on a wrong picture that name a true defect",
+    "flags": "reflections on a wrong picture that name any",
     "false_alarms": "reflections on a right picture that name one",
     "unfinished": "texts that did not end",
     "text_tokens": "tokens of text",

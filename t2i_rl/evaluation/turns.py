@@ -86,7 +86,7 @@ def reflection_metrics(before: Sequence[dict], after: Sequence[dict], resamples:
     """What the reflections between two turns did, as metrics `{name: {mean, low, high, n_prompts, n_images}}` with intervals over prompts.
 
     `mends`: of the wrong pictures, the share that the next turn has right. `breaks`: of the right ones, the share that it has wrong. `names_defect`: of the
-    wrong ones, the share whose reflection names a true fault. `false_alarms`: of the right ones, the share whose reflection names any. `unfinished`: texts.
+    wrong ones, the share whose reflection names a true fault; `flags`: any fault. `false_alarms`: of the right ones, the share whose reflection names any. `unfinished`: texts.
     """
     first = {(row["prompt_id"], row["sample_index"]): row for row in before}
     pairs = [(first[row["prompt_id"], row["sample_index"]], row) for row in after]
@@ -95,6 +95,7 @@ def reflection_metrics(before: Sequence[dict], after: Sequence[dict], resamples:
         "mends": [(b, b["strict"]) for _, b in wrong],
         "breaks": [(b, not b["strict"]) for _, b in right],
         "names_defect": [(b, bool(set(b["named"]) & set(b["faults"]))) for _, b in wrong if "named" in b],
+        "flags": [(b, bool(b["named"])) for _, b in wrong if "named" in b],
         "false_alarms": [(b, bool(b["named"])) for _, b in right if "named" in b],
         "unfinished": [(b, b["unfinished"]) for _, b in pairs],
     }
