@@ -68,6 +68,12 @@ def default_stages(method: str, model: str) -> list[str]:
     return list(_attribute(method, "stages", others))
 
 
+def default_steps(method: str, model: str) -> int:
+    """Optimizer steps of a run that names none."""
+    return _attribute(method, "steps", by_family(model, 40, 200))
+
+
+OmegaConf.register_new_resolver("default_steps", default_steps, replace=True)
 OmegaConf.register_new_resolver("drawn_as", drawn_as, replace=True)
 OmegaConf.register_new_resolver("default_stages", default_stages, replace=True)
 OmegaConf.register_new_resolver("by_family", by_family, replace=True)

@@ -32,12 +32,26 @@ import matplotlib.pyplot as plt
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OUTPUTS = ROOT / "outputs" / "irg_shapes"
 SEEDS = (0, 1, 2)
-STEPS, FIRST_STAGE = 1000, 600  # optimizer steps of every arm; of these, the two-stage arm's in stage 1
+STEPS, FIRST_STAGE = 1200, 700  # optimizer steps of every arm; of these, the two-stage arm's in stage 1
 GRPO_STEPS = 20
-SCALES = ((1.0, 1.0), (1.5, 1.0), (1.0, 1.5), (1.5, 1.5), (2.0, 2.0), (4.0, 2.0))
+SCALES = (
+    (1.0, 1.0, 1.0),
+    (1.0, 1.0, 2.0),
+    (1.0, 1.0, 3.0),
+    (2.0, 1.0, 1.0),
+    (2.0, 2.0, 1.0),
+    (1.5, 1.5, 2.0),
+)  # reflection, image, prompt
 TURNS = "evaluation.stages=[trained_turns]"
 TRAIN = ["experiment=irg_shapes", f"trainer.max_steps={STEPS}"]
 GOOD = "data.weights={initial_full_learning: 1.0}"
+
+
+def guidance(scales: tuple[float, ...]) -> str:
+    """The name of a job of the sweep."""
+    return "guidance_" + "_".join(f"{scale:g}" for scale in scales)
+
+
 ARMS = {  # what is trained, in order of need: a later job may start from an earlier one's checkpoint
     "good": [*TRAIN, GOOD, "method.interleave.rounds=1"],
     "trajectories": [*TRAIN, "stage=2", TURNS],
@@ -56,8 +70,8 @@ ROUNDS = [
 ]
 SWEEP = ["task=evaluate", "experiment=irg_shapes", "ckpt_path={six}", TURNS, "benchmark.split=validation", "benchmark.prompts_per_task=20", "benchmark.samples_per_prompt=1"]  # fmt: skip
 MEASURED = {"rounds": ROUNDS} | {
-    f"guidance_{reflection:g}_{image:g}": [*SWEEP, f"method.interleave.reflection_scale={reflection}", f"method.interleave.image_scale={image}"]
-    for reflection, image in SCALES
+    guidance(scales): [*SWEEP, *(f"method.interleave.{name}_scale={scale}" for name, scale in zip(("reflection", "image", "prompt"), scales, strict=True))]
+    for scales in SCALES
 }  # fmt: skip
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 METRICS = ("overall", *(f"task/{task}" for task in TASKS), "held_out", "lenient", "malformed")
@@ -216,8 +230,8 @@ def write_table() -> None:
         "six modes, fourth round": did("rounds", "trained_turn3", "trained_turn4"),
     }
     sweep = [
-        [f"{reflection:g}", f"{image:g}", strict(name, "trained_turn1"), strict(name, "trained_turn2"), cell(paired(records(name, "trained_turn1"), records(name, "trained_turn2"))["overall"])]
-        for (reflection, image), name in ((scales, f"guidance_{scales[0]:g}_{scales[1]:g}") for scales in SCALES)
+        [*(f"{scale:g}" for scale in scales), strict(name, "trained_turn1"), strict(name, "trained_turn2"), cell(paired(records(name, "trained_turn1"), records(name, "trained_turn2"))["overall"])]
+        for scales, name in ((scales, guidance(scales)) for scales in SCALES)
     ]  # fmt: skip
     lines = [
         "# IRG's ladder on `shapes`",
@@ -248,7 +262,7 @@ def write_table() -> None:
         *table(["", "overall"], [[f"round {turn}", strict("rounds", f"trained_turn{turn}")] for turn in (1, 2, 3, 4)] + [["the first picture that R finds nothing wrong with, else the last", strict("rounds", "trained_stopped")]]),
         "## Guidance of the second picture (six modes; 108 validation prompts)",
         "",
-        *table(["against the context without reflection", "without pictures", "I1", "I2", "I2 - I1"], sweep),
+        *table(["against the context without reflection", "without pictures", "unconditional", "I1", "I2", "I2 - I1"], sweep),
     ]  # fmt: skip
     write_atomic(HERE / "table.md", "\n".join(lines))
     print(f"wrote {HERE / 'table.md'}")

@@ -48,6 +48,7 @@ class TrajectoryGRPO(IRG):
     rewards_see = "pictures"
     interleaves = True
     stages = ("base_turns", "trained_turns")
+    steps = 20
 
     def __init__(
         self,

@@ -26,14 +26,14 @@ def run(cfg) -> dict:
     stages = Stages(
         trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size, turns
     )
-    modes = dict.fromkeys(stage.split("_")[1] for stage in cfg.evaluation.stages)
-    for mode in modes:
-        stages.draw(f"base_{mode}")
+    before, after = stages_to_draw(list(cfg.evaluation.stages), method is not None)
+    for stage in before:
+        stages.draw(stage)
     steps = 0
     if cfg.ckpt_path:
         steps = method.load(cfg.ckpt_path) if method else load_trained(cfg, model)
-        for mode in modes:
-            stages.draw(f"trained_{mode}")
+        for stage in after:
+            stages.draw(stage)
     results = write_summary(cfg, stages, steps)
     if trainer.is_global_zero:
         console = Console()
@@ -41,6 +41,16 @@ def run(cfg) -> dict:
             console.print(table)
         console.print(f"report: {write_report(out)}", soft_wrap=True)
     return results
+
+
+def stages_to_draw(named: list[str], in_turns: bool) -> tuple[list[str], list[str]]:
+    """Stages of the base, and of the trained model where there is one: each way of drawing that is named, both sides of it; a method that draws in turns is
+    compared with what its base is able to, so there the named ones are meant as they are."""
+    if in_turns:
+        sides = [[stage for stage in named if stage.startswith(side)] for side in ("base", "trained")]
+        return sides[0], sides[1]
+    modes = dict.fromkeys(stage.split("_")[1] for stage in named)
+    return [f"base_{mode}" for mode in modes], [f"trained_{mode}" for mode in modes]
 
 
 def load_trained(cfg, model) -> int:
