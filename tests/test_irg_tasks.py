@@ -64,9 +64,7 @@ def test_a_small_checkpoint_of_the_real_class_goes_all_the_way(folder, tmp_path,
     run(monkeypatch, tmp_path, folder, "task=evaluate", "method=irg", f"ckpt_path={checkpoint}", "evaluation.stages=[trained_turns]", "hydra.run.dir=judged",
         "+reward@method.judge=soft_oracle")  # fmt: skip
     judged = json.loads((tmp_path / "judged" / "results.json").read_text())
-    assert {"base_turn1", "trained_turn1", "trained_turn2", "trained_stopped", "trained_chosen"} <= set(
-        judged["stages"]
-    )
+    assert set(judged["stages"]) == {"trained_turn1", "trained_turn2", "trained_stopped", "trained_chosen"}
     for turn in ("trained_turn1", "trained_turn2"):
         assert judged["stages"][turn]["metrics"]["overall"] == results["stages"][turn]["metrics"]["overall"]
 

@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from rich.console import Console
 
 from t2i_rl.checks import check_parts, interleaves
+from t2i_rl.errors import UserError
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table
@@ -27,6 +28,10 @@ def run(cfg) -> dict:
         trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size, turns
     )
     before, after = stages_to_draw(list(cfg.evaluation.stages), method is not None)
+    if not before and not cfg.ckpt_path:
+        raise UserError(
+            "there is nothing to evaluate: give ckpt_path=<checkpoint>, or a stage of the base (evaluation.stages=[base_turns])"
+        )
     for stage in before:
         stages.draw(stage)
     steps = 0
