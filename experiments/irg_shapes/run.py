@@ -43,6 +43,7 @@ SCALES = (
     (1.5, 1.5, 2.0),
 )  # reflection, image, prompt
 TURNS = "evaluation.stages=[trained_turns]"
+JUDGE = "+reward@method.judge=soft_oracle"  # chooses between I1 and I2; the benchmark's judge is the exact oracle
 TRAIN = ["experiment=irg_shapes", f"trainer.max_steps={STEPS}"]
 GOOD = "data.weights={initial_full_learning: 1.0}"
 
@@ -54,9 +55,9 @@ def guidance(scales: tuple[float, ...]) -> str:
 
 ARMS = {  # what is trained, in order of need: a later job may start from an earlier one's checkpoint
     "good": [*TRAIN, GOOD, "method.interleave.rounds=1"],
-    "trajectories": [*TRAIN, "stage=2", TURNS],
+    "trajectories": [*TRAIN, "stage=2", TURNS, JUDGE],
     "stage1": ["experiment=irg_shapes", f"trainer.max_steps={FIRST_STAGE}", "evaluation.stages=[]"],
-    "six": ["experiment=irg_shapes", f"trainer.max_steps={STEPS - FIRST_STAGE}", "stage=2", "method.scheduler=null", TURNS, "method.start_from={stage1}"],
+    "six": ["experiment=irg_shapes", f"trainer.max_steps={STEPS - FIRST_STAGE}", "stage=2", "method.scheduler=null", TURNS, JUDGE, "method.start_from={stage1}"],
     "grpo": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}"],
     "grpo_random": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}", "reward=random"],
 }  # fmt: skip
@@ -197,6 +198,7 @@ LADDER = (
     ("+ six modes: I1", "six", "trained_turn1"),
     ("+ six modes: I2", "six", "trained_turn2"),
     ("+ six modes: I1 kept where R2 finds nothing wrong, else I2", "six", "trained_stopped"),
+    ("+ six modes: I1 or I2, as a recogniser prefers", "six", "trained_chosen"),
     ("+ GRPO on I2: I1", "grpo", "trained_turn1"),
     ("+ GRPO on I2: I2", "grpo", "trained_turn2"),
     ("+ GRPO, random reward (control): I2", "grpo_random", "trained_turn2"),
@@ -208,6 +210,8 @@ PAIRS = (
     ("trajectories' I2 - I1", ("trajectories", "trained_turn1"), ("trajectories", "trained_turn2")),
     ("six modes' I2 - I1", ("six", "trained_turn1"), ("six", "trained_turn2")),
     ("six modes: kept or I2 - I1", ("six", "trained_turn1"), ("six", "trained_stopped")),
+    ("six modes: chosen of the two - I1", ("six", "trained_turn1"), ("six", "trained_chosen")),
+    ("six modes: kept or I2 - base with a plan", ("good", "base_plan"), ("six", "trained_stopped")),
     ("six modes' I2 - base with a plan", ("good", "base_plan"), ("six", "trained_turn2")),
     ("six modes - trajectories, I2", ("trajectories", "trained_turn2"), ("six", "trained_turn2")),
     ("GRPO's I2 - six modes' I2", ("six", "trained_turn2"), ("grpo", "trained_turn2")),
