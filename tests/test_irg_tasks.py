@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from t2i_rl.irg.files import load_trajectory
 from t2i_rl.irg.toy_format import read_toy
@@ -67,6 +68,11 @@ def test_a_small_checkpoint_of_the_real_class_goes_all_the_way(folder, tmp_path,
     assert set(judged["stages"]) == {"trained_turn1", "trained_turn2", "trained_stopped", "trained_chosen"}
     for turn in ("trained_turn1", "trained_turn2"):
         assert judged["stages"][turn]["metrics"]["overall"] == results["stages"][turn]["metrics"]["overall"]
+
+    run(monkeypatch, tmp_path, folder, "task=export", "method=irg", f"ckpt_path={checkpoint}", "task.out=exported")
+    exported, saved = load_file(tmp_path / "exported" / "model.safetensors"), torch.load(checkpoint, weights_only=True)
+    for name, value in saved["irg"]["average"].items():
+        assert torch.equal(exported.get(name.removeprefix("interleaved.janus.model."), value), value), name
 
     run(monkeypatch, tmp_path, folder, "method=irg_grpo", f"method.start_from={checkpoint}", "method.group_size=2",
         "data.batch_size=1", "data.prompts_per_task=1", "trainer.max_steps=2", "hydra.run.dir=rl", "method.interleave.max_tokens=12")  # fmt: skip

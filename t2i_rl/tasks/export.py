@@ -10,7 +10,7 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from safetensors.torch import save_file
 
-from t2i_rl.checks import learns_from_prompts
+from t2i_rl.checks import interleaves, learns_from_prompts
 from t2i_rl.errors import UserError
 from t2i_rl.rollout.weights import merged_weight
 from t2i_rl.tasks.evaluate import load_trained
@@ -29,7 +29,7 @@ def run(cfg) -> dict:
         raise UserError(
             "task.adapter=true writes what LoRA has learnt: give ckpt_path=<checkpoint> and its method.lora"
         )
-    trains_tokens = not learns_from_prompts(cfg) and not cfg.method.get("lora")
+    trains_tokens = not (learns_from_prompts(cfg) or interleaves(cfg) or cfg.method.get("lora"))
     if (cfg.ckpt_path and trains_tokens) or cfg.model.get("soft_tokens"):
         raise UserError(
             "soft tokens are a file of their own, soft_tokens.safetensors in the run's folder: there is no pipeline to export"
