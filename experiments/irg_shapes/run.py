@@ -199,6 +199,8 @@ LADDER = (
     ("+ six modes: I2", "six", "trained_turn2"),
     ("+ six modes: I1 kept where R2 finds nothing wrong, else I2", "six", "trained_stopped"),
     ("+ six modes: I1 or I2, as a recogniser prefers", "six", "trained_chosen"),
+    ("six modes, texts at temperature 1, as GRPO has them: I1", "grpo", "base_turn1"),
+    ("the same: I2", "grpo", "base_turn2"),
     ("+ GRPO on I2: I1", "grpo", "trained_turn1"),
     ("+ GRPO on I2: I2", "grpo", "trained_turn2"),
     ("+ GRPO, random reward (control): I2", "grpo_random", "trained_turn2"),
@@ -214,7 +216,8 @@ PAIRS = (
     ("six modes: kept or I2 - base with a plan", ("good", "base_plan"), ("six", "trained_stopped")),
     ("six modes' I2 - base with a plan", ("good", "base_plan"), ("six", "trained_turn2")),
     ("six modes - trajectories, I2", ("trajectories", "trained_turn2"), ("six", "trained_turn2")),
-    ("GRPO's I2 - six modes' I2", ("six", "trained_turn2"), ("grpo", "trained_turn2")),
+    ("GRPO's I2 - the same before it", ("grpo", "base_turn2"), ("grpo", "trained_turn2")),
+    ("GRPO's I1 - the same before it", ("grpo", "base_turn1"), ("grpo", "trained_turn1")),
     ("GRPO's I2 - its random control's I2", ("grpo_random", "trained_turn2"), ("grpo", "trained_turn2")),
 )  # fmt: skip
 

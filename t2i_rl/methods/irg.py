@@ -191,9 +191,10 @@ class IRG(L.LightningModule):
                 "train/grad_norm": float(norm),
                 "train/lr": self.optimizers().param_groups[0]["lr"],
                 "train/passes": float(wanted),
-            }
+            },
+            batch_size=len(batch),
         )
-        self.log("loss", sum(means.values()), prog_bar=True, logger=False)
+        self.log("loss", sum(means.values()), prog_bar=True, logger=False, batch_size=len(batch))
 
     def dropped(self, number: int, segments: tuple[Segment, ...]) -> tuple[tuple[Segment, ...], bool]:
         """A trajectory without what this step drops of it, and whether its picture is learnt after the model's own unconditional.
