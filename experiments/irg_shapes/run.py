@@ -130,6 +130,8 @@ def records(arm: str, stage: str) -> list[list[dict]]:
 
 def cell(values: dict, scale: float = 100, digits: int = 1) -> str:
     """`+3.1 [+1.0, +5.2]`, bold where the interval excludes zero."""
+    if values["low"] is None:
+        return f"{scale * values['difference']:+.{digits}f} [no interval]"
     shown = [f"{scale * values[key]:+.{digits}f}" for key in ("difference", "low", "high")]
     text = f"{shown[0]} [{shown[1]}, {shown[2]}]"
     return f"**{text}**" if excludes_zero(values) else text
@@ -177,7 +179,13 @@ def diversity(arm: str, stage: str) -> str:
 def did(arm: str, before: str, after: str) -> dict[str, str]:
     """What the reflections between two turns did, and what they cost."""
     pairs = list(zip(records(arm, before), records(arm, after), strict=True))
-    found = {name: share([reflection_metrics(a, b, resamples=2)[name]["mean"] for a, b in pairs]) for name in DID}
+    seeds = [reflection_metrics(a, b, resamples=2) for a, b in pairs]
+    found = {
+        name: share([each[name]["mean"] for each in seeds])
+        if all(name in each for each in seeds)
+        else "no such picture"
+        for name in DID
+    }
     for name, digits in (("text_tokens", 1), ("seconds", 2)):
         found[name] = share([float(np.mean([row[name] for row in b])) for _, b in pairs], 1, digits)
     return found
@@ -297,7 +305,7 @@ def write_figure() -> None:
         for arm, style in (("trajectories", "--"), ("stage1", ":"), ("six", "-")):
             for number, name in enumerate(names):
                 found = [column(arm, seed, name) for seed in SEEDS]
-                width = 20 if axis is axes[1] else 1
+                width = min(20, len(found[0][0])) if axis is axes[1] else 1
                 mean = np.convolve(
                     np.mean([values for _, values in found], axis=0), np.ones(width) / width, mode="valid"
                 )
