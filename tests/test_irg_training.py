@@ -25,6 +25,7 @@ from t2i_rl.prompts import Prompt
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.text import plan
+from t2i_rl.tasks.make_irgl import distinct
 from tests.tiny import load_tiny_janus, save_tiny_janus
 
 FULL = ("initial_full_learning", "improving_full_learning")
@@ -333,13 +334,15 @@ def test_data_made_in_two_goes_is_data_made_in_one(world, tmp_path):
 
 def test_the_manifest_counts_what_is_there_and_what_was_left_out(world, tmp_path):
     prompts, model = world
-    manifest = Maker(World(), right_share=0.0).make(tmp_path, model, [*prompts, replace(prompts[0], id="again")])
+    again = replace(prompts[0], id="again", text=prompts[0].text.upper())
+    assert [each.id for each in distinct([*prompts, again])] == [each.id for each in prompts]
+    maker = Maker(World(), right_share=0.0)
+    assert len(set(maker.seeds([prompts[0], prompts[0], prompts[1]]))) == 3  # what comes again is drawn anew
+    manifest = maker.make(tmp_path, model, prompts)
     assert manifest["counts"]["initial_full_learning"] == 8
     wrong = manifest["counts"]["improving_full_learning"]
-    assert (
-        0 < wrong <= 4
-        and manifest["left_out"]["improving_full_learning: nothing wrong with the weak picture"] == 8 - wrong
-    )
+    assert 0 < wrong <= 4
+    assert manifest["left_out"]["improving_full_learning: nothing wrong with the weak picture"] == 8 - wrong
     read = Trajectories(str(tmp_path), batch_size=2)
     assert sum(count for _, count in read.shards()["improving_full_learning"]) == wrong
     short = Maker(World(), words=(1, 3)).make(tmp_path / "short", model, prompts)

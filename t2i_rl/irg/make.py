@@ -60,22 +60,31 @@ class Maker:
         Raises:
             UserError: the folder was made with other settings, or the teacher cannot teach a prompt.
         """
-        folder, prompts = Path(folder), list({prompt.text.casefold(): prompt for prompt in prompts}.values())
+        folder = Path(folder)
         self.teacher.check(prompts)
         settings = self.settings(model, prompts)
         _check_same(folder, settings)
         write_atomic(folder / "settings.json", json.dumps(settings, indent=1))
         model.prepare()
         seen: set[str] = set()
-        starts = range(0, len(prompts), self.shard_size)
+        starts, seeds = range(0, len(prompts), self.shard_size), self.seeds(prompts)
         for number, first in enumerate(track(starts, description="making IRGL", disable=len(starts) < 2)):
             place = folder / "shards" / f"{number:05d}.json"
             if not place.exists():
-                self._shard(folder, f"{number:05d}", model, prompts[first : first + self.shard_size], seen, place)
+                part = slice(first, first + self.shard_size)
+                self._shard(folder, f"{number:05d}", model, prompts[part], seeds[part], seen, place)
             seen |= set(read_json(place)["hashes"])
         manifest = self._manifest(folder, settings, len(starts))
         write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1))
         return manifest
+
+    def seeds(self, prompts: Sequence[Prompt]) -> list[int]:
+        """A seed a prompt, by its text and how often that came before: a prompt that comes again is drawn anew."""
+        times, found = Counter(), []
+        for prompt in prompts:
+            found.append(derive_seed(self.seed, "irgl", prompt.text, times[prompt.text]))
+            times[prompt.text] += 1
+        return found
 
     def settings(self, model, prompts: Sequence[Prompt]) -> dict:
         """What a row depends on."""
@@ -90,11 +99,14 @@ class Maker:
             "prompts_sha256": texts,
         }
 
-    def _shard(self, folder: Path, name: str, model, prompts: list[Prompt], seen: set[str], place: Path) -> None:
+    def _shard(
+        self, folder: Path, name: str, model, prompts: list[Prompt], seeds: list[int], seen: set[str], place: Path
+    ) -> None:
         rows: dict[str, list[Trajectory]] = {mode: [] for mode in MODES}
         left_out, hashes = Counter(), []
         for first in range(0, len(prompts), self.batch_size):
-            for material, seed in self._material(model, prompts[first : first + self.batch_size]):
+            part = slice(first, first + self.batch_size)
+            for material, seed in self._material(model, prompts[part], seeds[part]):
                 for mode in MODES:
                     why = self._refused(mode, material, seed)
                     segments = row_of(mode, material, self.teacher.questions) if why is None else ()
@@ -113,9 +125,8 @@ class Maker:
         counts = {mode: len(trajectories) for mode, trajectories in rows.items()}
         write_atomic(place, json.dumps({"counts": counts, "left_out": dict(left_out), "hashes": hashes}))
 
-    def _material(self, model, prompts: list[Prompt]) -> list[tuple[Material, int]]:
+    def _material(self, model, prompts: list[Prompt], seeds: list[int]) -> list[tuple[Material, int]]:
         texts = [prompt.text for prompt in prompts]
-        seeds = [derive_seed(self.seed, "irgl", text) for text in texts]
         mode = "plan" if model.family == "autoregressive" else "direct"
         weak = model.generate(texts, seeds, mode=mode, fresh=False)
         initial = self.teacher.initial(prompts, seeds)

@@ -8,8 +8,16 @@ from rich.table import Table
 
 from t2i_rl.data.irgl import world_prompts
 from t2i_rl.irg.make import Maker
-from t2i_rl.prompts import read_prompts
+from t2i_rl.prompts import Prompt, read_prompts
 from t2i_rl.tasks.generate import device_for
+
+
+def distinct(prompts: list[Prompt]) -> list[Prompt]:
+    """Each text once, whatever its case."""
+    found: dict[str, Prompt] = {}
+    for prompt in prompts:
+        found.setdefault(prompt.text.casefold(), prompt)
+    return list(found.values())
 
 
 def run(cfg) -> dict:
@@ -18,7 +26,7 @@ def run(cfg) -> dict:
     maker = Maker(
         instantiate(task.teacher), task.shard_size, cfg.evaluation.batch_size, task.right_share, task.words, task.ascii_share, cfg.seed
     )  # fmt: skip
-    prompts = read_prompts(cfg.prompts_file) if cfg.prompts_file else world_prompts(task.count, cfg.seed)
+    prompts = distinct(read_prompts(cfg.prompts_file)) if cfg.prompts_file else world_prompts(task.count, cfg.seed)
     maker.teacher.check(prompts)
     model = instantiate(cfg.model).to(device_for(cfg))
     manifest = maker.make(Path(task.out), model, prompts)
