@@ -135,6 +135,40 @@ def _fix(name: str) -> str:
     return "take another reward" if name == "reward" else f"remove it (~{name})"
 
 
+def check_judge(cfg: DictConfig, prompts: Sequence[Prompt], judged_by: str | None) -> None:
+    """Whether `method.judge`, which ends trajectories and chooses pictures, can: it reads these prompts, and is not what the benchmark `judged_by` judges with.
+
+    Raises:
+        UserError: one line that says what to change.
+    """
+    if not cfg.method.get("judge"):
+        return
+    kind = get_class(cfg.method.judge._target_)
+    if judged_by is not None and getattr(kind, "judge_of", None) == judged_by:
+        raise UserError(
+            f"method.judge ({kind.__name__}) is the judge of benchmark={judged_by} itself, which may not choose its own pictures: take +reward@method.judge=soft_oracle"
+        )
+    for key in getattr(kind, "needs_meta", ()):
+        lacking = next((prompt for prompt in prompts if key not in prompt.meta), None)
+        if lacking:
+            raise UserError(
+                f"method.judge ({kind.__name__}) judges by each prompt's {key!r}, which {lacking.text!r} lacks: take another judge, or a prompts_file with it"
+            )
+
+
+def check_teacher(cfg: DictConfig, teacher) -> None:
+    """Whether what teaches IRGL data reads pictures of the size that the model draws.
+
+    Raises:
+        UserError: it does not.
+    """
+    sizes, size = getattr(teacher, "image_sizes", None), get_class(cfg.model._target_).image_size(cfg.model)
+    if sizes and size not in sizes:
+        raise UserError(
+            f"the teacher ({type(teacher).__name__}) reads images of {' or '.join(map(str, sizes))} pixels, but this model draws {size}x{size}: take task=make_irgl task/teacher=chat or local, then data=irgl"
+        )
+
+
 def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: dict[str, object]) -> None:
     """Everything that needs the benchmark, the training prompts and the rewards, but not the model's weights.
 

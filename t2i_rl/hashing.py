@@ -22,3 +22,9 @@ def weights_sha256(model: torch.nn.Module, adapters: bool = True, dtype: torch.d
             tensor = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def modules_sha256(judge) -> dict[str, str]:
+    """Hashes of the networks behind a reward, and behind its parts."""
+    found = {name: weights_sha256(value) for name, value in vars(judge).items() if isinstance(value, torch.nn.Module)}
+    return found | {name: modules_sha256(part) for name, part in getattr(judge, "parts", {}).items()}

@@ -74,6 +74,11 @@ def metrics(folder: Path) -> list[dict]:
             ["task=generate", "method=irg", "model=janus_pro_7b", "prompt=x"],
             "hf download deepseek-community/Janus-Pro-7B",
         ),
+        (["method=irg", "+reward@method.judge=oracle"], "may not choose its own pictures"),
+        (
+            ["task=generate", "method=irg", "prompt=x", "+reward@method.judge=soft_oracle"],
+            "judges by each prompt's 'include'",
+        ),
         (["task=make_irgl", "task.out=x", f"prompts_file={ROOT}/LICENSE"], "has no 'include'"),
     ],
 )

@@ -106,6 +106,30 @@ def test_a_batch_loses_what_its_conversations_lose(inter):
         assert together[kind][0] == pytest.approx(sum(each[kind][0] for each in alone), rel=1e-5)
 
 
+@torch.no_grad()
+def test_drawing_and_writing_take_the_weights_that_were_prepared(tmp_path):
+    """Also those of the eyes: what trains on changes nothing until the next `prepare`."""
+    janus = load_tiny_janus(save_tiny_janus(tmp_path))
+    inter, contexts = InterleavedJanus(janus), [conversation("improving_full_learning")[:-1]]
+    inter.prepare()
+    before = inter.write(contexts, "reflect", [1], 24, 1.0), inter.sample([contexts], "redraw", (), [2], 1.0).tokens
+    for value in (value for name, value in inter.named_parameters() if "vqmodel" not in name):  # never trained
+        value.add_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)))
+    after = inter.write(contexts, "reflect", [1], 24, 1.0), inter.sample([contexts], "redraw", (), [2], 1.0).tokens
+    assert after[0] == before[0] and torch.equal(after[1], before[1])
+    inter.prepare()
+    assert inter.write(contexts, "reflect", [1], 24, 1.0) != before[0]
+
+
+def test_a_picture_is_shown_only_to_the_encoders_that_are_asked_for(inter):
+    target = conversation("initial_full_learning")  # learnt, and seen by nobody
+    context = conversation("improving_thinking_generation_learning")  # seen by both
+    looks = inter._look([target])
+    assert len(looks.codes) == len(looks.drawn) == 1 and not looks.seen
+    looks = inter._look([target, context])
+    assert len(looks.drawn) == 2 and len(looks.seen) == 1
+
+
 def branches(segments: list[Segment]) -> list[list[Segment]]:
     """Everything; without the reflection; without the picture."""
     return [

@@ -123,6 +123,37 @@ def test_two_processes_train_draw_and_judge_as_one(folder, tmp_path, trainer):
 
 
 @pytest.mark.slow
+def test_rl_in_two_shards_is_rl_in_one_process_and_its_checkpoint_draws(folder, tmp_path, monkeypatch):
+    from tests.test_cli import run as shell
+
+    small = [item for item in SMALL if item != "trainer=cpu"]
+    common = ["method=irg_grpo", "method.group_size=2", "data.batch_size=2", "data.prompts_per_task=1", "trainer.max_steps=2", "evaluation.stages=[]", "~callbacks.sample_grid",
+              "method.interleave.max_tokens=12", "method.tokens_per_pass=700", f"path={folder}", "method.optimizer.eps=1e-4", *small]  # fmt: skip
+    for name in ("cpu", "fsdp_sim"):
+        done = shell(*common, f"trainer={name}", f"hydra.run.dir={name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+    saved = [
+        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        for name in ("cpu", "fsdp_sim")
+    ]
+    for name, value in saved[0].items():
+        assert (value - saved[1][name]).abs().max() < 1e-5, name
+    checkpoint = tmp_path / "cpu" / "checkpoints" / "last.ckpt"
+    run(
+        monkeypatch,
+        tmp_path,
+        folder,
+        "task=generate",
+        "method=irg_grpo",
+        f"ckpt_path={checkpoint}",
+        "prompt=a red circle",
+        "num_images=1",
+        "hydra.run.dir=drawn",
+    )
+    assert (tmp_path / "drawn" / "trajectories" / "00000" / "strip.png").is_file()
+
+
+@pytest.mark.slow
 def test_the_papers_configs_run_small_from_the_published_format(folder, tmp_path, monkeypatch):
     """With only paths, sizes and counts changed: data of the toy layout, stage 1, then stage 2 from its mean."""
     small = [

@@ -217,6 +217,13 @@ def test_a_later_stage_starts_from_the_mean_of_the_one_before(janus_folder, data
     drawn = method(janus_folder)
     assert drawn.load(str(tmp_path / "one.ckpt")) == 2
     assert all(torch.equal(value, first.average[name]) for name, value in drawn.learning())
+    other = method(janus_folder)
+    other.start_sha256 = "another model's"
+    with pytest.raises(UserError, match="was trained from other weights than model.path holds"):
+        other.saved_average(tmp_path / "one.ckpt")
+    (tmp_path / "no.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(UserError, match="no.ckpt is no checkpoint of method=irg"):
+        second.saved_average(tmp_path / "no.ckpt")
     with pytest.raises(UserError, match="holds other weights"):
         method(janus_folder, start_from=str(tmp_path / "one.ckpt"), trainable=(r"lm_head\.",)).setup("fit")
 

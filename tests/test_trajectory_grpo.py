@@ -124,7 +124,7 @@ def test_the_gain_rewards_what_the_last_picture_adds(folder):
     module = method(folder, reward_on="gain")
     drawn = module.roll_out([(0, PROMPTS[0])])
     rewards, _ = module.judged(drawn, [PROMPTS[0]] * 3)
-    for row, reward, first, last in zip(drawn, rewards["reward"], rewards["first"], rewards["last"], strict=True):
+    for row, reward, first, last in zip(drawn, rewards["total"], rewards["first"], rewards["last"], strict=True):
         assert (
             reward == last - first
             and first == float(row.images[0].mean()) / 255

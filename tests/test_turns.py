@@ -3,6 +3,7 @@
 import lightning as L
 import numpy as np
 import pytest
+import torch
 
 from t2i_rl.benchmarks.shapes import Shapes
 from t2i_rl.errors import UserError
@@ -15,6 +16,7 @@ from t2i_rl.irg.interleave import Interleave
 from t2i_rl.irg.janus import InterleavedJanus
 from t2i_rl.irg.strips import strips
 from t2i_rl.irg.trajectory import BOTH, Segment, Trajectory
+from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.reflections import reflect
 from t2i_rl.shapes.render import render
@@ -67,14 +69,23 @@ def inter(tmp_path_factory):
     return InterleavedJanus(load_tiny_janus(save_tiny_janus(tmp_path_factory.mktemp("janus"))))
 
 
-def of_brightness(images, prompts):
-    return [float(image.mean()) for image in images]
+class Brightness:
+    """A reward that reads pictures alone."""
+
+    def __init__(self):
+        self.network = torch.nn.Linear(1, 1)
+
+    def __call__(self, rollout):
+        return RewardOutput(torch.tensor([float(image.mean()) for image in rollout.images], dtype=torch.float64))
 
 
-def evaluator(inter, folder, batch_size: int = 4, **options) -> TurnsEvaluator:
+JUDGE = Brightness()
+
+
+def evaluator(inter, folder, batch_size: int = 4, judge=JUDGE, **options) -> TurnsEvaluator:
     bench = Shapes(split="validation", prompts_per_task=1, samples_per_prompt=2)
     loop = Interleave(rounds=3, max_tokens=6, retries=0, stop="stop.", policy="window", choose=True, **options)
-    return TurnsEvaluator(inter, loop, of_brightness, bench, folder / "trained_turns", 0, batch_size)
+    return TurnsEvaluator(inter, loop, judge, bench, folder / "trained_turns", 0, batch_size)
 
 
 def trainer() -> L.Trainer:
@@ -102,14 +113,23 @@ def test_every_turn_is_a_stage_whatever_the_batch_and_answers_are_read_off(inter
     assert (tmp_path / "a" / "trained_turn1" / "records.jsonl").stat().st_mtime_ns != marked  # drawn otherwise
 
 
+def test_what_another_judge_chose_is_not_read_back(inter, tmp_path):
+    one, other = Brightness(), Brightness()
+    first, same, second = (evaluator(inter, tmp_path, judge=judge).fingerprint() for judge in (one, one, other))
+    assert first == same != second
+
+
 def test_stages_compare_turn_with_turn(inter, tmp_path):
-    make = lambda bench, folder, seed, size: evaluator(inter, folder.parent)  # noqa: E731
+    def make(bench, folder, seed, size):
+        return evaluator(inter, folder.parent)
+
     bench = Shapes(split="validation", prompts_per_task=1, samples_per_prompt=2)
     stages = Stages(trainer(), inter.janus, bench, tmp_path, 0, 12, make)
     stages.draw("trained_turns")
     summary = stages.summary()
     pairs = [(each["a"], each["b"]) for each in summary["comparisons"]]
-    assert ("trained_turn1", "trained_turn2") in pairs and ("trained_turn1", "trained_chosen") in pairs
+    assert ("trained_turn1", "trained_turn2") in pairs and ("trained_turn2", "trained_turn3") in pairs
+    assert ("trained_turn1", "trained_chosen") in pairs
     turn = summary["stages"]["trained_turn2"]["metrics"]
     assert {"overall", "diversity", "text_tokens", "seconds", "unfinished"} <= set(turn) and turn["unfinished"][
         "mean"

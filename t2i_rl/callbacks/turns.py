@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from t2i_rl.evaluation.results import write_atomic
-from t2i_rl.evaluation.turns import reflection_metrics
+from t2i_rl.evaluation.turns import reflected, reflection_metrics
 from t2i_rl.irg.strips import strips
 from t2i_rl.irg.toy_format import png
 from t2i_rl.irg.trajectory import Trajectory
@@ -20,7 +20,7 @@ class WatchTurns(L.Callback):
     """With the weights that would be evaluated: before the first step, every `every_n_steps`, and at the end.
 
     Logs `val/turn<k>` (strict accuracy of the k-th picture) and, of the last reflection, what `evaluation.turns.reflection_metrics` measures; saves
-    `samples/step_XXXXXX.png`, the strips of the first `strips` prompts of each rank's share, spread evenly.
+    `samples/step_<number>.png`, the strips of `strips` prompts, spread evenly over all.
 
     Args:
         benchmark: its prompts are drawn once each, with the same seeds every time; None draws `prompts` and judges nothing.
@@ -56,7 +56,7 @@ class WatchTurns(L.Callback):
         for first in range(0, len(mine), self.batch_size):
             part = mine[first : first + self.batch_size]
             seeds = [derive_seed("validate", prompt.id) for _, prompt in part]
-            rows = module.every_round().run(module.interleaved, [prompt.text for _, prompt in part], seeds)
+            rows = module.interleave.every_round().run(module.interleaved, [prompt.text for _, prompt in part], seeds)
             drawn += [(place, prompt, row) for (place, prompt), row in zip(part, rows, strict=True)]
         verdicts = self._judge(drawn)
         if world > 1:
@@ -69,19 +69,19 @@ class WatchTurns(L.Callback):
 
     def _judge(self, drawn: list[tuple[int, Prompt, Trajectory]]) -> list[list[dict]]:
         """For each trajectory, of each picture what `reflection_metrics` reads."""
-        if self.benchmark is None:
+        if self.benchmark is None or not drawn:
             return []
         prompts, by_turn = [prompt for _, prompt, _ in drawn], []
         for turn in range(len(drawn[0][2].images)):
             images = np.stack([row.images[turn] for _, _, row in drawn])
-            strict = [verdict.strict for verdict in self.benchmark.judge(images, prompts)]
-            faults = self.benchmark.faults(np.stack([row.images[turn - 1] for _, _, row in drawn]), prompts)
+            verdicts = self.benchmark.judge(images, prompts)
+            said = reflected(self.benchmark, prompts, [row for _, _, row in drawn], turn)
             by_turn.append(
                 [
-                    {"prompt_id": prompt.id, "sample_index": 0, "strict": right, "faults": wrong, "named": self.benchmark.named(row.texts[turn]), "unfinished": row.unfinished[turn]}
-                    for (_, prompt, row), right, wrong in zip(drawn, strict, faults, strict=True)
+                    {"prompt_id": prompt.id, "sample_index": 0, "strict": verdict.strict, **words}
+                    for prompt, verdict, words in zip(prompts, verdicts, said, strict=True)
                 ]
-            )  # fmt: skip
+            )
         return [list(row) for row in zip(*by_turn, strict=True)]
 
     def _log(self, trainer: L.Trainer, verdicts: list[list[dict]]) -> None:

@@ -1,6 +1,7 @@
 """The stages of a run (base and trained, direct and with a plan), and the results.json that compares them."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import lightning as L
@@ -22,7 +23,6 @@ COMPARED = (
     *(("base_direct", f"{side}_turn1") for side in ("base", "trained")),
     ("base_plan", "trained_turn1"),
     ("base_plan", "trained_turn2"),
-    *((f"{side}_turn{turn}", f"{side}_turn{turn + 1}") for side in ("base", "trained") for turn in range(1, 8)),
     *((f"{side}_turn1", f"{side}_{answer}") for side in ("base", "trained") for answer in ("stopped", "chosen")),
     ("base_plan", "trained_stopped"),
     *((f"base_{turn}", f"trained_{turn}") for turn in ("turn1", "turn2", "stopped")),
@@ -76,7 +76,9 @@ class Stages:
             }
             for stage, records in self.records.items()
         }
-        pairs = [pair for pair in COMPARED if set(pair) <= set(self.records)]
+        turns = [stage for stage in self.records if "_turn" in stage]
+        consecutive = [(a, b) for a, b in pairwise(turns) if a.split("_")[0] == b.split("_")[0]]
+        pairs = [*(pair for pair in COMPARED if set(pair) <= set(self.records)), *consecutive]
         comparisons = [
             {
                 "a": a,

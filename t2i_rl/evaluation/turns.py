@@ -1,17 +1,19 @@
 """Every turn of interleaved drawing as a stage of its own, and what a reflection did: named the defect, mended it, broke what was right."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from t2i_rl.callbacks.validation import Pictures
 from t2i_rl.evaluation.evaluator import Evaluator
 from t2i_rl.evaluation.stats import RESAMPLES, bootstrap, percentile_interval
+from t2i_rl.hashing import modules_sha256
 from t2i_rl.irg.interleave import Interleave, says_stop
 from t2i_rl.irg.trajectory import Trajectory
 from t2i_rl.prompts import Prompt
+from t2i_rl.rewards.output import checked
 from t2i_rl.seeding import derive_seed
 
 COSTS = ("text_tokens", "seconds")
@@ -24,10 +26,10 @@ class TurnsEvaluator(Evaluator):
     with, `<side>_chosen` the one that `judge` scores highest.
     """
 
-    def __init__(self, interleaved: torch.nn.Module, interleave: Interleave, judge: Callable | None, benchmark, folder: Path, seed: int, batch_size: int):  # fmt: skip
+    def __init__(self, interleaved: torch.nn.Module, interleave: Interleave, judge, benchmark, folder: Path, seed: int, batch_size: int):  # fmt: skip
         super().__init__(interleaved.janus, benchmark, "turns", folder, seed, batch_size)
         self.interleaved, self.judge, self.stop = interleaved, judge, interleave.stop
-        self.interleave = replace(interleave, stop=None, stop_above=None, choose=False)
+        self.interleave = interleave.every_round()
         self.side = self.folder.name.split("_")[0]
 
     def stages(self) -> dict[str, Path]:
@@ -41,10 +43,7 @@ class TurnsEvaluator(Evaluator):
     def test_step(self, batch: list[tuple[int, Prompt, int]], index: int) -> None:
         prompts = [prompt for _, prompt, _ in batch]
         seeds = [derive_seed(self.seed, "evaluate", prompt.id, sample) for _, prompt, sample in batch]
-        judge = (
-            None if self.judge is None else lambda numbers, images: self.judge(images, [prompts[i] for i in numbers])
-        )
-        drawn = self.interleave.run(self.interleaved, [prompt.text for prompt in prompts], seeds, judge)
+        drawn = self.interleave.run(self.interleaved, [prompt.text for prompt in prompts], seeds, judging(self.judge, prompts))  # fmt: skip
         by_turn = [self._turn(turn, batch, seeds, drawn) for turn in range(self.interleave.rounds)]
         for row, (place, _, _) in enumerate(batch):
             answers = {f"{self.side}_turn{turn + 1}": turn for turn in range(self.interleave.rounds)}
@@ -57,24 +56,42 @@ class TurnsEvaluator(Evaluator):
                 self.rows.setdefault(stage, []).append((place, {**record, "turn": turn + 1}, features))
 
     def _turn(self, turn: int, batch: list, seeds: list[int], drawn: list[Trajectory]) -> list[tuple[dict, np.ndarray]]:
-        """Record and features of one turn's pictures; `faults` are the benchmark's, of the picture that was reflected on."""
+        """Record and features of one turn's pictures."""
         prompts, images = [prompt for _, prompt, _ in batch], np.stack([each.images[turn] for each in drawn])
         records = self.records(batch, seeds, images, [each.texts[turn] for each in drawn], f"../{self.side}_turn{turn + 1}/")  # fmt: skip
-        before = np.stack([each.images[turn - 1] for each in drawn])
-        faults = self.benchmark.faults(before, prompts) if turn and hasattr(self.benchmark, "faults") else [None] * len(batch)  # fmt: skip
-        for row, (record, each) in enumerate(zip(records, drawn, strict=True)):
-            record |= {"plan_length": each.text_tokens[turn], "text_tokens": each.text_tokens[turn], "unfinished": each.unfinished[turn], "seconds": each.seconds[turn]}  # fmt: skip
+        for record, each, said in zip(records, drawn, reflected(self.benchmark, prompts, drawn, turn), strict=True):
+            record |= {"plan_length": each.text_tokens[turn], "text_tokens": each.text_tokens[turn], "seconds": each.seconds[turn], **said}  # fmt: skip
             if turn:
                 record["says_stop"] = says_stop(each.texts[turn], self.stop)
-            if faults[row] is not None:
-                record |= {"faults": faults[row], "named": self.benchmark.named(each.texts[turn])}
             if self.judge is not None:
                 record["judge_score"] = each.scores[turn]
         return list(zip(records, self.benchmark.features(images), strict=True))
 
     def fingerprint(self) -> dict:
-        settings = {name: value for name, value in vars(self.interleave).items()}
-        return {**super().fingerprint(), "interleave": settings, "stop": self.stop, "cues": self.interleaved.cues, "judge": type(self.judge).__name__}  # fmt: skip
+        judge = None if self.judge is None else [type(self.judge).__name__, modules_sha256(self.judge)]
+        return {**super().fingerprint(), "interleave": vars(self.interleave), "stop": self.stop, "cues": self.interleaved.cues, "judge": judge}  # fmt: skip
+
+
+def judging(reward, prompts: Sequence[Prompt]) -> Callable | None:
+    """A reward that reads pictures as the judge that `Interleave.run` asks, one finite number a picture; None for none."""
+    if reward is None:
+        return None
+
+    def judge(numbers: Sequence[int], images: np.ndarray) -> list[float]:
+        seen = Pictures(images, [prompts[number] for number in numbers])
+        return checked(reward(seen), len(seen), type(reward).__name__).total.tolist()
+
+    return judge
+
+
+def reflected(benchmark, prompts: list[Prompt], drawn: Sequence[Trajectory], turn: int) -> list[dict]:
+    """Of each text of a turn: whether it did not end; of a reflection, where the benchmark can tell, the `faults` of the picture that it is on, and those `named`."""
+    found = [{"unfinished": each.unfinished[turn]} for each in drawn]
+    if turn and hasattr(benchmark, "faults"):
+        before = np.stack([each.images[turn - 1] for each in drawn])
+        for row, each, faults in zip(found, drawn, benchmark.faults(before, prompts), strict=True):
+            row |= {"faults": faults, "named": benchmark.named(each.texts[turn])}
+    return found
 
 
 def stopped_at(texts: Sequence[str], stop: str) -> int:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -87,6 +87,10 @@ class Interleave:
                 raise UserError(f"{name} must be a number, or one for each later round, not an empty list")
             setattr(self, name, scales)
 
+    def every_round(self) -> "Interleave":
+        """The same without stop and choice: what a round would draw is then known of every prompt."""
+        return replace(self, stop=None, stop_above=None, choose=False)
+
     def run(
         self, model, prompts: Sequence[str], seeds: Sequence[int], judge: Callable | None = None
     ) -> list[Trajectory]:
@@ -124,7 +128,7 @@ class Interleave:
             row.answer = int(np.argmax(row.scores)) if self.choose else len(row.images) - 1
         return rows
 
-    def _seen(self, segments: list[Segment]) -> list[Segment]:
+    def _seen(self, segments: Sequence[Segment]) -> Sequence[Segment]:
         return windowed(segments) if self.policy == "window" else segments
 
     def _write(self, model, rows: list[Trajectory], role: str, number: int) -> None:

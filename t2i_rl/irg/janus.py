@@ -53,11 +53,11 @@ class Piece:
 
 @dataclass
 class Looks:
-    """One picture: its codes `(N,)`, and `(N, D)` as it is drawn (E_g) and as it is seen (E_u)."""
+    """Pictures by the `id` of their array: codes `(N,)`, and `(N, D)` as they are drawn (E_g) and as they are seen (E_u), each where something asks for it."""
 
-    codes: torch.Tensor
-    drawn: torch.Tensor
-    seen: torch.Tensor
+    codes: dict[int, torch.Tensor]
+    drawn: dict[int, torch.Tensor]
+    seen: dict[int, torch.Tensor]
 
 
 class InterleavedJanus(nn.Module):
@@ -83,7 +83,7 @@ class InterleavedJanus(nn.Module):
         """Read the weights as they are now for writing and drawing. Under FSDP this gathers them: every rank calls it."""
         self.janus.prepare()
         parts = {name: getattr(self.model.model, name) for name in ("vision_model", "aligner")}
-        self._eyes = {name: {key: gathered(value) for key, value in part.state_dict().items()} for name, part in parts.items()}  # fmt: skip
+        self._eyes = {name: {key: gathered(value).clone() for key, value in part.state_dict().items()} for name, part in parts.items()}  # fmt: skip
 
     def blocks(self) -> list[nn.Module]:
         """See `Janus.blocks`."""
@@ -116,10 +116,10 @@ class InterleavedJanus(nn.Module):
         """Whether a text's words are read as the very tokens that it was written in: only then are its log-probs those of what was sampled."""
         return self._tokens(segment.text) == segment.drawn_as
 
-    def draw(self, *given, **settings) -> tuple[np.ndarray, torch.Tensor]:
-        """Pictures uint8 `(B, H, W, 3)` and their codes `(B, N)`; see `sample`."""
+    def draw(self, *given, **settings) -> tuple[np.ndarray, list[torch.Tensor]]:
+        """Pictures uint8 `(B, H, W, 3)` and the codes `(N,)` of each, on the CPU; see `sample`."""
         codes = self.sample(*given, **settings).tokens
-        return self.janus.decode(codes), codes
+        return self.janus.decode(codes), [row.clone() for row in codes.cpu()]
 
     def sample(self, branches: Sequence[Sequence[Sequence[Segment] | None]], role: str, guidance: Sequence[float], seeds: list[int], temperature: float) -> DecodedImages:  # fmt: skip
         """Image tokens of `role` after each context of the first branch, guided by the other branches (see `rows.guided`).
@@ -156,7 +156,7 @@ class InterleavedJanus(nn.Module):
         Where `blank`, only the picture is learnt, after Janus's own unconditional in place of what came before.
         """
         blank = blank or [[False] * len(row) for row in rows]
-        looks = self._look([segment.image for row in rows for segments in row for segment in segments if segment.kind == "image"])  # fmt: skip
+        looks = self._look([segments for row in rows for segments in row])
         laid = [[self.lay_out(each, looks=looks, blank=empty) for each, empty in zip(row, empties, strict=True)] for row, empties in zip(rows, blank, strict=True)]  # fmt: skip
         owner, position = (table.to(self.janus.device) for table in places([[len(each.embeds) for each in row] for row in laid]))  # fmt: skip
         embeds = pad_sequence([torch.cat([each.embeds for each in row]) for row in laid], batch_first=True)
@@ -180,25 +180,18 @@ class InterleavedJanus(nn.Module):
         trunk = self.model.model.language_model
         return trunk(inputs_embeds=embeds, attention_mask=block_mask(owner), position_ids=position, use_cache=False).last_hidden_state  # fmt: skip
 
-    def lay_out(self, segments: Sequence[Segment], opening: str | None = None, looks: dict[int, Looks] | None = None, blank: bool = False) -> Laid:  # fmt: skip
+    def lay_out(self, segments: Sequence[Segment], opening: str | None = None, looks: Looks | None = None, blank: bool = False) -> Laid:  # fmt: skip
         """A conversation as embeddings and labels; with `opening`, up to where a segment of that role begins."""
-        if looks is None:
-            looks = self._look([segment.image for segment in segments if segment.kind == "image"])
+        looks = looks or self._look([segments])
         rows, text, image = [], [], []
         for piece in self._pieces(segments, opening):
-            labels = None
-            if piece.kind == "words":
-                embeds = self._words(piece.ids)
-                labels = ("text", torch.tensor([*piece.ids, self.special["eos"]], device=self.janus.device))
-            else:
-                found = looks[id(piece.image)] if piece.codes is None else self._drawn_as(piece.codes)
-                embeds, labels = getattr(found, piece.kind), ("image", found.codes)
+            embeds, kind, labels = self._embedded(piece, looks)
             rows.append(embeds)
-            for kind, column in (("text", text), ("image", image)):
+            for name, column in (("text", text), ("image", image)):
                 column.append(torch.full((len(embeds),), NO_LABEL, device=embeds.device))
-                if piece.learnt and labels[0] == kind:
-                    column[-2][-1] = labels[1][0]
-                    column[-1][: len(labels[1]) - 1] = labels[1][1:]
+                if piece.learnt and name == kind:
+                    column[-2][-1] = labels[0]
+                    column[-1][: len(labels) - 1] = labels[1:]
         laid = Laid(torch.cat(rows), torch.cat(text), torch.cat(image))
         return self._blanked(laid) if blank else laid
 
@@ -225,6 +218,17 @@ class InterleavedJanus(nn.Module):
             pieces.append(Piece("words", [self.special["boi"]]))
         return [piece for piece in pieces if piece.ids or piece.image is not None or piece.learnt]
 
+    def _embedded(self, piece: Piece, looks: Looks) -> tuple[torch.Tensor, str, torch.Tensor | None]:
+        """Embeddings `(L, D)` of a piece, and what is predicted where it is learnt: the kind of label, and the labels."""
+        if piece.kind == "words":
+            return self._words(piece.ids), "text", torch.tensor([*piece.ids, self.special["eos"]], device=self.janus.device)  # fmt: skip
+        if piece.kind == "seen":
+            return looks.seen[id(piece.image)], "image", None
+        if piece.codes is None:
+            return looks.drawn[id(piece.image)], "image", looks.codes[id(piece.image)]
+        codes = piece.codes.to(self.janus.device)
+        return self._code_embeds(codes), "image", codes
+
     def _size(self, piece: Piece) -> int:
         return len(piece.ids) if piece.kind == "words" else self.tokens
 
@@ -249,7 +253,7 @@ class InterleavedJanus(nn.Module):
             UserError: with `more` tokens to come they are longer than the model's positions.
         """
         with torch.no_grad(), self._prepared():
-            looks = self._look([segment.image for segments in contexts for segment in segments if segment.kind == "image"])  # fmt: skip
+            looks = self._look(contexts)
             laid = [self.lay_out(segments, opening=role, looks=looks).embeds for segments in contexts]
         longest, room = max(map(len, laid)) + more, self.model.config.text_config.max_position_embeddings
         if longest > room:
@@ -268,27 +272,34 @@ class InterleavedJanus(nn.Module):
         finally:
             self._by_engine = False
 
-    def _look(self, images: Sequence[np.ndarray]) -> dict[int, Looks]:
-        """Each picture once, all together."""
-        images = list({id(image): image for image in images}.values())
-        if not images:
-            return {}
-        model, pixels = self.model.model, torch.cat([self.pixels(image) for image in images])
-        with torch.no_grad():
-            codes = nearest_codes(model.vqmodel, pixels)
-        if self._by_engine:
-            drawn = self.janus.engine.weights.image_embed[codes]
-            eyes = functional_call(model.vision_model, self._eyes["vision_model"], (pixels,), {"return_dict": True})
-            seen = functional_call(model.aligner, self._eyes["aligner"], (eyes.last_hidden_state,))
-        else:
-            drawn = self.model.prepare_embeddings_for_image_generation(codes)
-            seen = model.get_image_features(pixels, return_dict=True).pooler_output
-        like = self._words([self.special["bos"]])
-        return {id(image): Looks(codes[i], drawn[i].to(like), seen[i].to(like)) for i, image in enumerate(images)}
+    def _look(self, conversations: Sequence[Sequence[Segment]]) -> Looks:
+        """Each picture once, all together, and only through the encoders that some conversation asks for."""
+        pieces = [piece for segments in conversations for piece in self._pieces(segments)]
+        coded, watched = ({id(piece.image): piece.image for piece in pieces if piece.kind == kind and piece.codes is None} for kind in ("drawn", "seen"))  # fmt: skip
+        looks = Looks({}, {}, {})
+        if coded:
+            with torch.no_grad():
+                codes = nearest_codes(self.model.model.vqmodel, torch.cat([self.pixels(image) for image in coded.values()]))  # fmt: skip
+            looks.codes = dict(zip(coded, codes, strict=True))
+            looks.drawn = dict(zip(coded, self._code_embeds(codes), strict=True))
+        if watched:
+            seen = self._see(torch.cat([self.pixels(image) for image in watched.values()]))
+            looks.seen = dict(zip(watched, seen.to(self._words([self.special["bos"]])), strict=True))
+        return looks
 
-    def _drawn_as(self, codes: torch.Tensor) -> Looks:
-        drawn = self.model.prepare_embeddings_for_image_generation(codes[None])[0]
-        return Looks(codes, drawn.to(self._words([self.special["bos"]])), drawn)
+    def _see(self, pixels: torch.Tensor) -> torch.Tensor:
+        """E_u `(B, N, D)`."""
+        model = self.model.model
+        if not self._by_engine:
+            return model.get_image_features(pixels, return_dict=True).pooler_output
+        eyes = functional_call(model.vision_model, self._eyes["vision_model"], (pixels,), {"return_dict": True})
+        return functional_call(model.aligner, self._eyes["aligner"], (eyes.last_hidden_state,))
+
+    def _code_embeds(self, codes: torch.Tensor) -> torch.Tensor:
+        """E_g `(..., N, D)`."""
+        if self._by_engine:
+            return self.janus.engine.weights.image_embed[codes]
+        return self.model.prepare_embeddings_for_image_generation(codes)
 
     def _ids(self, segment: Segment, segments: Sequence[Segment]) -> list[int]:
         """The tokens of a text in its wording."""

@@ -15,8 +15,8 @@ from t2i_rl.evaluation.results import read_json, write_atomic
 from t2i_rl.hashing import weights_sha256
 from t2i_rl.irg.interleave import says_stop
 from t2i_rl.irg.rows import Material, row_of
-from t2i_rl.irg.toy_format import conversation, write_shard
-from t2i_rl.irg.trajectory import MODES, Trajectory
+from t2i_rl.irg.toy_format import write_shard
+from t2i_rl.irg.trajectory import MODES, Segment, Trajectory
 from t2i_rl.prompts import Prompt
 from t2i_rl.seeding import derive_seed
 
@@ -107,10 +107,10 @@ class Maker:
         for first in range(0, len(prompts), self.batch_size):
             part = slice(first, first + self.batch_size)
             for material, seed in self._material(model, prompts[part], seeds[part]):
+                refused = {half: self._refused(half, material, seed) for half in ("initial", "improving")}
                 for mode in MODES:
-                    why = self._refused(mode, material, seed)
-                    segments = row_of(mode, material, self.teacher.questions) if why is None else ()
-                    digest = hashlib.sha256(f"{mode}{conversation(segments)}".encode()).hexdigest()[:16]
+                    segments = row_of(mode, material, self.teacher.questions)
+                    digest, why = digest_of(mode, segments), refused[mode.split("_")[0]]
                     if why is None and digest in seen:
                         why = "duplicate"
                     if why is not None:
@@ -137,9 +137,9 @@ class Maker:
             for prompt, first, thought, image, second, seed in zip(prompts, initial, thoughts, weak.images, better, seeds, strict=True)
         ]  # fmt: skip
 
-    def _refused(self, mode: str, material: Material, seed: int) -> str | None:
-        """Why a row is left out, if it is."""
-        improving = mode.startswith("improving")
+    def _refused(self, half: str, material: Material, seed: int) -> str | None:
+        """Why the rows of the `initial` or the `improving` modes are left out, if they are."""
+        improving = half == "improving"
         if improving and says_stop(material.reflection, self.teacher.stop):
             kept = np.random.default_rng(derive_seed(seed, "right")).random() < self.right_share
             return None if kept else "nothing wrong with the weak picture"
@@ -158,6 +158,14 @@ class Maker:
             counts.update(part["counts"])
             left_out.update(part["left_out"])
         return {"settings": settings, "shards": shards, "counts": dict(counts), "left_out": dict(left_out)}
+
+
+def digest_of(mode: str, segments: Sequence[Segment]) -> str:
+    """The same for rows that are the same."""
+    digest = hashlib.sha256(mode.encode())
+    for segment in segments:
+        digest.update(segment.text.encode() if segment.kind == "text" else segment.image.tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _check_same(folder: Path, settings: dict) -> None:

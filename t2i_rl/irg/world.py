@@ -26,7 +26,7 @@ class World:
     questions = {"think": "describe the picture.", "reflect": "draw the right picture."}  # words of janus_tiny
 
     def __init__(self, size: int = 32):
-        self.size = size
+        self.size, self.image_sizes = size, (size,)
 
     def check(self, prompts: list[Prompt]) -> None:
         """Refuse prompts that are not the world's.

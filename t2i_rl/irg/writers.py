@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import numpy as np
 import torch
 from PIL import Image
@@ -63,20 +64,24 @@ class ChatWriter:
     def _one(self, asked: Asked) -> str:
         question, images = asked
         shown = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"}} for image in images]  # fmt: skip
-        messages = [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
+        reply = self._reply([{"role": "user", "content": [*shown, {"type": "text", "text": question}]}])
+        if reply.finish_reason == "length":
+            raise UserError(f"an answer of {self.url} was cut at {self.max_tokens} tokens: raise max_tokens")
+        return (reply.message.content or "").strip()
+
+    def _reply(self, messages: list[dict]):
         for attempt in range(self.retries + 1):
+            if attempt:
+                time.sleep(min(2.0 ** (attempt - 1), 30))
             try:
-                reply = self.client.chat_completion(messages, model=self.model, max_tokens=self.max_tokens, temperature=self.temperature)  # fmt: skip
-            except Exception as error:  # httpx has its own errors, and huggingface_hub too
-                if attempt == self.retries:
-                    raise UserError(f"{self.url} did not answer in {self.retries + 1} tries ({loading.first_line(error)}); what is finished stays, the same command goes on from there") from error  # fmt: skip
-                time.sleep(min(2.0**attempt, 30))
-                continue
-            choice = reply.choices[0]
-            if choice.finish_reason == "length":
-                raise UserError(f"an answer of {self.url} was cut at {self.max_tokens} tokens: raise max_tokens")
-            return (choice.message.content or "").strip()
-        raise AssertionError("unreachable")
+                return self.client.chat_completion(messages, model=self.model, max_tokens=self.max_tokens, temperature=self.temperature).choices[0]  # fmt: skip
+            except (
+                httpx.HTTPError,
+                OSError,
+                ValueError,
+            ) as error:  # the hub's own errors are among them; ValueError: no JSON
+                failed = error
+        raise UserError(f"{self.url} did not answer in {self.retries + 1} tries ({loading.first_line(failed)}); what is finished stays, the same command goes on from there") from failed  # fmt: skip
 
 
 class LocalWriter:

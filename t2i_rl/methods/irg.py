@@ -3,7 +3,6 @@
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +12,6 @@ import torch
 import torch.distributed as dist
 from peft import LoraConfig
 
-from t2i_rl.callbacks.validation import Pictures
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.turns import TurnsEvaluator
 from t2i_rl.fsdp import mesh_of, shard, sharded_like
@@ -22,8 +20,6 @@ from t2i_rl.irg.interleave import Interleave
 from t2i_rl.irg.janus import InterleavedJanus
 from t2i_rl.irg.trajectory import Segment
 from t2i_rl.methods.trainable import refuse_rounded_updates, select_trainable
-from t2i_rl.prompts import Prompt
-from t2i_rl.rewards.output import checked
 from t2i_rl.seeding import derive_seed
 
 
@@ -78,7 +74,7 @@ class IRG(L.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
-        self.judge = None if judge is None else partial(scores_of, judge)
+        self.judge = judge
         self.automatic_optimization = False
         self.strict_loading = False
         self.interleaved, self.interleave = InterleavedJanus(model), interleave
@@ -99,10 +95,6 @@ class IRG(L.LightningModule):
     @property
     def model(self):
         return self.interleaved.janus
-
-    def every_round(self) -> Interleave:
-        """Its drawing without stop and choice: what a round would draw is then known of every prompt."""
-        return replace(self.interleave, stop=None, stop_above=None, choose=False)
 
     def turns(self, benchmark, folder: Path, seed: int, batch_size: int) -> TurnsEvaluator:
         """What evaluates every turn of this method's drawing."""
@@ -167,11 +159,11 @@ class IRG(L.LightningModule):
         counted = [self.interleaved.counts(each, empty) for each, empty in zip(conversations, blank, strict=True)]
         totals = self._over_ranks({kind: sum(each[kind] for each in counted) for kind in self.loss_weights})
         passes = self.interleaved.passes(conversations, self.tokens_per_pass)
-        wanted = self._most(len(passes))
+        wanted = self._most(
+            len(passes)
+        )  # ranks that have fewer compute their last once more, for nothing: collectives have to meet
         sums = dict.fromkeys(self.loss_weights, 0.0)
-        for number in range(
-            wanted
-        ):  # ranks that have fewer compute their last once more, for nothing: collectives have to meet
+        for number in range(wanted):
             rows = passes[min(number, len(passes) - 1)]
             found, nothing = self.interleaved([[conversations[i] for i in row] for row in rows], [[blank[i] for i in row] for row in rows])  # fmt: skip
             once = float(number < len(passes))
@@ -327,20 +319,17 @@ class IRG(L.LightningModule):
             )
         self._put(values)
 
-    @staticmethod
-    def saved_average(path: Path) -> dict[str, torch.Tensor]:
+    def saved_average(self, path: Path) -> dict[str, torch.Tensor]:
         """The averaged weights in a checkpoint, by name; the weights that trained, where it keeps no mean.
 
         Raises:
-            UserError: the file is no checkpoint of this method.
+            UserError: the file is no checkpoint of this method, or its run started from other weights than `model` has.
         """
         try:
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            return checkpoint["irg"]["average"] or checkpoint["state_dict"]
+            saved, weights = checkpoint["irg"], checkpoint["state_dict"]
         except (KeyError, RuntimeError, OSError, pickle.UnpicklingError) as error:
             raise UserError(f"method.start_from={path} is no checkpoint of method=irg") from error
-
-
-def scores_of(reward, images: np.ndarray, prompts: list[Prompt]) -> list[float]:
-    """A reward of pictures uint8 `(B, H, W, 3)`, one finite number each."""
-    return checked(reward(Pictures(images, prompts)), len(prompts), type(reward).__name__).total.tolist()
+        if saved["start_sha256"] != self.start_sha256:
+            raise UserError(f"method.start_from={path} was trained from other weights than model.path holds")
+        return saved["average"] or weights

@@ -130,7 +130,7 @@ class TrajectoryGRPO(IRG):
         prompts = [prompt for _, prompt in batch for _ in range(self.group_size)]
         drawn = self.roll_out(batch)
         rewards, watched = self.judged(drawn, prompts)
-        advantages = group_advantages(torch.tensor(rewards["reward"]), self.group_size).to(self.device)
+        advantages = group_advantages(torch.tensor(rewards["total"]), self.group_size).to(self.device)
         conversations = [each for row in drawn for each in actions(row, self.interleaved.reads_as_written)]
         owner = torch.tensor([number for number, row in enumerate(drawn) for _ in row.images])
         old = self.scores(conversations)
@@ -140,10 +140,10 @@ class TrajectoryGRPO(IRG):
                 reference = self.scores(conversations, frozen if frozen is not self.model else None)
         sampled = time.perf_counter()
         updates = [self.update(conversations, old, reference, advantages[owner]) for _ in range(self.updates_per_rollout)]  # fmt: skip
-        spread = torch.tensor(rewards["reward"]).view(-1, self.group_size).std(dim=1)
+        spread = torch.tensor(rewards["total"]).view(-1, self.group_size).std(dim=1)
         metrics = {
             **{f"reward/{name}": float(np.mean(values)) for name, values in rewards.items()},
-            **{name.replace("_", "/", 1): float(np.mean(values)) for name, values in watched.items()},
+            **{f"watch/{name}": float(np.mean(values)) for name, values in watched.items()},
             "reward/zero_std_ratio": float((spread == 0).double().mean()),
             "text/unfinished": float(np.mean([flag for row in drawn for flag in row.unfinished])),
             "text/not_scored": float(np.mean([not each.loss for row in conversations for each in row[-2:-1]])),
@@ -154,7 +154,7 @@ class TrajectoryGRPO(IRG):
             "time/update": time.perf_counter() - sampled,
         }  # fmt: skip
         self.log_dict(metrics, sync_dist=dist.is_initialized(), batch_size=len(drawn))
-        self.log("reward", metrics["reward/reward"], prog_bar=True, logger=False)
+        self.log("reward", metrics["reward/total"], prog_bar=True, logger=False)
 
     @torch.no_grad()
     def roll_out(self, batch: list[tuple[int, Prompt]]) -> list[Trajectory]:
@@ -162,7 +162,7 @@ class TrajectoryGRPO(IRG):
         self.interleaved.prepare()
         rows = [(number, prompt, sample) for number, prompt in batch for sample in range(self.group_size)]
         seeds = [derive_seed(self.seed, "train", self.rollouts_done, number, sample) for number, _, sample in rows]
-        drawn = self.every_round().run(self.interleaved, [prompt.text for _, prompt, _ in rows], seeds)
+        drawn = self.interleave.every_round().run(self.interleaved, [prompt.text for _, prompt, _ in rows], seeds)
         self.model.engine.rollout_done()
         return drawn
 
@@ -174,16 +174,18 @@ class TrajectoryGRPO(IRG):
             seen[name].group_size, seen[name].seeds = self.group_size, [derive_seed(row.seed, turn) for row in drawn]
         with torch.autocast(self.device.type, enabled=False):
             found = {name: checked(self.reward(each), len(drawn), type(self.reward).__name__).total.tolist() for name, each in seen.items()}  # fmt: skip
-            watched = {f"watch_{name}": checked(judge(seen["last"]), len(drawn), name).total.tolist() for name, judge in self.watch.items()}  # fmt: skip
+            watched = {name: checked(judge(seen["last"]), len(drawn), name).total.tolist() for name, judge in self.watch.items()}  # fmt: skip
         gain = [last - first for first, last in zip(found["first"], found["last"], strict=True)]
-        return {"reward": found["last"] if self.reward_on == "last" else gain, **found}, watched
+        return {"total": found["last"] if self.reward_on == "last" else gain, **found}, watched
 
     def scores(self, conversations: Sequence[Sequence[Segment]], model=None) -> list[dict[str, torch.Tensor]]:
         """Log-probs of every conversation's actions, by kind, without gradient, under `model` (a frozen twin) or the policy."""
         scorer = self.interleaved if model is None else InterleavedJanus(model)
         found: list[dict[str, torch.Tensor]] = [{} for _ in conversations]
         with torch.no_grad():
-            for rows in self.interleaved.passes(conversations, self.tokens_per_pass):
+            passes = self.interleaved.passes(conversations, self.tokens_per_pass)
+            for part in range(self._most(len(passes))):  # under FSDP the forward passes of ranks have to meet too
+                rows = passes[min(part, len(passes) - 1)]
                 scored, _ = scorer([[conversations[i] for i in row] for row in rows])
                 for kind, (logprobs, owner) in scored.items():
                     for place, number in enumerate(number for row in rows for number in row):
@@ -196,7 +198,7 @@ class TrajectoryGRPO(IRG):
         totals = self._over_ranks(counted)
         weight = sum(self.loss_weights[kind] * count for kind, count in totals.items())
         passes = self.interleaved.passes(conversations, self.tokens_per_pass)
-        wanted, sums = self._most(len(passes)), dict.fromkeys(("loss", "kl", "clipped"), 0.0)
+        wanted, sums = self._most(len(passes)), dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0)
         for number in range(wanted):
             rows = passes[min(number, len(passes) - 1)]
             once, order = float(number < len(passes)), [i for row in rows for i in row]
@@ -210,7 +212,7 @@ class TrajectoryGRPO(IRG):
                 objective = objective + once * share * (ratio_loss + self.kl_coef * kl).sum()
                 sums["loss"] += once * share * float(ratio_loss.detach().sum())
                 sums["kl"] += once * share * float(kl.detach().sum())
-                sums["clipped"] += once * share * float(((logprobs - before).detach().exp() - 1).abs().gt(self.clip_range).sum())  # fmt: skip
+                sums["clip_fraction"] += once * share * float(((logprobs - before).detach().exp() - 1).abs().gt(self.clip_range).sum())  # fmt: skip
             with self._meeting(number == wanted - 1):
                 self.manual_backward(objective * self._ranks())
         norm = self._step()

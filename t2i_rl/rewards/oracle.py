@@ -19,6 +19,7 @@ class Oracle:
     needs_images = True
     needs_meta = ("include",)
     image_sizes = CANVASES
+    judge_of = "shapes"  # the benchmark that judges by the same
     distribution = None
 
     def __init__(self, kind: str = "strict"):

@@ -6,7 +6,7 @@ import torch
 from hydra.utils import instantiate
 from rich.console import Console
 
-from t2i_rl.checks import check_parts, interleaves
+from t2i_rl.checks import check_judge, check_parts, interleaves
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
@@ -20,6 +20,8 @@ def run(cfg) -> dict:
     out = Path(cfg.paths.output_dir)
     benchmark = instantiate(cfg.benchmark)
     check_parts(cfg, benchmark, [], {})
+    if interleaves(cfg):
+        check_judge(cfg, benchmark.prompts(), benchmark.name)
     model = instantiate(cfg.model)
     trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
     method = build_method(cfg, model, reward=None, watch={}) if interleaves(cfg) else None

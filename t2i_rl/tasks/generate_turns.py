@@ -5,23 +5,24 @@ import json
 from html import escape
 from pathlib import Path
 
-from hydra.utils import instantiate
 from rich.console import Console
 from rich.progress import track
 
 from t2i_rl.evaluation.page import definitions, page, section
 from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.evaluation.turns import judging
 from t2i_rl.irg.files import save_trajectory
 from t2i_rl.irg.trajectory import Trajectory
 from t2i_rl.prompts import Prompt
 from t2i_rl.seeding import derive_seed
+from t2i_rl.tasks.train import build_method
 
 SHOWN = 64
 
 
 def run(cfg, model, prompts: list[Prompt]) -> dict:
     """Draw `cfg.num_images` trajectories a prompt into the run's folder: `trajectories/<number>/`, `images.jsonl`, `report.html`."""
-    method, out = instantiate(cfg.method, model=model), Path(cfg.paths.output_dir)
+    method, out = build_method(cfg, model, reward=None, watch={}), Path(cfg.paths.output_dir)
     if cfg.ckpt_path:
         method.load(cfg.ckpt_path)
     method.interleaved.to(model.device).prepare()
@@ -30,7 +31,7 @@ def run(cfg, model, prompts: list[Prompt]) -> dict:
     for first in track(range(0, len(work), size), description="drawing"):
         batch = work[first : first + size]
         seeds = [derive_seed(cfg.seed, "generate", prompt.text, sample) for prompt, sample in batch]
-        judge = None if method.judge is None else lambda numbers, images, batch=batch: method.judge(images, [batch[i][0] for i in numbers])  # fmt: skip
+        judge = judging(method.judge, [prompt for prompt, _ in batch])
         drawn = method.interleave.run(method.interleaved, [prompt.text for prompt, _ in batch], seeds, judge)
         for (prompt, sample), each in zip(batch, drawn, strict=True):
             name = f"trajectories/{len(rows):05d}"

@@ -6,6 +6,7 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 
+from t2i_rl.checks import check_teacher
 from t2i_rl.data.irgl import world_prompts
 from t2i_rl.irg.make import Maker
 from t2i_rl.prompts import Prompt, read_prompts
@@ -28,6 +29,7 @@ def run(cfg) -> dict:
     )  # fmt: skip
     prompts = distinct(read_prompts(cfg.prompts_file)) if cfg.prompts_file else world_prompts(task.count, cfg.seed)
     maker.teacher.check(prompts)
+    check_teacher(cfg, maker.teacher)
     model = instantiate(cfg.model).to(device_for(cfg))
     manifest = maker.make(Path(task.out), model, prompts)
     table = Table("mode", "rows", title=f"IRGL data in {task.out}", title_justify="left")

@@ -5,7 +5,6 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 import torch.distributed as dist
 from hydra.utils import get_class, instantiate
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -18,7 +17,7 @@ from t2i_rl.evaluation.noise_pictures import curves_of, hacking_figure, strip
 from t2i_rl.evaluation.noise_report import write_noise_report
 from t2i_rl.evaluation.noise_results import health_table, search_table, summarise
 from t2i_rl.evaluation.results import headline_comparison, read_json, write_atomic, write_results
-from t2i_rl.hashing import weights_sha256
+from t2i_rl.hashing import modules_sha256, weights_sha256
 from t2i_rl.loggers import build_loggers, log_results
 from t2i_rl.models.memory import predict
 
@@ -115,12 +114,6 @@ def prompts_fingerprint(benchmark, prompts, samples: int) -> dict:
     judge = {key: benchmark.fingerprint()[key] for key in ("name", "version", "size", "judge")} if benchmark else {"name": "none"}  # fmt: skip
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     return judge | {"n_prompts": len(rows), "samples_per_prompt": samples, "prompts_sha256": digest}
-
-
-def modules_sha256(judge) -> dict[str, str]:
-    """Hashes of the networks behind a reward, and behind its parts."""
-    found = {name: weights_sha256(value) for name, value in vars(judge).items() if isinstance(value, torch.nn.Module)}
-    return found | {name: modules_sha256(part) for name, part in getattr(judge, "parts", {}).items()}
 
 
 def report(cfg, out: Path, trainer, method, benchmark, weights: dict) -> dict:

@@ -5,7 +5,16 @@ from pathlib import Path
 from hydra.utils import instantiate
 from rich.console import Console
 
-from t2i_rl.checks import check_needs, check_parts, check_validation, learns_from_prompts, watched
+from t2i_rl.checks import (
+    check_judge,
+    check_needs,
+    check_parts,
+    check_teacher,
+    check_validation,
+    interleaves,
+    learns_from_prompts,
+    watched,
+)
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table, headline
@@ -23,6 +32,9 @@ def run(cfg) -> dict:
     check_parts(
         cfg, benchmark, data.prompts, {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
     )
+    if interleaves(cfg):
+        check_judge(cfg, benchmark.prompts(), benchmark.name)
+        check_teacher(cfg, getattr(getattr(data, "maker", None), "teacher", None))
     callbacks = instantiate(cfg.callbacks)
     check_validation(cfg, callbacks)
     trainer = instantiate(cfg.trainer, callbacks=list(callbacks.values()), logger=build_loggers(cfg))
