@@ -128,7 +128,7 @@ def test_rl_in_two_shards_is_rl_in_one_process_and_its_checkpoint_draws(folder, 
 
     small = [item for item in SMALL if item != "trainer=cpu"]
     common = ["method=irg_grpo", "method.group_size=2", "data.batch_size=2", "data.prompts_per_task=1", "trainer.max_steps=2", "evaluation.stages=[]", "~callbacks.sample_grid",
-              "method.interleave.max_tokens=12", "method.tokens_per_pass=700", f"path={folder}", "method.optimizer.eps=1e-4", *small]  # fmt: skip
+              "method.interleave.max_tokens=12", "method.tokens_per_pass=700", f"path={folder}", "+method.optimizer.eps=1e-4", *small]  # fmt: skip
     for name in ("cpu", "fsdp_sim"):
         done = shell(*common, f"trainer={name}", f"hydra.run.dir={name}", cwd=tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
