@@ -132,9 +132,7 @@ def test_data_by_a_teacher_has_its_texts_and_leaves_out_what_is_inconsistent(key
     assert manifest["left_out"]["initial_full_learning: picture and prompt disagree"] == 1
     assert manifest["counts"]["improving_full_learning"] == 2  # one of them says that nothing is wrong
     asked = [body["messages"][0]["content"][-1]["text"] for body in server.asked]
-    assert (
-        sum("yes or no" in text for text in asked) == 3
-    )  # once for each half of the modes, and not for what needs no change
+    assert sum("yes or no" in text for text in asked) == 3  # once a half of the modes; not where nothing is to mend
     assert "secret" not in (tmp_path / "irgl" / "settings.json").read_text()
     with pytest.raises(UserError, match="not yes or no"):
         Teacher(given, ChatWriter(Server(reply=lambda text: "perhaps").url, "m")).consistent(PROMPTS[0], RED)

@@ -75,11 +75,7 @@ class ChatWriter:
                 time.sleep(min(2.0 ** (attempt - 1), 30))
             try:
                 return self.client.chat_completion(messages, model=self.model, max_tokens=self.max_tokens, temperature=self.temperature).choices[0]  # fmt: skip
-            except (
-                httpx.HTTPError,
-                OSError,
-                ValueError,
-            ) as error:  # the hub's own errors are among them; ValueError: no JSON
+            except (httpx.HTTPError, OSError, ValueError) as error:  # ValueError: an answer that is no JSON
                 failed = error
         raise UserError(f"{self.url} did not answer in {self.retries + 1} tries ({loading.first_line(failed)}); what is finished stays, the same command goes on from there") from failed  # fmt: skip
 

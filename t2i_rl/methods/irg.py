@@ -159,9 +159,7 @@ class IRG(L.LightningModule):
         counted = [self.interleaved.counts(each, empty) for each, empty in zip(conversations, blank, strict=True)]
         totals = self._over_ranks({kind: sum(each[kind] for each in counted) for kind in self.loss_weights})
         passes = self.interleaved.passes(conversations, self.tokens_per_pass)
-        wanted = self._most(
-            len(passes)
-        )  # ranks that have fewer compute their last once more, for nothing: collectives have to meet
+        wanted = self._most(len(passes))  # with fewer, a rank computes its last once more for nothing: collectives meet
         sums = dict.fromkeys(self.loss_weights, 0.0)
         for number in range(wanted):
             rows = passes[min(number, len(passes) - 1)]
