@@ -75,6 +75,7 @@ def metrics(folder: Path) -> list[dict]:
             "hf download deepseek-community/Janus-Pro-7B",
         ),
         (["method=irg", "+reward@method.judge=oracle"], "may not choose its own pictures"),
+        (["method=irg", "data.maker.teacher.size=64"], "reads images of 64 pixels, but this model draws 32x32"),
         (
             ["task=generate", "method=irg", "prompt=x", "+reward@method.judge=soft_oracle"],
             "judges by each prompt's 'include'",
