@@ -32,7 +32,7 @@ import matplotlib.pyplot as plt
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OUTPUTS = ROOT / "outputs" / "irg_shapes"
 SEEDS = (0, 1, 2)
-STEPS, FIRST_STAGE = 1200, 700  # optimizer steps of every arm; of these, the two-stage arm's in stage 1
+STEPS, FIRST_STAGE = 1000, 600
 GRPO_STEPS = 20
 SCALES = (
     (1.0, 1.0, 1.0),
