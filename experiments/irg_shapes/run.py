@@ -1,5 +1,5 @@
 """IRG's ablation ladder (arXiv 2509.06945 section 4.3) at the scale of `shapes`: good pictures only, trajectories, six modes in two stages; rounds 1 to 4, a sweep
-of the two guidance scales, and GRPO on top with its random control.
+of the two guidance scales, GRPO on top with its random control, and second pictures by reflections that are told.
 
     python experiments/irg_shapes/run.py                 # everything that is not done yet, then table.md, figure.png and strips.png
     python experiments/irg_shapes/run.py --only-table
@@ -18,6 +18,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from PIL import Image
+from told import KINDS
 
 from t2i_rl.evaluation.diversity import diversity_by_prompt
 from t2i_rl.evaluation.grid import FRAME, RIGHT, WRONG, caption_grid, first_of_each_task
@@ -74,6 +75,7 @@ MEASURED = {"rounds": ROUNDS} | {
     guidance(scales): [*SWEEP, *(f"method.interleave.{name}_scale={scale}" for name, scale in zip(("reflection", "image", "prompt"), scales, strict=True))]
     for scales in SCALES
 }  # fmt: skip
+TOLD = {f"told_{kind}": kind for kind in KINDS}
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 METRICS = ("overall", *(f"task/{task}" for task in TASKS), "held_out", "lenient", "malformed")
 DID = ("mends", "breaks", "names_defect", "flags", "false_alarms", "unfinished")
@@ -91,6 +93,20 @@ def run_job(job: tuple[str, int]) -> None:
         print(f"{arm} seed {seed}: done before", flush=True)
         return
     out.mkdir(parents=True, exist_ok=True)
+    if arm in TOLD:
+        command = [sys.executable, str(HERE / "told.py"), str(folder("six", seed)), TOLD[arm], str(out)]
+    else:
+        command = train_or_evaluate(arm, seed)
+    with (out / "job.log").open("a") as log:
+        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if done.returncode:
+        raise SystemExit(f"{arm} seed {seed} failed with exit code {done.returncode}: see {out / 'job.log'}")
+    print(f"{arm} seed {seed}: done", flush=True)
+
+
+def train_or_evaluate(arm: str, seed: int) -> list[str]:
+    """The command of a job of run.py; what was begun is gone on with."""
+    out = folder(arm, seed)
     places = {name: f"'{folder(name, seed) / 'checkpoints' / 'last.ckpt'}'" for name in ARMS}
     settings = [
         item.format(**places) if "={s" in item else item for item in (ARMS.get(arm) or MEASURED[arm])
@@ -98,11 +114,7 @@ def run_job(job: tuple[str, int]) -> None:
     command = [sys.executable, "run.py", *settings, f"seed={seed}", f"hydra.run.dir={out}"]
     if arm in ARMS and (out / "checkpoints" / "last.ckpt").exists():
         command.append("ckpt_path=last")
-    with (out / "job.log").open("a") as log:
-        done = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    if done.returncode:
-        raise SystemExit(f"{arm} seed {seed} failed with exit code {done.returncode}: see {out / 'job.log'}")
-    print(f"{arm} seed {seed}: done", flush=True)
+    return command
 
 
 def run_all(workers: int) -> None:
@@ -117,7 +129,7 @@ def run_all(workers: int) -> None:
         run_job(job)
 
     with ThreadPoolExecutor(workers) as pool:
-        for arm in (*ARMS, *MEASURED):
+        for arm in (*ARMS, *TOLD, *MEASURED):
             for seed in SEEDS:
                 done[arm, seed] = pool.submit(after_what_it_needs, (arm, seed))
     for job in done.values():
@@ -207,6 +219,9 @@ LADDER = (
     ("+ six modes: I2", "six", "trained_turn2"),
     ("+ six modes: I1 kept where R2 finds nothing wrong, else I2", "six", "trained_stopped"),
     ("+ six modes: I1 or I2, as a recogniser prefers", "six", "trained_chosen"),
+    ("six modes, reflections told by the world: I2", "told_world", "trained_turn2"),
+    ("six modes, reflections told of another prompt's picture (control): I2", "told_another", "trained_turn2"),
+    ("six modes, told that nothing is wrong (control): I2", "told_stop", "trained_turn2"),
     ("six modes, texts at temperature 1, as GRPO has them: I1", "grpo", "base_turn1"),
     ("the same: I2", "grpo", "base_turn2"),
     ("+ GRPO on I2: I1", "grpo", "trained_turn1"),
@@ -220,6 +235,9 @@ PAIRS = (
     ("trajectories' I2 - I1", ("trajectories", "trained_turn1"), ("trajectories", "trained_turn2")),
     ("six modes' I2 - I1", ("six", "trained_turn1"), ("six", "trained_turn2")),
     ("six modes: kept or I2 - I1", ("six", "trained_turn1"), ("six", "trained_stopped")),
+    ("six modes, told by the world: I2 - I1", ("told_world", "trained_turn1"), ("told_world", "trained_turn2")),
+    ("six modes, told of another prompt's picture: I2 - I1", ("told_another", "trained_turn1"), ("told_another", "trained_turn2")),
+    ("six modes, told that nothing is wrong: I2 - I1", ("told_stop", "trained_turn1"), ("told_stop", "trained_turn2")),
     ("six modes: chosen of the two - I1", ("six", "trained_turn1"), ("six", "trained_chosen")),
     ("six modes: kept or I2 - base with a plan", ("good", "base_plan"), ("six", "trained_stopped")),
     ("six modes' I2 - base with a plan", ("good", "base_plan"), ("six", "trained_turn2")),
@@ -241,6 +259,9 @@ def write_table() -> None:
         "trajectories": did("trajectories", "trained_turn1", "trained_turn2"),
         "six modes": did("six", "trained_turn1", "trained_turn2"),
         "+ GRPO": did("grpo", "trained_turn1", "trained_turn2"),
+        "six modes, told by the world": did("told_world", "trained_turn1", "trained_turn2"),
+        "six modes, told of another prompt's picture (control)": did("told_another", "trained_turn1", "trained_turn2"),
+        "six modes, told that nothing is wrong (control)": did("told_stop", "trained_turn1", "trained_turn2"),
         "six modes, third round": did("rounds", "trained_turn2", "trained_turn3"),
         "six modes, fourth round": did("rounds", "trained_turn3", "trained_turn4"),
     }
@@ -298,7 +319,7 @@ def write_figure() -> None:
             100 * read_results(folder(arm, seed) / "results.json")["stages"][stage]["metrics"]["overall"]["mean"]
             for seed in SEEDS
         ]
-        axes[0].plot(values, [place] * len(values), "o", color=f"C{list(ARMS).index(arm)}", alpha=0.7)
+        axes[0].plot(values, [place] * len(values), "o", color=f"C{[*ARMS, *TOLD].index(arm)}", alpha=0.7)
         axes[0].text(1, place + 0.2, name, fontsize=7)
     axes[0].set(title="strict accuracy, a dot a seed", xlabel="percent", yticks=[], xlim=(0, 100))
     for axis, names, title in ((axes[1], ("text/loss", "image/loss"), "cross-entropy, nats a token (means of 20 steps)"), (axes[2], ("val/turn1", "val/turn2", "val/names_defect", "val/false_alarms"), "validation prompts while training")):  # fmt: skip
