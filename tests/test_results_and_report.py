@@ -142,8 +142,18 @@ def test_report_escapes_every_text_and_takes_no_network(tmp_path):
     assert text.count('<div class="set">') >= 18
 
 
+@pytest.mark.parametrize(
+    ("side", "words"), [("base", "Nothing was trained"), ("trained", "No stage of the base was drawn")]
+)
+def test_headline_of_one_side_alone_says_which_lacks(run, side, words):
+    results = read_results(run / "results.json") | {"comparisons": []}
+    results["stages"] = {name: found for name, found in results["stages"].items() if name.startswith(side)}
+    assert results["stages"] and words in headline(results)
+
+
 def test_report_without_training(run):
     results = read_results(run / "results.json") | {"comparisons": []}
+    results["stages"] = {name: found for name, found in results["stages"].items() if name.startswith("base")}
     write_results(run / "results.json", results)
     text = write_report(run).read_text()
     assert "Nothing was trained" in text and "No training curves" in text and "Largest gains" not in text

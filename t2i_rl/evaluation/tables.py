@@ -130,7 +130,9 @@ def headline(results: dict) -> str:
             f"{stage} {with_interval('overall', results['stages'][stage]['metrics'].get('overall'), 'mean')} %"
             for stage in stages_of(results)
         ]
-        return f"Overall on {benchmark}: {', '.join(parts)}. Nothing was trained, so there is no before and after."
+        trained = any(stage.startswith("trained") for stage in results["stages"])
+        lacking = "No stage of the base was drawn" if trained else "Nothing was trained"
+        return f"Overall on {benchmark}: {', '.join(parts)}. {lacking}, so there is no before and after."
     cell = comparison["metrics"][name]
     means = [results["stages"][comparison[side]]["metrics"][name]["mean"] for side in "ab"]
     percent, points = ("", "") if name in PLAIN_FORMATS else (" %", " points")
