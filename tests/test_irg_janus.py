@@ -259,7 +259,7 @@ def test_a_trajectory_depends_on_its_own_seed_and_every_round_sees_the_last(inte
 def test_the_window_has_the_shape_of_training(inter):
     segments = conversation("improving_full_learning")
     more = [*segments, Segment("reflect", text="more")]
-    assert [each.text or each.role for each in windowed(more)] == [segments[0].text, segments[3].text, "redraw", "more"]
+    assert [each.text or each.role for each in windowed(more)] == [segments[0].text, segments[3].text, "draw", "more"]
     assert windowed(segments[:2]) == segments[:2]
     assert [each.role for each in without_reflection(more)] == ["prompt", "think", "draw", "reflect", "redraw"]
     assert without_images(more) == [each for each in more if each.kind == "text"]

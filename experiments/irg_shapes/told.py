@@ -1,44 +1,54 @@
-"""What a reflection is worth: the second pictures of a trained run where its reflections are replaced, everything else as it was (same first pictures, same seeds).
+"""What a text is worth: the pictures of a trained run where its reflections, or its plans, are replaced, everything else as it was (same seeds).
 
     python experiments/irg_shapes/told.py <trained run> world <folder>     # run.py does this for every seed
 
 `world`: the world's own reflection on the very picture, what perfect eyes would say. `another`: the world's on another prompt's picture, a control. `stop`: always
-that nothing is wrong, which shows what drawing again changes by itself.
+that nothing is wrong, which shows what drawing again changes by itself. `plan`: its own reflections, and the world's plan in front of the first picture: a true
+reflection ends with such a plan, and this is what one is worth by itself.
 """
 
 import argparse
 from pathlib import Path
 
+import numpy as np
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.irg.trajectory import Written
 from t2i_rl.irg.world import World
+from t2i_rl.seeding import derive_seed
 from t2i_rl.shapes.reflections import NO_CHANGE
+from t2i_rl.shapes.scene import sample_scene
+from t2i_rl.shapes.suites import wishes
+from t2i_rl.shapes.text import plan
 from t2i_rl.tasks.train import build_method
 
-KINDS = ("world", "another", "stop")
+KINDS = {"world": "reflect", "another": "reflect", "stop": "reflect", "plan": "think"}  # and the role of the text
 
 
 class Told:
-    """A model that writes its own plans, and as reflections what it is told."""
+    """A model that is told one kind of its texts, and writes the other."""
 
     def __init__(self, interleaved, kind: str, prompts: list):
         self.inner, self.own, self.kind = interleaved, interleaved.write, kind
         self.prompts, self.world = {prompt.text: prompt for prompt in prompts}, World()
 
     def write(self, contexts, role, seeds, max_tokens, temperature) -> list[Written]:
-        if role != "reflect":
+        if role != KINDS[self.kind]:
             return self.own(contexts, role, seeds, max_tokens, temperature)
         prompts = [self.prompts[next(each.text for each in context if each.role == "prompt")] for context in contexts]
-        texts = [self.reflection(prompt, context[-1].image, seed) for prompt, context, seed in zip(prompts, contexts, seeds, strict=True)]  # fmt: skip
+        texts = [self.told(prompt, context[-1].image, seed) for prompt, context, seed in zip(prompts, contexts, seeds, strict=True)]  # fmt: skip
         if self.kind == "another":
             texts = texts[len(texts) // 2 :] + texts[: len(texts) // 2]
         return [Written(text, True, len(self.inner.janus.tokenizer(text)["input_ids"])) for text in texts]
 
-    def reflection(self, prompt, image, seed: int) -> str:
-        return NO_CHANGE if self.kind == "stop" else self.world.improve([prompt], image[None], [seed])[0][0]
+    def told(self, prompt, image, seed: int) -> str:
+        if self.kind == "stop":
+            return NO_CHANGE
+        if self.kind == "plan":
+            return plan(sample_scene(wishes(prompt), np.random.default_rng(derive_seed(seed, "told")), self.world.size))
+        return self.world.improve([prompt], image[None], [seed])[0][0]
 
 
 def main() -> None:

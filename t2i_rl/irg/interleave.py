@@ -31,7 +31,8 @@ def windowed(segments: Sequence[Segment]) -> list[Segment]:
     if not pictures:
         return list(segments)
     head = [segment for segment in segments if segment.role in ("system", "prompt")]
-    return [*head, segments[pictures[-1] - 1], *segments[pictures[-1] :]]
+    text, picture = segments[pictures[-1] - 1], segments[pictures[-1]]
+    return [*head, replace(text, role="think"), replace(picture, role="draw"), *segments[pictures[-1] + 1 :]]
 
 
 def says_stop(text: str, stop: str | None) -> bool:

@@ -140,11 +140,11 @@ class Maker:
     def _refused(self, half: str, material: Material, seed: int) -> str | None:
         """Why the rows of the `initial` or the `improving` modes are left out, if they are."""
         improving = half == "improving"
-        if improving and says_stop(material.reflection, self.teacher.stop):
-            kept = np.random.default_rng(derive_seed(seed, "right")).random() < self.right_share
-            return None if kept else "nothing wrong with the weak picture"
         picture, text = (material.better, material.reflection) if improving else (material.good, material.thought)
-        if not self.words[0] <= len(text.split()) <= self.words[1]:
+        if improving and says_stop(text, self.teacher.stop):
+            if np.random.default_rng(derive_seed(seed, "right")).random() >= self.right_share:
+                return "nothing wrong with the weak picture"
+        elif not self.words[0] <= len(text.split()) <= self.words[1]:
             return "length of the text"
         letters = [letter for letter in text if letter.isalpha()]
         if letters and sum(letter.isascii() for letter in letters) < self.ascii_share * len(letters):

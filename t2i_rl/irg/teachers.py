@@ -8,6 +8,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from t2i_rl.errors import UserError
+from t2i_rl.irg.interleave import says_stop
 from t2i_rl.prompts import Prompt, text_of
 
 THINK = (
@@ -62,10 +63,11 @@ class Teacher:
         return list(zip(self.writer.answer(asked), good, strict=True))
 
     def improve(self, prompts: list[Prompt], weak: np.ndarray, seeds: list[int]) -> list[tuple[str, np.ndarray]]:
-        """A reflection on each weak picture, and the good one."""
+        """A reflection on each weak picture, and the good one; the weak one itself where it needs no change."""
         good = self.pictures.pictures(prompts, seeds)
         asked = [(REFLECT.format(prompt=prompt.text, words=self.words, stop=self.stop), [bad, image]) for prompt, bad, image in zip(prompts, weak, good, strict=True)]  # fmt: skip
-        return list(zip(self.writer.answer(asked), good, strict=True))
+        texts = self.writer.answer(asked)
+        return [(text, bad if says_stop(text, self.stop) else image) for text, bad, image in zip(texts, weak, good, strict=True)]  # fmt: skip
 
     def consistent(self, prompt: Prompt, picture: np.ndarray) -> bool:
         """Whether the writer finds in a picture what its prompt asks for.

@@ -8,11 +8,16 @@ from t2i_rl.seeding import derive_seed
 from t2i_rl.shapes.examples import scene_pairs
 from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect
-from t2i_rl.shapes.reflections import NO_CHANGE, reflect
+from t2i_rl.shapes.reflections import NO_CHANGE, as_object, reflect
 from t2i_rl.shapes.render import render
-from t2i_rl.shapes.scene import sample_scene
+from t2i_rl.shapes.scene import Scene, sample_scene
 from t2i_rl.shapes.suites import pair_split, wishes
 from t2i_rl.shapes.text import plan
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether a pair of its objects is kept for the test prompts."""
+    return any(pair_split(pair) != "train" for pair in scene_pairs(scene))
 
 
 class World:
@@ -37,15 +42,16 @@ class World:
         foreign = next((prompt for prompt in prompts if "include" not in prompt.meta), None)
         if foreign:
             raise UserError(
-                f"task.teacher=world knows the prompts of `shapes`, and {foreign.text!r} has no 'include': take task/teacher=chat or vlm"
+                f"task.teacher=world knows the prompts of `shapes`, and {foreign.text!r} has no 'include': take task/teacher=chat or local"
             )
 
     def settings(self) -> dict:
         return {"name": "world", "size": self.size}
 
     def consistent(self, prompt: Prompt, picture: np.ndarray) -> bool:
-        """Whether the oracle finds just what the prompt asks for."""
-        return judge(prompt.meta, detect(picture[None])[0]).strict
+        """Whether the oracle finds just what the prompt asks for, and none of the held-out pairs of objects."""
+        found = detect(picture[None])[0]
+        return judge(prompt.meta, found).strict and not held_out(Scene(tuple(as_object(item, self.size) for item in found), self.size))  # fmt: skip
 
     def initial(self, prompts: list[Prompt], seeds: list[int]) -> list[tuple[str, np.ndarray]]:
         """A plan and a picture for each prompt; none of the held-out pairs of objects is in them."""
@@ -53,7 +59,7 @@ class World:
         for prompt, seed in zip(prompts, seeds, strict=True):
             rng = np.random.default_rng(derive_seed(seed, "initial"))
             scene = sample_scene(wishes(prompt), rng, self.size)
-            while any(pair_split(pair) != "train" for pair in scene_pairs(scene)):
+            while held_out(scene):
                 scene = sample_scene(wishes(prompt), rng, self.size)
             found.append((plan(scene), render(scene)))
         return found

@@ -3,6 +3,7 @@
 import pickle
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -189,8 +190,7 @@ class IRG(L.LightningModule):
     def dropped(self, number: int, segments: tuple[Segment, ...]) -> tuple[tuple[Segment, ...], bool]:
         """A trajectory without what this step drops of it, and whether its picture is learnt after the model's own unconditional.
 
-        Only what a learnt picture is drawn from is dropped: texts that are learnt stay where no picture is, so `drop_reflection` takes the reflection's own loss
-        with it, as in the negative that it trains.
+        What is dropped takes with it what would be learnt without it: the reflection its own loss, and the first picture that of the reflection on it.
         """
         rng = np.random.default_rng(derive_seed(self.seed, "drop", self.batches_done, number))
         prompt, reflection, image = rng.random(3) < (self.drop_prompt, self.drop_reflection, self.drop_image)
@@ -199,7 +199,8 @@ class IRG(L.LightningModule):
         if blank or "redraw" not in learnt:
             return segments, blank
         gone = {role for role, drop in (("reflect", reflection), ("draw", image)) if drop}
-        return tuple(segment for segment in segments if segment.role not in gone), False
+        left = (segment for segment in segments if segment.role not in gone)
+        return tuple(replace(segment, loss=False) if image and segment.role == "reflect" else segment for segment in left), False  # fmt: skip
 
     def _step(self) -> torch.Tensor:
         learning = [parameter for _, parameter in self.learning()]
