@@ -12,6 +12,7 @@ from PIL import Image
 from t2i_rl.errors import UserError
 from t2i_rl.irg.make import Maker
 from t2i_rl.irg.teachers import DrawnPictures, GivenPictures, Teacher
+from t2i_rl.irg.toy_format import read_toy
 from t2i_rl.irg.writers import ChatWriter, LocalWriter
 from t2i_rl.prompts import Prompt
 from tests.tiny import load_tiny_janus, save_tiny_janus
@@ -122,20 +123,38 @@ def test_a_model_may_draw_the_good_pictures(janus):
 def test_data_by_a_teacher_has_its_texts_and_leaves_out_what_is_inconsistent(key, given, janus, tmp_path):
     def reply(text):
         if "yes or no" in text:
-            return "No." if "blue" in text else "Yes."
-        return "No change needed." if "better" in text and "blue" in text else "a plan of words"
+            return "**No.**" if "blue" in text else "Yes."
+        return "a plan of words"
 
     server = Server(reply=reply)
     teacher = Teacher(given, ChatWriter(server.url, "m", workers=1))
     manifest = Maker(teacher).make(tmp_path / "irgl", janus, PROMPTS)
-    assert manifest["counts"]["initial_full_learning"] == 1
+    assert manifest["counts"]["initial_full_learning"] == manifest["counts"]["improving_full_learning"] == 1
     assert manifest["left_out"]["initial_full_learning: picture and prompt disagree"] == 1
-    assert manifest["counts"]["improving_full_learning"] == 2  # one of them says that nothing is wrong
     asked = [body["messages"][0]["content"][-1]["text"] for body in server.asked]
-    assert sum("yes or no" in text for text in asked) == 3  # once a half of the modes; not where nothing is to mend
+    assert sum("yes or no" in text for text in asked) == 4  # once a half of the modes
     assert "secret" not in (tmp_path / "irgl" / "settings.json").read_text()
-    with pytest.raises(UserError, match="not yes or no"):
-        Teacher(given, ChatWriter(Server(reply=lambda text: "perhaps").url, "m")).consistent(PROMPTS[0], RED)
+    longer = Teacher(given, ChatWriter(server.url, "m", max_tokens=2048))  # what a cut answer asks for
+    assert Maker(longer).make(tmp_path / "irgl", janus, PROMPTS) == manifest
+
+
+def test_a_picture_that_needs_no_change_is_its_own_better_one(key, given, janus, tmp_path):
+    def reply(text):
+        return "Yes." if "yes or no" in text else "No change needed." if "better" in text else "a plan of words"
+
+    teacher = Teacher(given, ChatWriter(Server(reply=reply).url, "m", workers=1))
+    Maker(teacher, words=(4, 9)).make(tmp_path, janus, PROMPTS)
+    rows = [row for mode, row in read_toy(tmp_path) if mode == "improving_full_learning"]
+    assert len(rows) == 2
+    for row in rows:
+        weak, better = row.images
+        assert row.segments[-2].text == "No change needed." and np.array_equal(weak, better)
+
+
+def test_a_writer_that_says_neither_yes_nor_no_costs_its_rows(key, given):
+    answers = iter(("Perhaps.", "Notably, yes"))
+    teacher = Teacher(given, ChatWriter(Server(reply=lambda text: next(answers)).url, "m", workers=1))
+    assert teacher.inconsistent(PROMPTS, [RED, BLUE]) == ["asked whether it shows its prompt, the writer said neither yes nor no"] * 2  # fmt: skip
 
 
 def save_tiny_vlm(folder) -> str:

@@ -48,7 +48,7 @@ class Told:
             return NO_CHANGE
         if self.kind == "plan":
             return plan(sample_scene(wishes(prompt), np.random.default_rng(derive_seed(seed, "told")), self.world.size))
-        return self.world.improve([prompt], image[None], [seed])[0][0]
+        return self.world.improve([prompt], image[None], [image], [seed])[0][0]
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ class Maker:
     """Writes a folder in the published format, a shard of prompts at a time; a shard that is finished is never made again.
 
     Args:
-        teacher: `initial(prompts, seeds)` and `improve(prompts, weak, seeds)`, each a text and a picture a prompt; see `irg.world.World` and `irg.teachers.Teacher`.
+        teacher: `initial(prompts, seeds)` and `improve(prompts, weak, good, seeds)`, each a text and a picture a prompt, and `inconsistent(prompts, pictures)`; see
+            `irg.world.World` and `irg.teachers.Teacher`.
         shard_size: prompts a shard: what a kill can lose.
         batch_size: pictures drawn together.
         right_share: of the weak pictures that the teacher finds nothing wrong with, the share that is kept, to teach when to stop.
@@ -53,6 +54,12 @@ class Maker:
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
         self.words = tuple(self.words)
+        if (
+            len(self.words) != 2
+            or not all(type(each) is int for each in self.words)
+            or not 0 <= self.words[0] <= self.words[1]
+        ):
+            raise UserError(f"words must be the shortest and the longest text, like [1, 600], not {list(self.words)}")
 
     def make(self, folder: Path, model, prompts: Sequence[Prompt]) -> dict:
         """Make what is not there yet; returns the manifest: settings, counts a mode, and what was left out, and why.
@@ -106,11 +113,12 @@ class Maker:
         left_out, hashes = Counter(), []
         for first in range(0, len(prompts), self.batch_size):
             part = slice(first, first + self.batch_size)
-            for material, seed in self._material(model, prompts[part], seeds[part]):
-                refused = {half: self._refused(half, material, seed) for half in ("initial", "improving")}
+            made = self._material(model, prompts[part], seeds[part])
+            refused = {half: self._refused(half, made, seeds[part]) for half in ("initial", "improving")}
+            for number, material in enumerate(made):
                 for mode in MODES:
                     segments = row_of(mode, material, self.teacher.questions)
-                    digest, why = digest_of(mode, segments), refused[mode.split("_")[0]]
+                    digest, why = digest_of(mode, segments), refused[mode.split("_")[0]][number]
                     if why is None and digest in seen:
                         why = "duplicate"
                     if why is not None:
@@ -125,23 +133,30 @@ class Maker:
         counts = {mode: len(trajectories) for mode, trajectories in rows.items()}
         write_atomic(place, json.dumps({"counts": counts, "left_out": dict(left_out), "hashes": hashes}))
 
-    def _material(self, model, prompts: list[Prompt], seeds: list[int]) -> list[tuple[Material, int]]:
+    def _material(self, model, prompts: list[Prompt], seeds: list[int]) -> list[Material]:
         texts = [prompt.text for prompt in prompts]
         mode = "plan" if model.family == "autoregressive" else "direct"
         weak = model.generate(texts, seeds, mode=mode, fresh=False)
-        initial = self.teacher.initial(prompts, seeds)
-        thoughts = weak.plans if mode == "plan" else [thought for thought, _ in initial]
-        better = self.teacher.improve(prompts, weak.images, seeds)
-        return [
-            (Material(prompt, *first, thought, image, *second), seed)
-            for prompt, first, thought, image, second, seed in zip(prompts, initial, thoughts, weak.images, better, seeds, strict=True)
-        ]  # fmt: skip
+        thoughts, good = zip(*self.teacher.initial(prompts, seeds), strict=True)
+        base_thoughts = weak.plans if mode == "plan" else thoughts
+        reflections, better = zip(*self.teacher.improve(prompts, weak.images, good, seeds), strict=True)
+        return [Material(*each) for each in zip(prompts, thoughts, good, base_thoughts, weak.images, reflections, better, strict=True)]  # fmt: skip
 
-    def _refused(self, half: str, material: Material, seed: int) -> str | None:
-        """Why the rows of the `initial` or the `improving` modes are left out, if they are."""
+    def _refused(self, half: str, made: list[Material], seeds: list[int]) -> list[str | None]:
+        """Why the rows of the `initial` or the `improving` modes are left out of each prompt's material, if they are."""
         improving = half == "improving"
-        picture, text = (material.better, material.reflection) if improving else (material.good, material.thought)
-        if improving and says_stop(text, self.teacher.stop):
+        texts = [each.reflection if improving else each.thought for each in made]
+        pictures = [each.better if improving else each.good for each in made]
+        why = [self._unfit(text, seed if improving else None) for text, seed in zip(texts, seeds, strict=True)]
+        left = [number for number, reason in enumerate(why) if reason is None]
+        found = self.teacher.inconsistent([made[i].prompt for i in left], [pictures[i] for i in left])
+        for number, reason in zip(left, found, strict=True):
+            why[number] = reason
+        return why
+
+    def _unfit(self, text: str, seed: int | None) -> str | None:
+        """Why a thought, or with a `seed` a reflection, is not to be learnt."""
+        if seed is not None and says_stop(text, self.teacher.stop):
             if np.random.default_rng(derive_seed(seed, "right")).random() >= self.right_share:
                 return "nothing wrong with the weak picture"
         elif not self.words[0] <= len(text.split()) <= self.words[1]:
@@ -149,7 +164,7 @@ class Maker:
         letters = [letter for letter in text if letter.isalpha()]
         if letters and sum(letter.isascii() for letter in letters) < self.ascii_share * len(letters):
             return "language of the text"
-        return None if self.teacher.consistent(material.prompt, picture) else "picture and prompt disagree"
+        return None
 
     def _manifest(self, folder: Path, settings: dict, shards: int) -> dict:
         parts = [read_json(folder / "shards" / f"{number:05d}.json") for number in range(shards)]

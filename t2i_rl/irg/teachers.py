@@ -1,6 +1,8 @@
 """The teacher outside `shapes`: good pictures that are given or drawn by another model, and a writer that looks at them."""
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -62,27 +64,20 @@ class Teacher:
         asked = [(THINK.format(prompt=prompt.text, words=self.words), [image]) for prompt, image in zip(prompts, good, strict=True)]  # fmt: skip
         return list(zip(self.writer.answer(asked), good, strict=True))
 
-    def improve(self, prompts: list[Prompt], weak: np.ndarray, seeds: list[int]) -> list[tuple[str, np.ndarray]]:
+    def improve(self, prompts: list[Prompt], weak: np.ndarray, good: Sequence[np.ndarray], seeds: list[int]) -> list[tuple[str, np.ndarray]]:  # fmt: skip
         """A reflection on each weak picture, and the good one; the weak one itself where it needs no change."""
-        good = self.pictures.pictures(prompts, seeds)
         asked = [(REFLECT.format(prompt=prompt.text, words=self.words, stop=self.stop), [bad, image]) for prompt, bad, image in zip(prompts, weak, good, strict=True)]  # fmt: skip
         texts = self.writer.answer(asked)
         return [(text, bad if says_stop(text, self.stop) else image) for text, bad, image in zip(texts, weak, good, strict=True)]  # fmt: skip
 
-    def consistent(self, prompt: Prompt, picture: np.ndarray) -> bool:
-        """Whether the writer finds in a picture what its prompt asks for.
-
-        Raises:
-            UserError: it answers neither yes nor no.
-        """
-        if not self.consistency:
-            return True
-        answer = self.writer.answer([(CONSISTENT.format(prompt=prompt.text), [picture])])[0].strip().lower()
-        if not answer.startswith(("yes", "no")):
-            raise UserError(
-                f"asked whether a picture shows {prompt.text!r}, the writer said {answer[:60]!r} and not yes or no: take another writer, or consistency=false"
-            )
-        return answer.startswith("yes")
+    def inconsistent(self, prompts: list[Prompt], pictures: list[np.ndarray]) -> list[str | None]:
+        """What speaks against each picture: the writer does not find in it what its prompt asks for, or does not say."""
+        if not self.consistency or not prompts:
+            return [None] * len(prompts)
+        asked = [(CONSISTENT.format(prompt=prompt.text), [image]) for prompt, image in zip(prompts, pictures, strict=True)]  # fmt: skip
+        why = {"yes": None, "no": "picture and prompt disagree"}
+        answers = [re.match(r"\W*(yes|no)\b", answer.lower()) for answer in self.writer.answer(asked)]
+        return [why[each[1]] if each else "asked whether it shows its prompt, the writer said neither yes nor no" for each in answers]  # fmt: skip
 
 
 class GivenPictures:

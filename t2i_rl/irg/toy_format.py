@@ -4,7 +4,6 @@ What the released parser drops in silence is an error here: a broken picture, a 
 """
 
 import base64
-import binascii
 import io
 import json
 from collections.abc import Iterator, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.results import write_atomic
@@ -126,7 +125,7 @@ def _part(part: dict, where: str) -> Segment:
         )
     try:
         picture = Image.open(io.BytesIO(base64.b64decode(part["content"], validate=True))).convert("RGB")
-    except (binascii.Error, UnidentifiedImageError, OSError) as error:
+    except (ValueError, SyntaxError, OSError, Image.DecompressionBombError) as error:  # what Pillow and base64 raise
         raise UserError(f"{where}: content is no picture in base64 ({error})") from error
     seen = frozenset(name for name, flag in ((GENERATION, vae), (UNDERSTANDING, vit)) if flag)
     return Segment("", image=np.asarray(picture), loss=loss, seen_by=seen)

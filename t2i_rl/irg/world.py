@@ -1,5 +1,7 @@
 """The teacher on `shapes`: what the world itself says of a prompt, and of a picture that was drawn for it."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from t2i_rl.errors import UserError
@@ -48,10 +50,14 @@ class World:
     def settings(self) -> dict:
         return {"name": "world", "size": self.size}
 
-    def consistent(self, prompt: Prompt, picture: np.ndarray) -> bool:
-        """Whether the oracle finds just what the prompt asks for, and none of the held-out pairs of objects."""
-        found = detect(picture[None])[0]
-        return judge(prompt.meta, found).strict and not held_out(Scene(tuple(as_object(item, self.size) for item in found), self.size))  # fmt: skip
+    def inconsistent(self, prompts: list[Prompt], pictures: list[np.ndarray]) -> list[str | None]:
+        """What speaks against each picture: the oracle finds something other than what the prompt asks for, or a held-out pair of objects."""
+        why = []
+        for prompt, found in zip(prompts, detect(np.stack(pictures)) if pictures else (), strict=True):
+            wrong = not judge(prompt.meta, found).strict
+            unseen = held_out(Scene(tuple(as_object(item, self.size) for item in found), self.size))
+            why.append("picture and prompt disagree" if wrong else "a held-out pair of objects" if unseen else None)
+        return why
 
     def initial(self, prompts: list[Prompt], seeds: list[int]) -> list[tuple[str, np.ndarray]]:
         """A plan and a picture for each prompt; none of the held-out pairs of objects is in them."""
@@ -64,7 +70,9 @@ class World:
             found.append((plan(scene), render(scene)))
         return found
 
-    def improve(self, prompts: list[Prompt], weak: np.ndarray, seeds: list[int]) -> list[tuple[str, np.ndarray]]:
+    def improve(
+        self, prompts: list[Prompt], weak: np.ndarray, good: Sequence[np.ndarray], seeds: list[int]
+    ) -> list[tuple[str, np.ndarray]]:
         """A reflection on each weak picture uint8 `(B, H, W, 3)` and the picture that mends it."""
         found = []
         for prompt, seen, seed in zip(prompts, detect(weak), seeds, strict=True):

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 
 import httpx
 import numpy as np
@@ -54,7 +55,7 @@ class ChatWriter:
         self.client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
 
     def settings(self) -> dict:
-        return {"name": "chat", "url": self.url, "model": self.model, "max_tokens": self.max_tokens, "temperature": self.temperature}  # fmt: skip
+        return {"name": "chat", "url": self.url, "model": self.model, "temperature": self.temperature}  # fmt: skip
 
     def answer(self, asked: Sequence[Asked]) -> list[str]:
         """One text a question with its pictures uint8 `(H, W, 3)`, in order."""
@@ -108,10 +109,15 @@ class LocalWriter:
         if not getattr(self.processor, "chat_template", None):
             raise UserError(f"{path} has no chat template: take a model that is tuned to follow instructions")
         self.processor.tokenizer.padding_side = "left"
-        self.model = loading.load_model(AutoModelForImageTextToText, path, kind=kind, dtype=dtype, revision=revision, device=device)  # fmt: skip
+        self._load = partial(loading.load_model, AutoModelForImageTextToText, path, kind=kind, dtype=dtype, revision=revision, device=device)  # fmt: skip
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        """Loaded for the first question: everything else is checked before."""
+        return self._load()
 
     def settings(self) -> dict:
-        return {"name": "local", "path": self.path, "max_tokens": self.max_tokens}
+        return {"name": "local", "path": self.path}
 
     @torch.no_grad()
     def answer(self, asked: Sequence[Asked]) -> list[str]:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from t2i_rl.checks import check_teacher
 from t2i_rl.data.irgl import world_prompts
+from t2i_rl.errors import UserError
 from t2i_rl.irg.make import Maker
 from t2i_rl.prompts import Prompt, read_prompts
 from t2i_rl.tasks.generate import device_for
@@ -24,6 +25,8 @@ def distinct(prompts: list[Prompt]) -> list[Prompt]:
 def run(cfg) -> dict:
     """Write the six modes into `cfg.task.out`; returns the manifest."""
     task = cfg.task
+    if type(task.count) is not int or task.count < 1:
+        raise UserError(f"task.count must be a whole number of 1 or more, not {task.count!r}")
     maker = Maker(
         instantiate(task.teacher), task.shard_size, cfg.evaluation.batch_size, task.right_share, task.words, task.ascii_share, cfg.seed
     )  # fmt: skip
