@@ -135,14 +135,16 @@ def _fix(name: str) -> str:
     return "take another reward" if name == "reward" else f"remove it (~{name})"
 
 
-def check_judge(cfg: DictConfig, prompts: Sequence[Prompt], judged_by: str | None) -> None:
-    """Whether `method.judge`, which ends trajectories and chooses pictures, can: it reads these prompts, and is not what the benchmark `judged_by` judges with.
+def made_judge(cfg: DictConfig, prompts: Sequence[Prompt], judged_by: str | None):
+    """`method.judge`, which ends trajectories and chooses pictures, once it is known that it can; None for none.
+
+    It reads these prompts, and pictures of the size that the model draws, and is not what the benchmark `judged_by` judges with.
 
     Raises:
         UserError: one line that says what to change.
     """
     if not cfg.method.get("judge"):
-        return
+        return None
     kind = get_class(cfg.method.judge._target_)
     if judged_by is not None and getattr(kind, "judge_of", None) == judged_by:
         raise UserError(
@@ -154,6 +156,23 @@ def check_judge(cfg: DictConfig, prompts: Sequence[Prompt], judged_by: str | Non
             raise UserError(
                 f"method.judge ({kind.__name__}) judges by each prompt's {key!r}, which {lacking.text!r} lacks: take another judge, or a prompts_file with it"
             )
+    judge, size = instantiate(cfg.method.judge), get_class(cfg.model._target_).image_size(cfg.model)
+    sizes = getattr(judge, "image_sizes", None)
+    if sizes and size not in sizes:
+        raise UserError(
+            f"method.judge ({kind.__name__}) reads images of {' or '.join(map(str, sizes))} pixels, but this model draws {size}x{size}: take another judge"
+        )
+    return judge
+
+
+def check_share(data, world_size: int) -> None:
+    """Whether a batch of given pictures splits over the ranks.
+
+    Raises:
+        UserError: it does not.
+    """
+    if getattr(data, "gives", "prompts") != "prompts" and data.batch_size % world_size:
+        raise UserError(f"data.batch_size={data.batch_size} does not split over {world_size} ranks: take a multiple")
 
 
 def check_teacher(cfg: DictConfig, teacher) -> None:
@@ -289,7 +308,8 @@ def _check_method(cfg: DictConfig) -> None:
     _check_noise(cfg, method)
     if options.get("max_grad_norm") is not None and options["max_grad_norm"] <= 0:
         raise UserError(f"method.max_grad_norm must be above 0, or null, not {options['max_grad_norm']}")
-    method.check(instantiate({key: value for key, value in options.items() if key != "_target_"}))
+    made = instantiate({key: value for key, value in options.items() if key not in ("_target_", "judge")})
+    method.check({**made, "judge": options["judge"]} if "judge" in options else made)
     half = cfg.model.get("dtype") in ("bfloat16", "float16")
     trains = wanted == "prompts" or (wanted == "trajectories" and cfg.task._target_.split(".")[-2] == "train")
     if half and trains and "lora" in options and options["lora"] is None:

@@ -44,7 +44,10 @@ def log_results(loggers: list[Logger], results: dict) -> None:
 
 
 def csv_logger(folder: str, ckpt_path: str | None) -> CSVLogger:
-    """metrics.csv in `folder`. Upon a resume the rows up to the checkpoint stay; later ones, from before the kill, are logged anew."""
+    """metrics.csv in `folder`. Upon a resume the rows up to the checkpoint stay; later ones, from before the kill, are logged anew.
+
+    A step's own row has the number of batches before it; what is validated after a step has the number of steps up to it, and is there before that checkpoint.
+    """
     kept = _rows_before(Path(folder) / "metrics.csv", ckpt_path) if ckpt_path else []
     logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
     if kept and rank_zero_only.rank == 0:
@@ -56,10 +59,18 @@ def csv_logger(folder: str, ckpt_path: str | None) -> CSVLogger:
 def _rows_before(path: Path, ckpt_path: str) -> list[dict]:
     if not path.is_file():
         return []
-    loop = torch.load(ckpt_path, map_location="cpu", weights_only=True)["loops"]["fit_loop"]
-    batches = loop["epoch_loop.batch_progress"]["total"]["processed"]
+    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True, mmap=True)
+    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["processed"]
     with path.open(newline="") as rows:
-        return [row for row in csv.DictReader(rows) if int(row["step"]) < batches]
+        return [
+            row
+            for row in csv.DictReader(rows)
+            if int(row["step"]) < (checkpoint["global_step"] + 1 if _validated(row) else batches)
+        ]
+
+
+def _validated(row: dict) -> bool:
+    return any(value and name.startswith("val") for name, value in row.items())
 
 
 def wandb_logger(folder: str, ckpt_path: str | None, **settings) -> WandbLogger:

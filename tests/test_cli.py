@@ -75,6 +75,11 @@ def metrics(folder: Path) -> list[dict]:
             "hf download deepseek-community/Janus-Pro-7B",
         ),
         (["method=irg", "+reward@method.judge=oracle"], "may not choose its own pictures"),
+        (["method=irg", "method.start_from=LICENSE"], "start_from=LICENSE"),
+        (["method=irg", "data.batch_size=3", "trainer=ddp_sim"], "does not split over 2 ranks"),
+        (["method=irg_grpo", "method.interleave.retries=1"], "retries must be 0"),
+        (["task=make_irgl", "task.out=x", "task.words=[5,1]"], "words must be"),
+        (["task=make_irgl", "task.out=x", "task.count=0"], "task.count"),
         (["method=irg", "data.maker.teacher.size=64"], "reads images of 64 pixels, but this model draws 32x32"),
         (
             ["task=generate", "method=irg", "prompt=x", "+reward@method.judge=soft_oracle"],

@@ -82,6 +82,8 @@ BROKEN = {
     "a picture without flags vanishes": ([{"role": "assistant", "content": [picture()]}], "turn 0, part 0: a picture that is neither learnt nor seen"),
     "a picture that is not base64 vanishes": ([{"role": "assistant", "content": [picture(**SEEN) | {"content": "?!"}]}], "turn 0, part 0: content is no picture"),
     "a picture that is no picture vanishes": ([{"role": "assistant", "content": [picture(**SEEN) | {"content": "aGVsbG8="}]}], "content is no picture"),
+    "base64 that is none": ([{"role": "assistant", "content": [picture(**SEEN) | {"content": "ä"}]}], "content is no picture"),
+    "a picture that is cut": ([{"role": "assistant", "content": [picture(**SEEN) | {"content": picture()["content"][:80]}]}], "content is no picture"),
     "a misspelt flag": ([{"role": "assistant", "content": [picture(need_vea=True)]}], "the field 'need_vea' is not known"),
     "a flag that is a word": ([{"role": "assistant", "content": [picture(need_vae="yes")]}], "need_vae must be true or false"),
     "another part": ([{"role": "assistant", "content": [{"type": "video", "content": "a"}]}], "type is 'video'"),

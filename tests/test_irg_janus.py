@@ -340,9 +340,12 @@ def test_a_reflection_may_end_the_trajectory():
     done, changed = Interleave(stop="stop").run(model, ["one", "two"], [0, 1])
     assert [each.role for each in done.segments] == ["prompt", "think", "draw", "reflect"]
     assert [each.role for each in changed.segments] == ["prompt", "think", "draw", "reflect", "redraw"]
+    assert len(done.seconds) == 1 and done.seconds[0] > changed.seconds[0]  # with the reflection that ended it
 
 
-@pytest.mark.parametrize("options", [{"policy": "none"}, {"rounds": 0}, {"retries": -1}, {"image_scale": []}])
+@pytest.mark.parametrize(
+    "options", [{"policy": "none"}, {"rounds": 0}, {"retries": -1}, {"image_scale": []}, {"text_temperature": -0.1}]
+)
 def test_options_of_the_loop_are_checked(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Interleave(**options)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import lightning as L
 import numpy as np
@@ -19,7 +20,7 @@ from t2i_rl.irg.rows import Material, row_of
 from t2i_rl.irg.toy_format import write_shard
 from t2i_rl.irg.trajectory import MODES, STAGES, Trajectory
 from t2i_rl.irg.world import World
-from t2i_rl.methods.irg import IRG
+from t2i_rl.methods.irg import IRG, saved_average, saved_by_irg
 from t2i_rl.pretrain.vq import nearest_codes
 from t2i_rl.prompts import Prompt
 from t2i_rl.shapes.examples import sample_example
@@ -217,13 +218,16 @@ def test_a_later_stage_starts_from_the_mean_of_the_one_before(janus_folder, data
     drawn = method(janus_folder)
     assert drawn.load(str(tmp_path / "one.ckpt")) == 2
     assert all(torch.equal(value, first.average[name]) for name, value in drawn.learning())
-    other = method(janus_folder)
-    other.start_sha256 = "another model's"
     with pytest.raises(UserError, match="was trained from other weights than model.path holds"):
-        other.saved_average(tmp_path / "one.ckpt")
+        saved_average(tmp_path / "one.ckpt", "another model's")
     (tmp_path / "no.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(UserError, match="no.ckpt is no checkpoint of method=irg"):
-        second.saved_average(tmp_path / "no.ckpt")
+        saved_by_irg(tmp_path / "no.ckpt")
+    with pytest.raises(UserError, match="start_from=none.ckpt: there is no such file"):
+        saved_by_irg(Path("none.ckpt"))
+    for less in ({"trainable": (r"lm_head\.",)}, {"lora": {"r": 2}}):
+        with pytest.raises(UserError, match="give its run's method.trainable and method.lora"):
+            method(janus_folder, **less).load(str(tmp_path / "one.ckpt"))
     with pytest.raises(UserError, match="holds other weights"):
         method(janus_folder, start_from=str(tmp_path / "one.ckpt"), trainable=(r"lm_head\.",)).setup("fit")
 
@@ -235,6 +239,9 @@ def test_what_is_dropped_is_what_guidance_lacks(janus_folder):
     assert always.dropped(0, initial) == (initial, True) and always.dropped(0, improving) == (improving, True)
     negatives = method(janus_folder, drop_prompt=0.0, drop_reflection=0.99, drop_image=0.99)
     assert [each.role for each in negatives.dropped(0, improving)[0]] == ["prompt", "think", "redraw"]
+    blind = method(janus_folder, drop_prompt=0.0, drop_reflection=0.0, drop_image=0.99)
+    left = blind.dropped(0, improving)[0]
+    assert [(each.role, each.loss) for each in left] == [("prompt", False), ("think", False), ("reflect", False), ("redraw", True)]  # fmt: skip
     for mode in MODES:
         if mode not in FULL:
             rows = row_of(mode, item, World.questions)
@@ -274,7 +281,7 @@ def test_the_stream_has_the_shares_of_its_stage_and_goes_on_anywhere(data_folder
 
 
 def test_data_that_cannot_be_learnt_from_is_refused(data_folder, tmp_path):
-    for options, words in (({"stage": 3}, "stage must be one of 1, 2"), ({"weights": {"all": 1.0}}, "there is no mode 'all'"), ({"batch_size": 0}, "batch_size")):  # fmt: skip
+    for options, words in (({"stage": 3}, "stage must be one of 1, 2"), ({"weights": {"all": 1.0}}, "there is no mode 'all'"), ({"batch_size": 0}, "batch_size"), ({"weights": {FULL[0]: -1.0}}, "0 or more")):  # fmt: skip
         with pytest.raises(UserError, match=words):
             Trajectories(str(data_folder), **options)
     with pytest.raises(
@@ -362,3 +369,41 @@ def test_the_manifest_counts_what_is_there_and_what_was_left_out(world, tmp_path
 def test_the_world_teaches_its_own_prompts_only(world, tmp_path):
     with pytest.raises(UserError, match="'a dog' has no 'include'"):
         Maker(World()).make(tmp_path, world[1], [Prompt("0", "a dog")])
+
+
+def test_adapters_learn_start_anew_and_do_not_change_what_data_is_made_with(janus_folder, data_folder, tmp_path):
+    data, lora = Trajectories(str(data_folder), batch_size=2), {"r": 2, "lora_alpha": 4}
+    first = fit(method(janus_folder, lora=lora), data, 2, save=tmp_path / "one.ckpt")
+    names = [name for name, _ in first.learning()]
+    assert names and all("lora_" in name for name in names)
+    drawn = method(janus_folder, lora=lora)
+    assert drawn.load(str(tmp_path / "one.ckpt")) == 2
+    assert all(torch.equal(value, first.average[name]) for name, value in drawn.learning())
+    maker, plain = Maker(World()), method(janus_folder)
+    assert maker.settings(drawn.model, [])["weights_sha256"] == maker.settings(plain.model, [])["weights_sha256"]
+
+
+def test_an_empty_text_is_learnt_as_its_end(janus_folder):
+    module = method(janus_folder)
+    segments = row_of("initial_full_learning", replace(materials(1)[0], thought=""), World.questions)
+    assert module.interleaved.counts(segments)["text"] == 1
+    found, _ = module.interleaved([[segments]])
+    assert len(found["text"][0]) == 1 and torch.isfinite(found["text"][0]).all()
+
+
+def test_options_that_cannot_train_are_refused(tmp_path):
+    options = {
+        "text_loss_weight": 1.0, "image_loss_weight": 1.0, "drop_prompt": 0.1, "drop_reflection": 0.1, "drop_image": 0.1, "ema": 0.9, "tokens_per_pass": 100,
+        "interleave": Interleave(), "judge": None, "start_from": None, "lora": None, "optimizer": partial(torch.optim.SGD, lr=0.1), "scheduler": None,
+    }  # fmt: skip
+    IRG.check(options)
+    (tmp_path / "no.ckpt").write_bytes(b"no checkpoint")
+    for change, words in (
+        ({"image_loss_weight": -1.0}, "0 or more"),
+        ({"ema": 1.0}, "method.ema"),
+        ({"start_from": str(tmp_path / "no.ckpt")}, "is no checkpoint of method=irg"),
+        ({"lora": {"rank": 2}}, "method.lora"),
+        ({"lora": {"r": 2, "use_dora": True}}, "merge plain LoRA"),
+    ):
+        with pytest.raises(UserError, match=words):
+            IRG.check(options | change)

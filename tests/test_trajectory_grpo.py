@@ -1,5 +1,6 @@
 """GRPO over trajectories: actions are scored as they were sampled, the gradient is the written one, ranks are one."""
 
+from dataclasses import replace
 from functools import partial
 
 import lightning as L
@@ -11,6 +12,7 @@ from t2i_rl.data.prompt_stream import PromptData
 from t2i_rl.errors import UserError
 from t2i_rl.irg.interleave import Interleave
 from t2i_rl.irg.trajectory import BOTH, MODES
+from t2i_rl.methods.irg import IRG
 from t2i_rl.methods.trajectory_grpo import TrajectoryGRPO, actions
 from t2i_rl.rewards.output import RewardOutput
 from tests.tiny import PROMPTS, load_tiny_janus, save_tiny_janus
@@ -54,9 +56,10 @@ def fit(module, steps: int, ranks: int = 1) -> TrajectoryGRPO:
 
 
 def test_each_round_is_a_conversation_of_its_mode(folder):
-    drawn = method(folder).roll_out([(0, PROMPTS[0])])[0]
+    module = method(folder)
+    drawn = module.roll_out([(0, PROMPTS[0])])[0]
     drawn.unfinished = [False, True]
-    first, second = actions(drawn, lambda segment: True)
+    first, second = actions(drawn, lambda segment: True, module.interleave.seen)
     for segments, mode in ((first, "initial_full_learning"), (second, "improving_full_learning")):
         assert [each.role for each in segments] == [part.role for part in MODES[mode]]
     assert [each.loss for each in first] == [False, True, True]
@@ -64,10 +67,12 @@ def test_each_round_is_a_conversation_of_its_mode(folder):
     assert second[2].seen_by == BOTH and second[2].drawn_as is None and second[4].drawn_as is not None
 
 
+@pytest.mark.parametrize("rounds, policy", [(2, "append"), (3, "window")])
 @torch.no_grad()
-def test_actions_are_scored_as_they_were_sampled(folder):
+def test_actions_are_scored_as_they_were_sampled(folder, rounds, policy):
     """Without guidance the sampler's own log-probs are the conditional's; the codes are those sampled, not those that the picture is read as."""
     module = method(folder)
+    module.interleave = replace(module.interleave, rounds=rounds, policy=policy)
     inter, noted = module.interleaved, []
     sample = inter.sample
 
@@ -77,11 +82,11 @@ def test_actions_are_scored_as_they_were_sampled(folder):
 
     inter.sample = watched
     drawn = module.roll_out([(0, PROMPTS[0]), (1, PROMPTS[1])])
-    conversations = [each for row in drawn for each in actions(row, lambda segment: True)]
+    conversations = [each for row in drawn for each in actions(row, lambda segment: True, module.interleave.seen)]
     scored = module.scores(conversations)
     for number, each in enumerate(scored):
-        decoded = noted[number % 2]
-        torch.testing.assert_close(each["image"], decoded.logprobs[number // 2], rtol=1e-3, atol=1e-3)
+        decoded = noted[number % rounds]
+        torch.testing.assert_close(each["image"], decoded.logprobs[number // rounds], rtol=1e-3, atol=1e-3)
 
 
 def test_one_update_follows_the_gradient_of_the_written_objective(folder):
@@ -97,7 +102,7 @@ def test_one_update_follows_the_gradient_of_the_written_objective(folder):
     advantages = ((rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True, ddof=1) + 1e-4)).flatten()
     total, count = 0.0, 0
     for row, advantage in zip(drawn, advantages, strict=True):
-        for segments in actions(row, theirs.interleaved.reads_as_written):
+        for segments in actions(row, theirs.interleaved.reads_as_written, theirs.interleave.seen):
             scored, _ = theirs.interleaved([[segments]])
             for logprobs, _ in scored.values():
                 total = (
@@ -154,14 +159,36 @@ def test_a_reward_that_is_no_number_stops(folder):
 
 
 def test_options_that_cannot_train_are_refused(folder):
-    loop = {"rounds": 1, "text_temperature": 1.0, "image_temperature": 1.0}
+    loop = {"text_temperature": 1.0, "image_temperature": 1.0}
+    options = {"group_size": 2, "updates_per_rollout": 1, "kl_coef": 0, "reward_on": "gain"}
     with pytest.raises(UserError, match="rounds=2"):
-        TrajectoryGRPO.check(
-            {
-                "group_size": 2,
-                "updates_per_rollout": 1,
-                "kl_coef": 0,
-                "reward_on": "gain",
-                "interleave": Interleave(**loop),
-            }
-        )
+        TrajectoryGRPO.check(options | {"interleave": Interleave(rounds=1, **loop)})
+    with pytest.raises(UserError, match="retries must be 0"):
+        TrajectoryGRPO.check(options | {"interleave": Interleave(**loop)})
+
+
+def test_it_starts_from_a_run_of_irg_and_holds_on_to_it_with_adapters_too(folder, tmp_path):
+    """The KL of an adapter that has not moved is taken to where training starts, not to the model on the disk."""
+    first = IRG(load_tiny_janus(folder), Interleave(), partial(torch.optim.SGD, lr=0.1))
+    with torch.no_grad():
+        for _, value in first.learning():
+            value.add_(0.05 * torch.randn(value.shape, generator=torch.Generator().manual_seed(1)))
+    first.average = {name: value.detach().clone() for name, value in first.learning()}
+    first.trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    checkpoint = {"state_dict": first.state_dict(), "global_step": 1}
+    first.on_save_checkpoint(checkpoint)
+    torch.save(checkpoint, tmp_path / "irg.ckpt")
+    drawn = method(folder).roll_out([(0, PROMPTS[0])])
+    for lora in (None, {"r": 2}):
+        module = method(folder, start_from=str(tmp_path / "irg.ckpt"), lora=lora)
+        conversations = [each for row in drawn for each in actions(row, lambda segment: True, module.interleave.seen)]
+        mine, base = module.scores(conversations), method(folder).scores(conversations)
+        with module.reference.scoring(module.model) as frozen:
+            held = module.scores(conversations, frozen if frozen is not module.model else None)
+        for now, then, raw in zip(mine, held, base, strict=True):
+            torch.testing.assert_close(now["image"], then["image"])
+            assert (now["image"] - raw["image"]).abs().max() > 1e-3
+    checkpoint["irg"]["average"] = {"interleaved.janus.model.lora_A.weight": torch.zeros(1)}
+    torch.save(checkpoint, tmp_path / "lora.ckpt")
+    with pytest.raises(UserError, match="trained with adapters"):
+        method(folder, start_from=str(tmp_path / "lora.ckpt"))

@@ -60,9 +60,8 @@ def main() -> None:
     cfg = OmegaConf.load(options.run / "config.yaml")
     cfg.paths.output_dir = str(options.out)
     model, benchmark = instantiate(cfg.model), instantiate(cfg.benchmark)
-    method = build_method(cfg, model, reward=None, watch={})
+    method = build_method(cfg, model)
     steps = method.load(str(options.run / "checkpoints" / "last.ckpt"))
-    method.judge = None
     method.interleaved.write = Told(method.interleaved, options.kind, benchmark.prompts()).write
     trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
     stages = Stages(trainer, model, benchmark, options.out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size, method.turns)  # fmt: skip

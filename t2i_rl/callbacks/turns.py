@@ -58,6 +58,7 @@ class WatchTurns(L.Callback):
             seeds = [derive_seed("validate", prompt.id) for _, prompt in part]
             rows = module.interleave.every_round().run(module.interleaved, [prompt.text for _, prompt in part], seeds)
             drawn += [(place, prompt, row) for (place, prompt), row in zip(part, rows, strict=True)]
+        module.interleaved.done()
         verdicts = self._judge(drawn)
         if world > 1:
             parts: list = [None] * world

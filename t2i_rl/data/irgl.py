@@ -79,6 +79,8 @@ class Trajectories(L.LightningDataModule):
         if stage not in STAGES:
             raise UserError(f"stage must be one of {', '.join(map(str, STAGES))}, not {stage!r}")
         self.weights = {mode: share for mode, share in dict(weights or STAGES[stage]).items() if share}
+        if any(share < 0 for share in self.weights.values()):
+            raise UserError(f"data.weights must be 0 or more, not {min(self.weights.values())}")
         unknown = [mode for mode in self.weights if mode not in MODES]
         if unknown or not self.weights:
             raise UserError(

@@ -78,7 +78,7 @@ class Interleave:
     def __post_init__(self):
         if self.policy not in POLICIES:
             raise UserError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
-        for name, least in (("rounds", 1), ("max_tokens", 1), ("retries", 0)):
+        for name, least in (("rounds", 1), ("max_tokens", 1), ("retries", 0), ("text_temperature", 0), ("image_temperature", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise UserError(f"{name} must be {least} or more, not {getattr(self, name)}")
         for name in ("reflection_scale", "image_scale", "prompt_scale"):
@@ -111,7 +111,10 @@ class Interleave:
             started = time.perf_counter()
             self._write(model, [rows[i] for i in going], written, number)
             words = (time.perf_counter() - started) / len(going)
-            going = [i for i in going if number == 0 or not says_stop(rows[i].segments[-1].text, self.stop)]
+            ended = [i for i in going if number and says_stop(rows[i].segments[-1].text, self.stop)]
+            for i in ended:
+                rows[i].seconds[-1] += words
+            going = [i for i in going if i not in ended]
             if not going:
                 break
             started = time.perf_counter()
@@ -129,12 +132,13 @@ class Interleave:
             row.answer = int(np.argmax(row.scores)) if self.choose else len(row.images) - 1
         return rows
 
-    def _seen(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+    def seen(self, segments: Sequence[Segment]) -> Sequence[Segment]:
+        """What a later round sees of a conversation."""
         return windowed(segments) if self.policy == "window" else segments
 
     def _write(self, model, rows: list[Trajectory], role: str, number: int) -> None:
         """Add a text to each trajectory."""
-        contexts = [self._seen(row.segments) for row in rows]
+        contexts = [self.seen(row.segments) for row in rows]
         seeds = [derive_seed(row.seed, role, number) for row in rows]
         texts: list[Written | None] = [None] * len(rows)
         left = list(range(len(rows)))
@@ -151,7 +155,7 @@ class Interleave:
             row.unfinished.append(i in left)
 
     def _draw(self, model, rows: list[Trajectory], role: str, number: int) -> tuple[np.ndarray, Sequence]:
-        seen = [self._seen(row.segments) for row in rows]
+        seen = [self.seen(row.segments) for row in rows]
         seeds = [derive_seed(row.seed, role, number) for row in rows]
         if role == "draw":
             return model.draw([seen, [None] * len(seen)], role, (self.guidance_scale,), seeds, self.image_temperature)

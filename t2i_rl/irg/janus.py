@@ -85,6 +85,12 @@ class InterleavedJanus(nn.Module):
         parts = {name: getattr(self.model.model, name) for name in ("vision_model", "aligner")}
         self._eyes = {name: {key: gathered(value).clone() for key, value in part.state_dict().items()} for name, part in parts.items()}  # fmt: skip
 
+    def done(self) -> None:
+        """Between drawing and learning: give memory back, if `model.rollout.keep` is false."""
+        self.janus.engine.rollout_done()
+        if not self.janus.engine.options.keep:
+            self._eyes = None
+
     def blocks(self) -> list[nn.Module]:
         """See `Janus.blocks`."""
         return self.janus.blocks()
@@ -315,7 +321,7 @@ class InterleavedJanus(nn.Module):
         return self.janus.tokenizer(text, add_special_tokens=False).input_ids
 
     def _words(self, ids: list[int]) -> torch.Tensor:
-        ids = torch.tensor(ids, device=self.janus.device)
+        ids = torch.tensor(ids, dtype=torch.long, device=self.janus.device)
         return self.janus.engine.weights.text_embed[ids] if self._by_engine else self.model.get_input_embeddings()(ids)
 
     def pixels(self, image: np.ndarray) -> torch.Tensor:

@@ -101,7 +101,7 @@ class Maker:
             "words": list(self.words),
             "teacher": self.teacher.settings(),
             "sampling": model.sampling(),
-            "weights_sha256": weights_sha256(model),
+            "weights_sha256": weights_sha256(model, adapters=False),
             "prompts": len(prompts),
             "prompts_sha256": texts,
         }

@@ -54,7 +54,7 @@ class Trajectory:
     """Segments in order; the `seed` that every draw in it derives from, and the `settings` (guidance, temperatures, context policy) as they were.
 
     Of one that was drawn: for each text its `text_tokens` and whether it is `unfinished` (empty, or cut, at every try); for each picture the `seconds` that its
-    turn took (a batch's, shared out) and, with a judge, its `scores`; `answer` is the number of the picture that stands.
+    turn took (a batch's, shared out; the last one's with the text that ended there) and, with a judge, its `scores`; `answer` is the number of the picture that stands.
     """
 
     segments: tuple[Segment, ...]

@@ -7,22 +7,19 @@ from functools import partial
 import lightning as L
 import torch
 import torch.distributed as dist
-from peft import LoraConfig
 
 from t2i_rl.errors import UserError
 from t2i_rl.fsdp import mesh_of, shard
 from t2i_rl.hashing import gathered
 from t2i_rl.methods.grpo_loss import REDUCTIONS, group_advantages, k3, policy_loss, token_weights
 from t2i_rl.methods.grpo_metrics import rollout_metrics, update_metrics
-from t2i_rl.methods.trainable import Reference, refuse_rounded_updates, select_trainable
+from t2i_rl.methods.trainable import Reference, check_lora, refuse_rounded_updates, select_trainable
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import RewardOutput, checked
 from t2i_rl.rollout.buffer import Rollout
 from t2i_rl.rollout.score import DISTRIBUTIONS
 from t2i_rl.rollout.stats import TokenStats
 from t2i_rl.seeding import derive_seed
-
-NOT_MERGED = ("use_dora", "lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")  # fmt: skip
 
 
 class GRPO(L.LightningModule):
@@ -72,7 +69,7 @@ class GRPO(L.LightningModule):
         text_loss_weight: float = 1.0,
         image_loss_weight: float = 1.0,
         micro_batch_size: int = 32,
-        max_grad_norm: float = 1.0,
+        max_grad_norm: float | None = 1.0,
         gradient_checkpointing: bool = False,
         offload_reference: bool = False,
         trainable: tuple[str, ...] = (r"model\.language_model\.", r"lm_head\."),
@@ -119,16 +116,13 @@ class GRPO(L.LightningModule):
             raise UserError(
                 "nothing would be trained: give method.image_loss_weight, or method.text_loss_weight with method.plan=true"
             )
+        check_lora(options["lora"])
         try:
-            lora = LoraConfig(**(options["lora"] or {}))
             optimizer = options["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
             if options["scheduler"] is not None:
                 options["scheduler"](optimizer)
         except (TypeError, ValueError) as error:
-            raise UserError(f"method.lora, method.optimizer or method.scheduler: {error}") from error
-        beyond = [name for name in NOT_MERGED if getattr(lora, name, None)]
-        if beyond:
-            raise UserError(f"method.lora.{beyond[0]}: rollouts merge plain LoRA (and rsLoRA) only; leave it out")
+            raise UserError(f"method.optimizer or method.scheduler: {error}") from error
 
     def configure_model(self) -> None:
         """Shard policy and reference where the strategy is FSDP."""
@@ -259,7 +253,7 @@ class GRPO(L.LightningModule):
                 self.manual_backward(objective)
             collected.append((objective.detach(), (logprobs - old[part]).detach(), kl.detach(), mask[part]))
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        norm = gathered(torch.nn.utils.clip_grad_norm_(learning, self.max_grad_norm))
+        norm = gathered(torch.nn.utils.clip_grad_norm_(learning, self.max_grad_norm or float("inf")))
         if not torch.isfinite(norm):
             raise ValueError(f"gradient norm is {norm.item()} at optimizer step {self.global_step}")
         optimizer.step()

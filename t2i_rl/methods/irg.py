@@ -11,7 +11,6 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from peft import LoraConfig
 
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.turns import TurnsEvaluator
@@ -20,7 +19,7 @@ from t2i_rl.hashing import gathered, weights_sha256
 from t2i_rl.irg.interleave import Interleave
 from t2i_rl.irg.janus import InterleavedJanus
 from t2i_rl.irg.trajectory import Segment
-from t2i_rl.methods.trainable import refuse_rounded_updates, select_trainable
+from t2i_rl.methods.trainable import check_lora, refuse_rounded_updates, select_trainable
 from t2i_rl.seeding import derive_seed
 
 
@@ -66,7 +65,7 @@ class IRG(L.LightningModule):
         drop_image: float = 0.1,
         ema: float = 0.995,
         tokens_per_pass: int = 8192,
-        max_grad_norm: float = 1.0,
+        max_grad_norm: float | None = 1.0,
         gradient_checkpointing: bool = False,
         start_from: str | None = None,
         trainable: tuple[str, ...] = (r"model\.(language_model|vision_model|aligner|generation_)", r"lm_head\."),
@@ -108,6 +107,8 @@ class IRG(L.LightningModule):
         Raises:
             UserError: one line that names the option and its choices.
         """
+        if min(options["text_loss_weight"], options["image_loss_weight"]) < 0:
+            raise UserError("method.text_loss_weight and method.image_loss_weight must be 0 or more")
         for name in ("drop_prompt", "drop_reflection", "drop_image", "ema"):
             if not 0 <= options[name] < 1:
                 raise UserError(f"method.{name} must be at least 0 and below 1, not {options[name]}")
@@ -118,15 +119,15 @@ class IRG(L.LightningModule):
         interleave = options["interleave"]
         if options["judge"] is None and (interleave.choose or interleave.stop_above is not None):
             raise UserError("method.interleave.choose and stop_above need a judge: +reward@method.judge=soft_oracle")
-        if options["start_from"] and not Path(options["start_from"]).is_file():
-            raise UserError(f"method.start_from={options['start_from']}: there is no such file")
+        if options["start_from"]:
+            saved_by_irg(Path(options["start_from"]))
+        check_lora(options["lora"])
         try:
-            LoraConfig(**(options["lora"] or {}))
             optimizer = options["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
             if options["scheduler"] is not None:
                 options["scheduler"](optimizer)
         except (TypeError, ValueError) as error:
-            raise UserError(f"method.lora, method.optimizer or method.scheduler: {error}") from error
+            raise UserError(f"method.optimizer or method.scheduler: {error}") from error
 
     def setup(self, stage: str) -> None:
         """Weights of an earlier stage come in after the data was made with the model as it was."""
@@ -204,7 +205,7 @@ class IRG(L.LightningModule):
 
     def _step(self) -> torch.Tensor:
         learning = [parameter for _, parameter in self.learning()]
-        norm = gathered(torch.nn.utils.clip_grad_norm_(learning, self.max_grad_norm))
+        norm = gathered(torch.nn.utils.clip_grad_norm_(learning, self.max_grad_norm or float("inf")))
         if not torch.isfinite(norm):
             raise ValueError(f"gradient norm is {norm.item()} at optimizer step {self.global_step}")
         optimizer = self.optimizers()
@@ -277,18 +278,22 @@ class IRG(L.LightningModule):
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in learning}
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["irg"] = {
-            "batches_done": self.batches_done,
-            "start_sha256": self.start_sha256,
-            "average": {name: gathered(value).cpu().clone() for name, value in self.average.items()},
-        }
+        """Every rank gathers the mean, tensor by tensor; the one that writes keeps it."""
+        average = {}
+        for name, value in self.average.items():
+            whole = gathered(value)
+            if self.trainer.is_global_zero:
+                average[name] = whole.cpu().clone()
+        checkpoint["irg"] = {"batches_done": self.batches_done, "start_sha256": self.start_sha256, "average": average}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         saved = checkpoint["irg"]
         if saved["start_sha256"] != self.start_sha256:
             raise UserError(
-                "this checkpoint was trained from other weights than model.path holds: give the model that its run started from"
+                "this checkpoint was trained from other weights than model.path holds: give the model (and method.start_from) that its run started from"
             )
+        if set(checkpoint["state_dict"]) != {name for name, _ in self.learning()}:
+            raise UserError("this checkpoint holds other weights than are trained here: give its run's method.trainable and method.lora")  # fmt: skip
         self.batches_done, self.average = saved["batches_done"], saved["average"]
 
     def load(self, path: str) -> int:
@@ -297,9 +302,7 @@ class IRG(L.LightningModule):
         Raises:
             UserError: it is no checkpoint of this method on this model.
         """
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if "irg" not in checkpoint:
-            raise UserError(f"ckpt_path={path} is no checkpoint of method=irg")
+        checkpoint = saved_by_irg(Path(path), "ckpt_path")
         self.on_load_checkpoint(checkpoint)
         self.load_state_dict(checkpoint["state_dict"], strict=False)
         self.use_average()
@@ -311,24 +314,37 @@ class IRG(L.LightningModule):
         Raises:
             UserError: the file is no checkpoint of this method, or of one that trains other parameters.
         """
-        values = self.saved_average(path)
+        values = saved_average(path, self.start_sha256)
         if set(values) != {name for name, _ in self.learning()}:
             raise UserError(
                 f"method.start_from={path} holds other weights than this run trains: give its method.trainable and method.lora"
             )
         self._put(values)
 
-    def saved_average(self, path: Path) -> dict[str, torch.Tensor]:
-        """The averaged weights in a checkpoint, by name; the weights that trained, where it keeps no mean.
 
-        Raises:
-            UserError: the file is no checkpoint of this method, or its run started from other weights than `model` has.
-        """
-        try:
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-            saved, weights = checkpoint["irg"], checkpoint["state_dict"]
-        except (KeyError, RuntimeError, OSError, pickle.UnpicklingError) as error:
-            raise UserError(f"method.start_from={path} is no checkpoint of method=irg") from error
-        if saved["start_sha256"] != self.start_sha256:
-            raise UserError(f"method.start_from={path} was trained from other weights than model.path holds")
-        return saved["average"] or weights
+def saved_by_irg(path: Path, option: str = "method.start_from") -> dict:
+    """A checkpoint of this method, its tensors left on the disk until they are read.
+
+    Raises:
+        UserError: the file is none.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint["irg"], checkpoint["state_dict"]
+    except FileNotFoundError as error:
+        raise UserError(f"{option}={path}: there is no such file") from error
+    except (KeyError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        raise UserError(f"{option}={path} is no checkpoint of method=irg") from error
+    return checkpoint
+
+
+def saved_average(path: Path, start_sha256: str) -> dict[str, torch.Tensor]:
+    """The averaged weights in a checkpoint, by name; the weights that trained, where it keeps no mean.
+
+    Raises:
+        UserError: the file is no checkpoint of this method, or its run started from other weights than those of this hash.
+    """
+    checkpoint = saved_by_irg(path)
+    if checkpoint["irg"]["start_sha256"] != start_sha256:
+        raise UserError(f"method.start_from={path} was trained from other weights than model.path holds")
+    return checkpoint["irg"]["average"] or checkpoint["state_dict"]

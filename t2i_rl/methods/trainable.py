@@ -12,6 +12,23 @@ from torch import nn
 from t2i_rl.errors import UserError
 from t2i_rl.hashing import weights_sha256
 
+NOT_MERGED = ("use_dora", "lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")  # fmt: skip
+
+
+def check_lora(lora: dict | None) -> None:
+    """Refuse what is no setting of peft's LoraConfig, or more than what rollouts merge.
+
+    Raises:
+        UserError: one line that names it.
+    """
+    try:
+        config = LoraConfig(**(lora or {}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method.lora: {error}") from error
+    beyond = [name for name in NOT_MERGED if getattr(config, name, None)]
+    if beyond:
+        raise UserError(f"method.lora.{beyond[0]}: rollouts merge plain LoRA (and rsLoRA) only; leave it out")
+
 
 def select_trainable(model: nn.Module, patterns: list[str], lora: dict | None) -> None:
     """Freeze everything but the parameters whose name matches one of `patterns` (regular expressions, from the start of the name);

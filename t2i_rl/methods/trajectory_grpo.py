@@ -1,7 +1,7 @@
 """GRPO over whole trajectories: plan, picture, reflection and better picture are the actions, the last picture (or its gain over the first) the reward."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from t2i_rl.irg.interleave import Interleave
 from t2i_rl.irg.janus import InterleavedJanus
 from t2i_rl.irg.trajectory import BOTH, Segment, Trajectory
 from t2i_rl.methods.grpo_loss import group_advantages, k3, policy_loss
-from t2i_rl.methods.irg import IRG
+from t2i_rl.methods.irg import IRG, saved_average
 from t2i_rl.methods.trainable import Reference
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import checked
@@ -74,6 +74,8 @@ class TrajectoryGRPO(IRG):
         judge=None,
         seed: int = 0,
     ):
+        if start_from:
+            begin_at(model, Path(start_from))
         super().__init__(
             model, interleave, optimizer, scheduler, text_loss_weight=text_loss_weight, image_loss_weight=image_loss_weight, ema=0.0,
             tokens_per_pass=tokens_per_pass, max_grad_norm=max_grad_norm, gradient_checkpointing=gradient_checkpointing, trainable=trainable, lora=lora,
@@ -82,9 +84,6 @@ class TrajectoryGRPO(IRG):
         self.reward, self.watch = reward, watch or {}
         self.group_size, self.reward_on, self.updates_per_rollout = group_size, reward_on, updates_per_rollout
         self.clip_range, self.kl_coef = clip_range, kl_coef
-        if start_from:
-            self._start_from(Path(start_from))
-            self.start_sha256 = weights_sha256(model)  # also of what does not train further
         self.reference = Reference(model) if kl_coef else None
 
     @staticmethod
@@ -104,20 +103,12 @@ class TrajectoryGRPO(IRG):
                 raise UserError(
                     f"method.interleave.{name} must be 1: actions are scored at the temperature that they are drawn at"
                 )
+        if options["interleave"].retries:
+            raise UserError(
+                "method.interleave.retries must be 0: a text that is written again is no sample of the policy's"
+            )
         unused = dict.fromkeys(("drop_prompt", "drop_reflection", "drop_image", "ema"), 0.0)
         IRG.check({**options, **unused})
-
-    @torch.no_grad()
-    def _start_from(self, path: Path) -> None:
-        """Averaged weights of a run of method=irg, whatever it trained."""
-        named, values = dict(self.named_parameters()), self.saved_average(path)
-        foreign = sorted(set(values) - set(named))
-        if foreign:
-            raise UserError(
-                f"method.start_from={path} holds {foreign[0]}, which this model has not: was it trained with adapters, or on another model?"
-            )
-        for name, value in values.items():
-            named[name].copy_(value)
 
     @property
     def rollouts_done(self) -> int:
@@ -131,7 +122,9 @@ class TrajectoryGRPO(IRG):
         drawn = self.roll_out(batch)
         rewards, watched = self.judged(drawn, prompts)
         advantages = group_advantages(torch.tensor(rewards["total"]), self.group_size).to(self.device)
-        conversations = [each for row in drawn for each in actions(row, self.interleaved.reads_as_written)]
+        conversations = [
+            each for row in drawn for each in actions(row, self.interleaved.reads_as_written, self.interleave.seen)
+        ]
         owner = torch.tensor([number for number, row in enumerate(drawn) for _ in row.images])
         old = self.scores(conversations)
         reference = None
@@ -163,7 +156,7 @@ class TrajectoryGRPO(IRG):
         rows = [(number, prompt, sample) for number, prompt in batch for sample in range(self.group_size)]
         seeds = [derive_seed(self.seed, "train", self.rollouts_done, number, sample) for number, _, sample in rows]
         drawn = self.interleave.every_round().run(self.interleaved, [prompt.text for _, prompt, _ in rows], seeds)
-        self.model.engine.rollout_done()
+        self.interleaved.done()
         return drawn
 
     def judged(self, drawn: list[Trajectory], prompts: list[Prompt]) -> tuple[dict, dict]:
@@ -219,8 +212,25 @@ class TrajectoryGRPO(IRG):
         return {**{f"train/{name}": value for name, value in self._over_ranks(sums).items()}, "train/grad_norm": float(norm)}  # fmt: skip
 
 
-def actions(drawn: Trajectory, readable) -> list[list[Segment]]:
-    """A conversation a round, its text and picture to be learnt and the rounds before as context.
+def begin_at(model: torch.nn.Module, path: Path) -> None:
+    """Put the averaged weights of a run of method=irg into the model, whatever that run trained.
+
+    Raises:
+        UserError: it holds weights that the model has not.
+    """
+    named = {f"interleaved.janus.{name}": parameter for name, parameter in model.named_parameters()}
+    values = saved_average(path, weights_sha256(model))
+    foreign = sorted(set(values) - set(named))
+    if foreign:
+        adapters = "was trained with adapters, which are not merged here: start from a run with method.lora=null"
+        raise UserError(f"method.start_from={path} {adapters if 'lora_' in foreign[0] else f'holds {foreign[0]}, which this model has not'}")  # fmt: skip
+    with torch.no_grad():
+        for name, value in values.items():
+            named[name].copy_(value)
+
+
+def actions(drawn: Trajectory, readable: Callable, seen: Callable) -> list[list[Segment]]:
+    """A conversation a round, its text and picture to be learnt and the rounds before as context, as far as they were `seen`.
 
     A text that did not end, or that its words do not give back token by token, is context too: its log-prob would be another text's.
     """
@@ -231,6 +241,6 @@ def actions(drawn: Trajectory, readable) -> list[list[Segment]]:
             said = replace(segment, loss=not drawn.unfinished[texts] and readable(segment))
             texts += 1
             continue
-        found.append([*head, *past, said, replace(segment, loss=True, seen_by=frozenset())])
+        found.append([*seen([*head, *past]), said, replace(segment, loss=True, seen_by=frozenset())])
         past += [replace(said, loss=False), replace(segment, loss=False, seen_by=BOTH, drawn_as=None)]
     return found

@@ -6,7 +6,7 @@ import torch
 from hydra.utils import instantiate
 from rich.console import Console
 
-from t2i_rl.checks import check_judge, check_parts, interleaves
+from t2i_rl.checks import check_parts, interleaves, made_judge
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
@@ -20,11 +20,10 @@ def run(cfg) -> dict:
     out = Path(cfg.paths.output_dir)
     benchmark = instantiate(cfg.benchmark)
     check_parts(cfg, benchmark, [], {})
-    if interleaves(cfg):
-        check_judge(cfg, benchmark.prompts(), benchmark.name)
+    judge = made_judge(cfg, benchmark.prompts(), benchmark.name)
     model = instantiate(cfg.model)
     trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
-    method = build_method(cfg, model, reward=None, watch={}) if interleaves(cfg) else None
+    method = build_method(cfg, model, judge) if interleaves(cfg) else None
     turns = method.turns if method else None
     stages = Stages(
         trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size, turns
@@ -63,9 +62,9 @@ def stages_to_draw(named: list[str], in_turns: bool) -> tuple[list[str], list[st
 def load_trained(cfg, model) -> int:
     """Put a checkpoint's weights into `model`; returns the optimizer step it was saved at."""
     if interleaves(cfg):
-        return build_method(cfg, model, reward=None, watch={}).load(cfg.ckpt_path)
+        return build_method(cfg, model).load(cfg.ckpt_path)
     checkpoint = torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)
-    method = build_method(cfg, model, reward=None, watch={})  # nothing is rewarded: its models need not load
+    method = build_method(cfg, model)
     method.on_load_checkpoint(checkpoint)
     method.load_state_dict(checkpoint["state_dict"], strict=False)
     method.setup("fit")

@@ -9,7 +9,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from t2i_rl.checks import check_judge
+from t2i_rl.checks import made_judge
 from t2i_rl.evaluation.grid import caption_grid
 from t2i_rl.evaluation.results import write_atomic
 from t2i_rl.prompts import Prompt, read_prompts
@@ -21,11 +21,10 @@ from t2i_rl.tasks.evaluate import load_trained
 def run(cfg) -> dict:
     """Draw `cfg.num_images` images a prompt into the run's folder: PNGs, `images.jsonl`, and one captioned grid."""
     prompts = [Prompt("prompt", cfg.prompt)] if cfg.prompt else read_prompts(cfg.prompts_file)
-    if cfg.mode == "turns":
-        check_judge(cfg, prompts, judged_by=None)
+    judge = made_judge(cfg, prompts, judged_by=None)
     model = instantiate(cfg.model)
     if cfg.mode == "turns":
-        return generate_turns.run(cfg, model.to(device_for(cfg)), prompts)
+        return generate_turns.run(cfg, model.to(device_for(cfg)), judge, prompts)
     if cfg.ckpt_path:
         load_trained(cfg, model)
     model.to(device_for(cfg))

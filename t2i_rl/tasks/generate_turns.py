@@ -20,9 +20,9 @@ from t2i_rl.tasks.train import build_method
 SHOWN = 64
 
 
-def run(cfg, model, prompts: list[Prompt]) -> dict:
+def run(cfg, model, judge, prompts: list[Prompt]) -> dict:
     """Draw `cfg.num_images` trajectories a prompt into the run's folder: `trajectories/<number>/`, `images.jsonl`, `report.html`."""
-    method, out = build_method(cfg, model, reward=None, watch={}), Path(cfg.paths.output_dir)
+    method, out = build_method(cfg, model, judge), Path(cfg.paths.output_dir)
     if cfg.ckpt_path:
         method.load(cfg.ckpt_path)
     method.interleaved.to(model.device).prepare()
@@ -31,8 +31,8 @@ def run(cfg, model, prompts: list[Prompt]) -> dict:
     for first in track(range(0, len(work), size), description="drawing"):
         batch = work[first : first + size]
         seeds = [derive_seed(cfg.seed, "generate", prompt.text, sample) for prompt, sample in batch]
-        judge = judging(method.judge, [prompt for prompt, _ in batch])
-        drawn = method.interleave.run(method.interleaved, [prompt.text for prompt, _ in batch], seeds, judge)
+        judged = judging(judge, [prompt for prompt, _ in batch])
+        drawn = method.interleave.run(method.interleaved, [prompt.text for prompt, _ in batch], seeds, judged)
         for (prompt, sample), each in zip(batch, drawn, strict=True):
             name = f"trajectories/{len(rows):05d}"
             save_trajectory(out / name, each)

@@ -6,13 +6,14 @@ from hydra.utils import instantiate
 from rich.console import Console
 
 from t2i_rl.checks import (
-    check_judge,
     check_needs,
     check_parts,
+    check_share,
     check_teacher,
     check_validation,
     interleaves,
     learns_from_prompts,
+    made_judge,
     watched,
 )
 from t2i_rl.evaluation.report import write_report
@@ -32,14 +33,15 @@ def run(cfg) -> dict:
     check_parts(
         cfg, benchmark, data.prompts, {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
     )
+    judge = made_judge(cfg, benchmark.prompts(), benchmark.name)
     if interleaves(cfg):
-        check_judge(cfg, benchmark.prompts(), benchmark.name)
         check_teacher(cfg, getattr(getattr(data, "maker", None), "teacher", None))
     callbacks = instantiate(cfg.callbacks)
     check_validation(cfg, callbacks)
     trainer = instantiate(cfg.trainer, callbacks=list(callbacks.values()), logger=build_loggers(cfg))
+    check_share(data, trainer.world_size)
     model = instantiate(cfg.model)
-    method = build_method(cfg, model, reward, watch)
+    method = build_method(cfg, model, judge, reward, watch)
     turns = getattr(method, "turns", None)
     stages = Stages(
         trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size, turns
@@ -66,8 +68,9 @@ def run(cfg) -> dict:
     return results
 
 
-def build_method(cfg, model, reward, watch: dict):
-    """`cfg.method` on a model; what learns from given pictures has no reward and watches none."""
-    if not learns_from_prompts(cfg):
-        return instantiate(cfg.method, model=model)
-    return instantiate(cfg.method, model=model, reward=reward, watch=watch)
+def build_method(cfg, model, judge=None, reward=None, watch: dict | None = None):
+    """`cfg.method` on a model; what learns from given pictures has no reward and watches none. Where nothing is trained, rewards need not load."""
+    parts = {"judge": judge} if interleaves(cfg) else {}
+    if learns_from_prompts(cfg):
+        parts |= {"reward": reward, "watch": watch or {}}
+    return instantiate(cfg.method, model=model, **parts)
