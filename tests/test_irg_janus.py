@@ -196,6 +196,33 @@ def test_another_first_picture_or_no_reflection_changes_what_comes_after(inter):
 
 
 @torch.no_grad()
+def test_another_first_picture_is_reflected_on_otherwise(inter):
+    """What `write` writes, of the same words and seeds."""
+    context = conversation("improving_thinking_generation_learning")[:-1]
+    other = [replace(each, image=255 - each.image) if each.role == "draw" else each for each in context]
+    seeds = list(range(8))
+    texts = [inter.write([each] * 8, "reflect", seeds, 24, 1.0) for each in (context, context, other)]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@torch.no_grad()
+def test_a_target_and_a_neighbour_in_the_pack_are_seen_by_nobody(inter):
+    """Another last word, another picture to be learnt, and another conversation in the same row leave every log-prob before them as it was."""
+    first, second = conversation("improving_full_learning"), conversation("initial_full_learning", 1)
+    image = inter([[first, second]])[0]["image"]
+    text = inter([[first, second]])[0]["text"]
+    neighbour = inter([[first, conversation("initial_full_learning", 2)]])[0]
+    for kind, scored in (("image", image), ("text", text)):
+        mine, others = (found[0][found[1] == 0] for found in (scored, neighbour[kind]))
+        assert torch.equal(mine, others) or torch.allclose(mine, others, atol=1e-6)
+    codes = nearest_codes(inter.model.model.vqmodel, inter.pixels(first[-1].image))[0]
+    changed = codes.clone()
+    changed[-1] = (codes[-1] + 1) % 8
+    given = [inter([[[*first[:-1], replace(first[-1], drawn_as=each)]]])[0]["image"][0] for each in (codes, changed)]
+    assert torch.allclose(given[0][:-1], given[1][:-1], atol=1e-6) and given[0][-1] != given[1][-1]
+
+
+@torch.no_grad()
 def test_texts_survive_being_decoded_and_read_again(inter):
     for number in range(4):
         for segment in conversation("improving_full_learning", number):

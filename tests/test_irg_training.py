@@ -407,3 +407,10 @@ def test_options_that_cannot_train_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=words):
             IRG.check(options | change)
+
+
+def test_a_trajectory_longer_than_the_models_positions_is_refused(janus_folder, monkeypatch):
+    inter = method(janus_folder).interleaved
+    monkeypatch.setattr(inter.model.config.text_config, "max_position_embeddings", 60)
+    with pytest.raises(UserError, match="and the model has 60 positions"):
+        inter.passes([row_of("improving_full_learning", materials(1)[0], World.questions)], 600)

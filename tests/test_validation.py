@@ -16,6 +16,7 @@ from t2i_rl.callbacks.validation import Validate
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.fid import frechet_distance
 from t2i_rl.evaluation.inception import InceptionFeatures
+from t2i_rl.loggers import csv_logger
 from t2i_rl.methods.softrepa import SoftREPA
 from t2i_rl.models.diffusion import Drawing
 from t2i_rl.models.sd3 import SD3
@@ -234,3 +235,13 @@ def test_what_inception_needs_is_said_before_anything_is_drawn(tmp_path, monkeyp
     monkeypatch.setattr("t2i_rl.evaluation.inception.find_spec", lambda name: True)
     with pytest.raises(UserError, match="no such file"):
         InceptionFeatures(str(tmp_path), weights=str(tmp_path / "weights.pth"))
+
+
+def test_a_resume_keeps_what_was_validated_at_its_checkpoint(tmp_path):
+    """With two optimizer steps a batch: the checkpoint is of batch 2 and step 4, and the row of step 4 was there before it."""
+    loops = {"fit_loop": {"epoch_loop.batch_progress": {"total": {"processed": 2}}}}
+    torch.save({"loops": loops, "global_step": 4}, tmp_path / "last.ckpt")
+    rows = ["loss,step,val/right", "1.0,0,", ",2,0.5", "0.9,1,", ",4,0.6", "0.8,2,", ",6,0.7"]
+    (tmp_path / "metrics.csv").write_text("\n".join(rows) + "\n")
+    csv_logger(str(tmp_path), str(tmp_path / "last.ckpt"))
+    assert (tmp_path / "metrics.csv").read_text().split() == rows[:5]

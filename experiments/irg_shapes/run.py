@@ -203,6 +203,11 @@ def did(arm: str, before: str, after: str) -> dict[str, str]:
     return found
 
 
+def done(*arms: str) -> bool:
+    """Whether every seed of these arms has its results; what is not done is left out of table and figure, and named."""
+    return all((folder(arm, seed) / "results.json").exists() for arm in arms for seed in SEEDS)
+
+
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
@@ -230,6 +235,7 @@ LADDER = (
     ("+ GRPO on I2: I2", "grpo", "trained_turn2"),
     ("+ GRPO, random reward (control): I2", "grpo_random", "trained_turn2"),
 )
+ROUND_STAGES = {f"round {turn}": f"turn{turn}" for turn in (1, 2, 3, 4)} | {"the first picture that R finds nothing wrong with, else the last": "stopped"}  # fmt: skip
 PAIRS = (
     ("good pictures - base with a plan", ("good", "base_plan"), ("good", "trained_turn1")),
     ("good pictures - base direct", ("good", "base_direct"), ("good", "trained_turn1")),
@@ -253,25 +259,34 @@ PAIRS = (
 
 
 def write_table() -> None:
-    runs = [read_json(folder(arm, seed) / "provenance.json") for arm in (*ARMS, *MEASURED) for seed in SEEDS]
+    lacking = [arm for arm in (*ARMS, *TOLD, *MEASURED) if not done(arm)]
+    runs = [read_json(folder(arm, seed) / "provenance.json") for arm in (*ARMS, *MEASURED) if done(arm) for seed in SEEDS]  # fmt: skip
     commits = " and ".join(sorted({run["git_commit"][:7] for run in runs}))
     results = read_results(folder("good", 0) / "results.json")
     manifest = read_json(next((ROOT / "outputs" / "irgl").glob("janus_tiny_*_seed0")) / "manifest.json")
     short = ("overall", "overall, Student", *METRICS[1:])
-    differences = {name: paired(records(*before), records(*after)) for name, before, after in PAIRS}
+    differences = {
+        name: paired(records(*before), records(*after)) for name, before, after in PAIRS if done(before[0], after[0])
+    }
     reflected = {
-        "trajectories": did("trajectories", "trained_turn1", "trained_turn2"),
-        "six modes": did("six", "trained_turn1", "trained_turn2"),
-        "+ GRPO": did("grpo", "trained_turn1", "trained_turn2"),
-        "six modes, told by the world": did("told_world", "trained_turn1", "trained_turn2"),
-        "six modes, told of another prompt's picture (control)": did("told_another", "trained_turn1", "trained_turn2"),
-        "six modes, told that nothing is wrong (control)": did("told_stop", "trained_turn1", "trained_turn2"),
-        "six modes, third round": did("rounds", "trained_turn2", "trained_turn3"),
-        "six modes, fourth round": did("rounds", "trained_turn3", "trained_turn4"),
+        name: did(arm, f"trained_turn{turn}", f"trained_turn{turn + 1}")
+        for name, arm, turn in (
+            ("trajectories", "trajectories", 1),
+            ("six modes", "six", 1),
+            ("+ GRPO", "grpo", 1),
+            ("six modes, told by the world", "told_world", 1),
+            ("six modes, told of another prompt's picture (control)", "told_another", 1),
+            ("six modes, told that nothing is wrong (control)", "told_stop", 1),
+            ("six modes, plans told by the world", "told_plan", 1),
+            ("six modes, third round", "rounds", 2),
+            ("six modes, fourth round", "rounds", 3),
+        )
+        if done(arm)
     }
     sweep = [
         [*(f"{scale:g}" for scale in scales), strict(name, "trained_turn1"), strict(name, "trained_turn2"), cell(paired(records(name, "trained_turn1"), records(name, "trained_turn2"))["overall"])]
         for scales, name in ((scales, guidance(scales)) for scales in SCALES)
+        if done(name)
     ]  # fmt: skip
     lines = [
         "# IRG's ladder on `shapes`",
@@ -279,6 +294,7 @@ def write_table() -> None:
         f"`python experiments/irg_shapes/run.py` at {commits}, {runs[0]['device']}, one thread a job: seeds {', '.join(map(str, SEEDS))}, {STEPS} optimizer steps of 16 "
         f"trajectories in every trained arm (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2), GRPO {GRPO_STEPS} steps of 64; "
         f"{results['benchmark']['n_prompts']} test prompts x {results['benchmark']['samples_per_prompt']} trajectories, strict accuracy in percent.",
+        *([f"Not run yet, and left out: {', '.join(lacking)}."] if lacking else []),
         f"Data of seed 0: {', '.join(f'{count} rows of {mode}' for mode, count in manifest['counts'].items())}.",
         "",
         "Intervals of levels and of what reflections did: Student's over three seeds, which is wide. Differences: paired trajectory by trajectory, two-level bootstrap "
@@ -286,7 +302,7 @@ def write_table() -> None:
         "",
         "## The ladder",
         "",
-        *table(["", "overall", "diversity"], [[name, strict(arm, stage), diversity(arm, stage)] for name, arm, stage in LADDER]),
+        *table(["", "overall", "diversity"], [[name, strict(arm, stage), diversity(arm, stage)] for name, arm, stage in LADDER if done(arm)]),
         "## Paired differences, in points",
         "",
         *table(["", *(name.removeprefix("task/") for name in short)], [[name, *(cell(found[metric]) for metric in short)] for name, found in differences.items()]),
@@ -299,7 +315,7 @@ def write_table() -> None:
         *table(["", *DID, "text_tokens", "seconds"], [[name, *found.values()] for name, found in reflected.items()]),
         "## Rounds (six modes; later rounds see the window that training has)",
         "",
-        *table(["", "overall"], [[f"round {turn}", strict("rounds", f"trained_turn{turn}")] for turn in (1, 2, 3, 4)] + [["the first picture that R finds nothing wrong with, else the last", strict("rounds", "trained_stopped")]]),
+        *table(["", "overall"], [[name, strict("rounds", f"trained_{stage}")] for name, stage in ROUND_STAGES.items() if done("rounds")]),
         "## Guidance of the second picture (six modes; 108 validation prompts)",
         "",
         *table(["against the context without reflection", "without pictures", "unconditional", "I1", "I2", "I2 - I1"], sweep),
@@ -318,7 +334,7 @@ def column(arm: str, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
 def write_figure() -> None:
     """Levels of the ladder, and what the validation prompts showed while training."""
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
-    for place, (name, arm, stage) in enumerate(reversed(LADDER)):
+    for place, (name, arm, stage) in enumerate(row for row in reversed(LADDER) if done(row[1])):
         values = [
             100 * read_results(folder(arm, seed) / "results.json")["stages"][stage]["metrics"]["overall"]["mean"]
             for seed in SEEDS
@@ -327,7 +343,7 @@ def write_figure() -> None:
         axes[0].text(1, place + 0.2, name, fontsize=7)
     axes[0].set(title="strict accuracy, a dot a seed", xlabel="percent", yticks=[], xlim=(0, 100))
     for axis, names, title in ((axes[1], ("text/loss", "image/loss"), "cross-entropy, nats a token (means of 20 steps)"), (axes[2], ("val/turn1", "val/turn2", "val/names_defect", "val/false_alarms"), "validation prompts while training")):  # fmt: skip
-        for arm, style in (("trajectories", "--"), ("stage1", ":"), ("six", "-")):
+        for arm, style in ((arm, style) for arm, style in (("trajectories", "--"), ("stage1", ":"), ("six", "-")) if done(arm)):  # fmt: skip
             for number, name in enumerate(names):
                 found = [column(arm, seed, name) for seed in SEEDS]
                 width = min(20, len(found[0][0])) if axis is axes[1] else 1

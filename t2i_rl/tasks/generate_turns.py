@@ -34,6 +34,7 @@ def run(cfg, model, judge, prompts: list[Prompt]) -> dict:
         judged = judging(judge, [prompt for prompt, _ in batch])
         drawn = method.interleave.run(method.interleaved, [prompt.text for prompt, _ in batch], seeds, judged)
         for (prompt, sample), each in zip(batch, drawn, strict=True):
+            each.settings |= {"model": model.path, "ckpt_path": cfg.ckpt_path, "cues": method.interleaved.cues}
             name = f"trajectories/{len(rows):05d}"
             save_trajectory(out / name, each)
             rows.append(row_of(prompt, sample, each, name))
