@@ -13,7 +13,7 @@ from t2i_rl.fsdp import mesh_of, shard
 from t2i_rl.hashing import gathered
 from t2i_rl.methods.grpo_loss import REDUCTIONS, group_advantages, k3, policy_loss, token_weights
 from t2i_rl.methods.grpo_metrics import rollout_metrics, update_metrics
-from t2i_rl.methods.trainable import Reference, check_lora, refuse_rounded_updates, select_trainable
+from t2i_rl.methods.trainable import Reference, check_lora, check_optimizer, refuse_rounded_updates, select_trainable
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import RewardOutput, checked
 from t2i_rl.rollout.buffer import Rollout
@@ -117,12 +117,7 @@ class GRPO(L.LightningModule):
                 "nothing would be trained: give method.image_loss_weight, or method.text_loss_weight with method.plan=true"
             )
         check_lora(options["lora"])
-        try:
-            optimizer = options["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
-            if options["scheduler"] is not None:
-                options["scheduler"](optimizer)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"method.optimizer or method.scheduler: {error}") from error
+        check_optimizer(options["optimizer"], options["scheduler"])
 
     def configure_model(self) -> None:
         """Shard policy and reference where the strategy is FSDP."""

@@ -19,7 +19,7 @@ from t2i_rl.hashing import gathered, weights_sha256
 from t2i_rl.irg.interleave import Interleave
 from t2i_rl.irg.janus import InterleavedJanus
 from t2i_rl.irg.trajectory import Segment
-from t2i_rl.methods.trainable import check_lora, refuse_rounded_updates, select_trainable
+from t2i_rl.methods.trainable import check_lora, check_optimizer, refuse_rounded_updates, select_trainable
 from t2i_rl.seeding import derive_seed
 
 
@@ -122,12 +122,7 @@ class IRG(L.LightningModule):
         if options["start_from"]:
             saved_by_irg(Path(options["start_from"]))
         check_lora(options["lora"])
-        try:
-            optimizer = options["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
-            if options["scheduler"] is not None:
-                options["scheduler"](optimizer)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"method.optimizer or method.scheduler: {error}") from error
+        check_optimizer(options["optimizer"], options["scheduler"])
 
     def setup(self, stage: str) -> None:
         """Weights of an earlier stage come in after the data was made with the model as it was."""

@@ -15,6 +15,7 @@ from torch import nn
 
 from t2i_rl.errors import UserError
 from t2i_rl.hashing import weights_sha256
+from t2i_rl.methods.trainable import check_optimizer
 from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding, attention_for_training
 from t2i_rl.models.soft_tokens import SoftTokens, spec_for
 from t2i_rl.seeding import derive_seed, row_normals
@@ -119,13 +120,8 @@ class PairMethod(L.LightningModule):
         for name, least in (("pairs_per_pass", 1), ("schedule_every", 1), ("tokens", 0), ("buckets", 0)):
             if options.get(name) is not None and options[name] < least:
                 raise UserError(f"method.{name} must be {least} or more, not {options[name]}")
-        try:
-            if options.get("optimizer") is not None:
-                optimizer = options["optimizer"]([torch.nn.Parameter(torch.zeros(1))])
-                if options.get("scheduler") is not None:
-                    options["scheduler"](optimizer)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"method.optimizer or method.scheduler: {error}") from error
+        if options.get("optimizer") is not None:
+            check_optimizer(options["optimizer"], options.get("scheduler"))
 
     def _start_from_bos(self) -> None:
         with torch.no_grad():

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -28,6 +29,20 @@ def check_lora(lora: dict | None) -> None:
     beyond = [name for name in NOT_MERGED if getattr(config, name, None)]
     if beyond:
         raise UserError(f"method.lora.{beyond[0]}: rollouts merge plain LoRA (and rsLoRA) only; leave it out")
+
+
+def check_optimizer(optimizer: partial, scheduler: partial | None) -> None:
+    """Refuse options that torch's own classes refuse.
+
+    Raises:
+        UserError: what they say.
+    """
+    try:
+        made = optimizer([nn.Parameter(torch.zeros(1))])
+        if scheduler is not None:
+            scheduler(made)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method.optimizer or method.scheduler: {error}") from error
 
 
 def select_trainable(model: nn.Module, patterns: list[str], lora: dict | None) -> None:
