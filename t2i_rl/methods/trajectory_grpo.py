@@ -222,7 +222,9 @@ def begin_at(model: torch.nn.Module, path: Path) -> None:
     values = saved_average(path, weights_sha256(model))
     foreign = sorted(set(values) - set(named))
     if foreign:
-        adapters = "was trained with adapters, which are not merged here: start from a run with method.lora=null"
+        adapters = (
+            "was trained with adapters: write it as a model with task=export, and take that with model.path=<folder>"
+        )
         raise UserError(f"method.start_from={path} {adapters if 'lora_' in foreign[0] else f'holds {foreign[0]}, which this model has not'}")  # fmt: skip
     with torch.no_grad():
         for name, value in values.items():
