@@ -207,19 +207,18 @@ def test_another_first_picture_is_reflected_on_otherwise(inter):
 
 @torch.no_grad()
 def test_a_target_and_a_neighbour_in_the_pack_are_seen_by_nobody(inter):
-    """Another last word, another picture to be learnt, and another conversation in the same row leave every log-prob before them as it was."""
-    first, second = conversation("improving_full_learning"), conversation("initial_full_learning", 1)
-    image = inter([[first, second]])[0]["image"]
-    text = inter([[first, second]])[0]["text"]
-    neighbour = inter([[first, conversation("initial_full_learning", 2)]])[0]
-    for kind, scored in (("image", image), ("text", text)):
-        mine, others = (found[0][found[1] == 0] for found in (scored, neighbour[kind]))
-        assert torch.equal(mine, others) or torch.allclose(mine, others, atol=1e-6)
-    codes = nearest_codes(inter.model.model.vqmodel, inter.pixels(first[-1].image))[0]
+    """Another conversation in front of it in the row, and another last code, leave all other log-probs as they were."""
+    mine = conversation("improving_full_learning")
+    rows = [inter([[conversation("initial_full_learning", number), mine]])[0] for number in (1, 2)]
+    for kind in ("image", "text"):
+        one, other = (found[kind][0][found[kind][1] == 1] for found in rows)
+        assert len(one) and torch.allclose(one, other, atol=1e-5)
+    codes = nearest_codes(inter.model.model.vqmodel, inter.pixels(mine[-1].image))[0]
     changed = codes.clone()
     changed[-1] = (codes[-1] + 1) % 8
-    given = [inter([[[*first[:-1], replace(first[-1], drawn_as=each)]]])[0]["image"][0] for each in (codes, changed)]
-    assert torch.allclose(given[0][:-1], given[1][:-1], atol=1e-6) and given[0][-1] != given[1][-1]
+    one, other = (inter([[[*mine[:-1], replace(mine[-1], drawn_as=each)]]])[0] for each in (codes, changed))
+    assert torch.equal(one["text"][0], other["text"][0]) and torch.equal(one["image"][0][:-1], other["image"][0][:-1])
+    assert one["image"][0][-1] != other["image"][0][-1]
 
 
 @torch.no_grad()
@@ -362,12 +361,17 @@ def test_a_judge_may_end_the_trajectory_and_choose_the_answer():
         Interleave(choose=True).run(Scripted(texts), ["one"], [0])
 
 
-def test_a_reflection_may_end_the_trajectory():
+def test_a_reflection_may_end_the_trajectory(monkeypatch):
     model = Scripted([("a plan", True), ("a plan", True), ("stop", True), ("better", True)])
+    ticks = iter((0.0, 2.0, 2.0, 6.0, 6.0, 16.0, 16.0, 36.0))  # two plans, two pictures, two reflections, one picture
+    monkeypatch.setattr("time.perf_counter", lambda: next(ticks))
     done, changed = Interleave(stop="stop").run(model, ["one", "two"], [0, 1])
     assert [each.role for each in done.segments] == ["prompt", "think", "draw", "reflect"]
     assert [each.role for each in changed.segments] == ["prompt", "think", "draw", "reflect", "redraw"]
-    assert len(done.seconds) == 1 and done.seconds[0] > changed.seconds[0]  # with the reflection that ended it
+    assert done.seconds == [1 + 2 + 5] and changed.seconds == [
+        1 + 2,
+        5 + 20,
+    ]  # the first's with the reflection that ended it
 
 
 @pytest.mark.parametrize(

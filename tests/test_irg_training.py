@@ -25,6 +25,8 @@ from t2i_rl.pretrain.vq import nearest_codes
 from t2i_rl.prompts import Prompt
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.render import render
+from t2i_rl.shapes.scene import COLORS, Object, Scene
+from t2i_rl.shapes.suites import pair_split
 from t2i_rl.shapes.text import plan
 from t2i_rl.tasks.make_irgl import distinct
 from tests.tiny import load_tiny_janus, save_tiny_janus
@@ -410,7 +412,28 @@ def test_options_that_cannot_train_are_refused(tmp_path):
 
 
 def test_a_trajectory_longer_than_the_models_positions_is_refused(janus_folder, monkeypatch):
-    inter = method(janus_folder).interleaved
-    monkeypatch.setattr(inter.model.config.text_config, "max_position_embeddings", 60)
+    module = method(janus_folder)
+    monkeypatch.setattr(module.interleaved.model.config.text_config, "max_position_embeddings", 60)
     with pytest.raises(UserError, match="and the model has 60 positions"):
-        inter.passes([row_of("improving_full_learning", materials(1)[0], World.questions)], 600)
+        module.passes([row_of("improving_full_learning", materials(1)[0], World.questions)])
+
+
+def test_no_held_out_pair_of_objects_is_learnt():
+    """Prompts that name one are refused; of other prompts, a picture that has one in it (in colours that were free) is left out."""
+    every = (f"{color} circle + {other} square" for color in COLORS for other in COLORS)
+    pairs = {pair_split(pair): [name.split()[0] for name in pair.split(" + ")] for pair in every}
+    verdicts = {}
+    for split, colors in pairs.items():
+        objects = (Object("circle", colors[0], 8.0, 16.0, 5.0), Object("square", colors[1], 24.0, 16.0, 5.0))
+        free = [{"class": item.shape, "count": 1} for item in objects]
+        asked = [clause | {"color": item.color} for clause, item in zip(free, objects, strict=True)]
+        prompts = [
+            Prompt("0", "two", tag="two_object", meta={"include": include, "exclude": []}) for include in (free, asked)
+        ]
+        verdicts[split] = World().inconsistent(prompts[:1], [render(Scene(objects, 32))])
+        if split == "train":
+            World().check(prompts)
+        else:
+            with pytest.raises(UserError, match="kept for the test prompts"):
+                World().check(prompts)
+    assert verdicts == {"train": [None], **dict.fromkeys(("validation", "test"), ["a held-out pair of objects"])}

@@ -119,9 +119,10 @@ class Interleave:
                 break
             started = time.perf_counter()
             images, drawn_as = self._draw(model, [rows[i] for i in going], drawn, number)
+            drawing = (time.perf_counter() - started) / len(going)
             for i, image, codes in zip(going, images, drawn_as, strict=True):
                 rows[i].segments += (Segment(drawn, image=image, seen_by=BOTH, drawn_as=codes),)
-                rows[i].seconds.append(words + (time.perf_counter() - started) / len(going))
+                rows[i].seconds.append(words + drawing)
             if judge is not None:
                 for i, score in zip(going, judge(going, images), strict=True):
                     rows[i].scores.append(float(score))

@@ -144,17 +144,18 @@ class InterleavedJanus(nn.Module):
         scales = tuple(float(scale) for _, scale in used)
         return decode_branches(self.janus.engine, parts, seeds, count=self.tokens, guidance=scales, temperature=temperature)  # fmt: skip
 
-    def passes(self, conversations: Sequence[Sequence[Segment]], tokens_per_pass: int) -> list[list[list[int]]]:
-        """Passes of rows of conversations, by number: see `packing.pack`.
+    def lengths(self, conversations: Sequence[Sequence[Segment]]) -> list[int]:
+        """Tokens of each conversation, its pictures' among them."""
+        return [sum(map(self._size, self._pieces(segments))) for segments in conversations]
 
-        Raises:
-            UserError: a conversation is longer than the model's positions.
-        """
-        lengths = [sum(map(self._size, self._pieces(segments))) for segments in conversations]
-        room = self.model.config.text_config.max_position_embeddings
-        if max(lengths) > room:
-            raise UserError(f"a trajectory of {max(lengths)} tokens, and the model has {room} positions: make the data with shorter texts (task.words), or set method.interleave.policy=window")  # fmt: skip
-        return pack(lengths, tokens_per_pass)
+    @property
+    def positions(self) -> int:
+        """Tokens that a conversation may have: what a picture is closed with has no successor and needs none."""
+        return self.model.config.text_config.max_position_embeddings + 1
+
+    def passes(self, conversations: Sequence[Sequence[Segment]], tokens_per_pass: int) -> list[list[list[int]]]:
+        """Passes of rows of conversations, by number: see `packing.pack`."""
+        return pack(self.lengths(conversations), tokens_per_pass)
 
     def counts(self, segments: Sequence[Segment], blank: bool = False) -> dict[str, int]:
         """How many labels of each kind a conversation has."""

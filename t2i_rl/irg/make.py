@@ -20,6 +20,8 @@ from t2i_rl.irg.trajectory import MODES, Segment, Trajectory
 from t2i_rl.prompts import Prompt
 from t2i_rl.seeding import derive_seed
 
+RULES = 2  # of what is kept; 2: no held-out pair of objects in a picture to be learnt
+
 
 @dataclass
 class Maker:
@@ -97,6 +99,7 @@ class Maker:
         """What a row depends on."""
         texts = hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest()
         return {
+            "rules": RULES,
             **{name: value for name, value in vars(self).items() if name not in ("teacher", "batch_size")},
             "words": list(self.words),
             "teacher": self.teacher.settings(),
@@ -114,7 +117,8 @@ class Maker:
         for first in range(0, len(prompts), self.batch_size):
             part = slice(first, first + self.batch_size)
             made = self._material(model, prompts[part], seeds[part])
-            refused = {half: self._refused(half, made, seeds[part]) for half in ("initial", "improving")}
+            asked: dict[int, str | None] = {}
+            refused = {half: self._refused(half, made, seeds[part], asked) for half in ("initial", "improving")}
             for number, material in enumerate(made):
                 for mode in MODES:
                     segments = row_of(mode, material, self.teacher.questions)
@@ -142,16 +146,18 @@ class Maker:
         reflections, better = zip(*self.teacher.improve(prompts, weak.images, good, seeds), strict=True)
         return [Material(*each) for each in zip(prompts, thoughts, good, base_thoughts, weak.images, reflections, better, strict=True)]  # fmt: skip
 
-    def _refused(self, half: str, made: list[Material], seeds: list[int]) -> list[str | None]:
-        """Why the rows of the `initial` or the `improving` modes are left out of each prompt's material, if they are."""
+    def _refused(self, half: str, made: list[Material], seeds: list[int], asked: dict[int, str | None]) -> list[str | None]:  # fmt: skip
+        """Why the rows of the `initial` or the `improving` modes are left out of each prompt's material, if they are; `asked` keeps the verdict on each picture."""
         improving = half == "improving"
         texts = [each.reflection if improving else each.thought for each in made]
         pictures = [each.better if improving else each.good for each in made]
         why = [self._unfit(text, seed if improving else None) for text, seed in zip(texts, seeds, strict=True)]
-        left = [number for number, reason in enumerate(why) if reason is None]
+        fit = [number for number, reason in enumerate(why) if reason is None]
+        left = [number for number in fit if id(pictures[number]) not in asked]
         found = self.teacher.inconsistent([made[i].prompt for i in left], [pictures[i] for i in left])
-        for number, reason in zip(left, found, strict=True):
-            why[number] = reason
+        asked |= {id(pictures[number]): reason for number, reason in zip(left, found, strict=True)}
+        for number in fit:
+            why[number] = asked[id(pictures[number])]
         return why
 
     def _unfit(self, text: str, seed: int | None) -> str | None:

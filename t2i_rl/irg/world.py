@@ -13,6 +13,7 @@ from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.reflections import NO_CHANGE, as_object, reflect
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.scene import Scene, sample_scene
+from t2i_rl.shapes.suites import held_out as keeps
 from t2i_rl.shapes.suites import pair_split, wishes
 from t2i_rl.shapes.text import plan
 
@@ -41,6 +42,9 @@ class World:
         Raises:
             UserError: one line that names the first.
         """
+        unseen = next((prompt for prompt in prompts if "include" in prompt.meta and keeps(prompt)), None)
+        if unseen:
+            raise UserError(f"{unseen.text!r} names a pair of objects that is kept for the test prompts: take training prompts (task=make_prompts)")  # fmt: skip
         foreign = next((prompt for prompt in prompts if "include" not in prompt.meta), None)
         if foreign:
             raise UserError(

@@ -1,7 +1,7 @@
 """IRG's training: think, draw, look, reflect, draw better, learnt from given trajectories (IRGL, arXiv 2509.06945 section 3.2)."""
 
 import pickle
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -155,7 +155,7 @@ class IRG(L.LightningModule):
         conversations, blank = zip(*(self.dropped(number, segments) for number, _, segments in batch), strict=True)
         counted = [self.interleaved.counts(each, empty) for each, empty in zip(conversations, blank, strict=True)]
         totals = self._over_ranks({kind: sum(each[kind] for each in counted) for kind in self.loss_weights})
-        passes = self.interleaved.passes(conversations, self.tokens_per_pass)
+        passes = self.passes(conversations)
         wanted = self._most(len(passes))  # with fewer, a rank computes its last once more for nothing: collectives meet
         sums = dict.fromkeys(self.loss_weights, 0.0)
         for number in range(wanted):
@@ -182,6 +182,17 @@ class IRG(L.LightningModule):
             batch_size=len(batch),
         )
         self.log("loss", sum(means.values()), prog_bar=True, logger=False, batch_size=len(batch))
+
+    def passes(self, conversations: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
+        """Passes of rows of conversations, by number; every rank calls it.
+
+        Raises:
+            UserError: on every rank, where one has a conversation longer than the model's positions.
+        """
+        longest = self._most(max(self.interleaved.lengths(conversations)))
+        if longest > self.interleaved.positions:
+            raise UserError(f"a trajectory of {longest} tokens, and the model has {self.interleaved.positions - 1} positions: make the data with shorter texts (task.words); drawn ones: method.interleave.max_tokens, or policy=window")  # fmt: skip
+        return self.interleaved.passes(conversations, self.tokens_per_pass)
 
     def dropped(self, number: int, segments: tuple[Segment, ...]) -> tuple[tuple[Segment, ...], bool]:
         """A trajectory without what this step drops of it, and whether its picture is learnt after the model's own unconditional.
@@ -318,17 +329,17 @@ class IRG(L.LightningModule):
 
 
 def saved_by_irg(path: Path, option: str = "method.start_from") -> dict:
-    """A checkpoint of this method, its tensors left on the disk until they are read.
+    """A checkpoint of this method.
 
     Raises:
         UserError: the file is none.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         checkpoint["irg"], checkpoint["state_dict"]
     except FileNotFoundError as error:
         raise UserError(f"{option}={path}: there is no such file") from error
-    except (KeyError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+    except (KeyError, IndexError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
         raise UserError(f"{option}={path} is no checkpoint of method=irg") from error
     return checkpoint
 

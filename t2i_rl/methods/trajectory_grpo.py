@@ -176,7 +176,7 @@ class TrajectoryGRPO(IRG):
         scorer = self.interleaved if model is None else InterleavedJanus(model)
         found: list[dict[str, torch.Tensor]] = [{} for _ in conversations]
         with torch.no_grad():
-            passes = self.interleaved.passes(conversations, self.tokens_per_pass)
+            passes = self.passes(conversations)
             for part in range(self._most(len(passes))):  # under FSDP the forward passes of ranks have to meet too
                 rows = passes[min(part, len(passes) - 1)]
                 scored, _ = scorer([[conversations[i] for i in row] for row in rows])
@@ -190,7 +190,7 @@ class TrajectoryGRPO(IRG):
         counted = {kind: float(sum(len(row[kind]) for row in old)) for kind in self.loss_weights}
         totals = self._over_ranks(counted)
         weight = sum(self.loss_weights[kind] * count for kind, count in totals.items())
-        passes = self.interleaved.passes(conversations, self.tokens_per_pass)
+        passes = self.passes(conversations)
         wanted, sums = self._most(len(passes)), dict.fromkeys(("loss", "kl", "clip_fraction"), 0.0)
         for number in range(wanted):
             rows = passes[min(number, len(passes) - 1)]

@@ -29,6 +29,10 @@ def run(cfg) -> dict:
         raise UserError(
             "task.adapter=true writes what LoRA has learnt: give ckpt_path=<checkpoint> and its method.lora"
         )
+    if cfg.task.adapter and interleaves(cfg) and cfg.method.get("start_from"):
+        raise UserError(
+            "this adapter sits on the weights of method.start_from, and its folder would name model.path: leave out task.adapter, and the whole model is written"
+        )
     trains_tokens = not (learns_from_prompts(cfg) or interleaves(cfg) or cfg.method.get("lora"))
     if (cfg.ckpt_path and trains_tokens) or cfg.model.get("soft_tokens"):
         raise UserError(
