@@ -50,7 +50,7 @@ class IRG(L.LightningModule):
     learns_from = "trajectories"
     interleaves = True
     stages = ("base_direct", "base_plan", "trained_turns")
-    steps = 600  # where a run names none
+    steps = 1200  # where a run names none
 
     def __init__(
         self,
