@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.made_up_run import make_run
+from t2i_rl.evaluation.results import write_records
+from tests.made_up_run import make_records, make_run
 from tests.test_configs import composed
 
 ROOT = Path(__file__).parents[1]
@@ -228,3 +229,59 @@ def test_reward_alignment_refuses_jobs_of_different_models(rewards):
         searched(rewards, arm, seed, model="1" if (arm, seed) == ("KL", 2) else "0")
     with pytest.raises(SystemExit, match="2 different models"):
         rewards.check_one_model()
+
+
+@pytest.fixture
+def irg(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "experiments" / "irg_shapes")
+    module = loaded("irg_shapes", tmp_path, monkeypatch)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    return module
+
+
+def test_every_job_of_irgs_ladder_composes(irg):
+    for arm in (*irg.ARMS, *irg.MEASURED):
+        settings = irg.train_or_evaluate(arm, 1)[2:]
+        cfg = composed(*(item for item in settings if not item.startswith("hydra.")))
+        assert cfg.seed == 1 and (arm in irg.ARMS) == (cfg.task_name in ("irg_shapes", "irg_grpo_shapes") and cfg.task._target_.endswith("train.run"))  # fmt: skip
+    steps = {arm: composed(*irg.train_or_evaluate(arm, 0)[2:-1]).trainer.max_steps for arm in irg.ARMS}
+    assert steps["good"] == steps["trajectories"] == steps["stage1"] + steps["six"] and steps["grpo"] == steps["grpo_random"]  # fmt: skip
+
+
+def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_path):
+    """Six modes mend every wrong picture, the recogniser knows the judge; only two arms are there."""
+    rng = np.random.default_rng(0)
+    stages = {"good": ("base_direct", "base_plan", "trained_turn1"), "six": ("trained_turn1", "trained_turn2", "trained_stopped", "trained_chosen")}  # fmt: skip
+    for arm, seed in product(stages, irg.SEEDS):
+        place = make_run(irg.folder(arm, seed), seed=seed, per_task=4)
+        for stage in stages[arm]:
+            rate = 1.0 if stage in ("trained_turn2", "trained_chosen") else 0.5
+            records = make_records(rate, seed, per_task=4, effect=0.0)
+            for row in records:
+                row |= {"judge_score": float(row["strict"]), "unfinished": False, "text_tokens": 9, "seconds": 0.5, "named": [], "faults": []}  # fmt: skip
+            (place / "evaluation" / stage / "images").mkdir(parents=True, exist_ok=True)
+            for row in records:
+                shutil.copy(place / "evaluation" / "trained_plan" / "images" / "00000.png", place / "evaluation" / stage / row["image"])  # fmt: skip
+            write_records(place / "evaluation" / stage / "records.jsonl", records)
+            np.save(place / "evaluation" / stage / "features.npy", rng.random((48, 4)))
+        results = json.loads((place / "results.json").read_text())
+        results["benchmark"] |= {"n_prompts": 24, "samples_per_prompt": 2}
+        (place / "results.json").write_text(json.dumps(results))
+        (place / "provenance.json").write_text(json.dumps({"git_commit": "0123456789", "device": "a made-up machine"}))
+        (place / "metrics.csv").write_text("step,text/loss,image/loss,val/turn1,val/turn2,val/names_defect,val/false_alarms\n0,1,1,.5,.5,.5,.5\n1,1,1,.5,.5,.5,.5\n")  # fmt: skip
+    manifest = tmp_path / "outputs" / "irgl" / "janus_tiny_9_seed0" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.write_text(json.dumps({"counts": {"improving_full_learning": 7}}))
+    irg.write_table()
+    irg.write_figure()
+    irg.write_strips()
+    text = (tmp_path / "table.md").read_text()
+    row = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}  # fmt: skip
+    assert row["+ six modes: I2"][1].startswith("100.0") and "trajectories" not in "".join(row)
+    first, second = (irg.records("six", stage)[0] for stage in ("trained_turn1", irg.BEST_OF_TWO))
+    assert len(first) == len(second) and irg.overall(first) < irg.overall(second) < 1
+    for prompt in {each["prompt_id"] for each in first}:
+        pair = [each["strict"] for each in first if each["prompt_id"] == prompt]
+        assert [each["strict"] for each in second if each["prompt_id"] == prompt] == [any(pair)] * 2
+    assert "**" in row["six modes' I2 - I1"][1] and row["six modes"][1].startswith("100.0")
+    assert "Not run yet, and left out: stage1, trajectories" in text and (tmp_path / "figure.png").is_file()
