@@ -20,7 +20,7 @@ from t2i_rl.irg.trajectory import MODES, Segment, Trajectory
 from t2i_rl.prompts import Prompt
 from t2i_rl.seeding import derive_seed
 
-RULES = 2  # of what is kept; 2: no held-out pair of objects in a picture to be learnt
+RULES = 3  # of what is made; 2: no held-out pair of objects is learnt; 3: a picture with nothing wrong is its own better one
 
 
 @dataclass

@@ -77,9 +77,9 @@ class World:
     def improve(
         self, prompts: list[Prompt], weak: np.ndarray, good: Sequence[np.ndarray], seeds: list[int]
     ) -> list[tuple[str, np.ndarray]]:
-        """A reflection on each weak picture uint8 `(B, H, W, 3)` and the picture that mends it."""
+        """A reflection on each weak picture uint8 `(B, H, W, 3)`, and the picture that mends it: itself where nothing is wrong, code for code."""
         found = []
-        for prompt, seen, seed in zip(prompts, detect(weak), seeds, strict=True):
+        for prompt, image, seen, seed in zip(prompts, weak, detect(weak), seeds, strict=True):
             reflection = reflect(prompt, seen, self.size, np.random.default_rng(derive_seed(seed, "improve")))
-            found.append((reflection.text, render(reflection.scene)))
+            found.append((reflection.text, render(reflection.scene) if reflection.faults else image))
         return found
