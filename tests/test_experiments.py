@@ -235,7 +235,7 @@ def test_reward_alignment_refuses_jobs_of_different_models(rewards):
 def irg(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "experiments" / "irg_shapes")
     module = loaded("irg_shapes", tmp_path, monkeypatch)
-    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "DATA", tmp_path / "irgl")
     return module
 
 
@@ -269,7 +269,7 @@ def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_p
         (place / "results.json").write_text(json.dumps(results))
         (place / "provenance.json").write_text(json.dumps({"git_commit": "0123456789", "device": "a made-up machine"}))
         (place / "metrics.csv").write_text("step,text/loss,image/loss,val/turn1,val/turn2,val/names_defect,val/false_alarms\n0,1,1,.5,.5,.5,.5\n1,1,1,.5,.5,.5,.5\n")  # fmt: skip
-    manifest = tmp_path / "outputs" / "irgl" / "janus_tiny_9_seed0" / "manifest.json"
+    manifest = tmp_path / "irgl" / "janus_tiny_9_seed0" / "manifest.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text(json.dumps({"counts": {"improving_full_learning": 7}}))
     irg.write_table()

@@ -31,7 +31,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
-OUTPUTS = ROOT / "outputs" / "irg_shapes"
+OUTPUTS, DATA = ROOT / "outputs" / "irg_shapes", ROOT / "outputs" / "irgl"
 SEEDS = (0, 1, 2)
 STEPS, FIRST_STAGE = 1200, 700
 GRPO_STEPS = 10
@@ -76,6 +76,7 @@ MEASURED = {"rounds": ROUNDS} | {
     for scales in SCALES
 }  # fmt: skip
 TOLD = {f"told_{kind}": kind for kind in KINDS}
+CONTEXTS = "contexts"
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 BEST_OF_TWO = "best of two"  # no stage of a run: made from one
 METRICS = ("overall", *(f"task/{task}" for task in TASKS), "held_out", "lenient", "malformed")
@@ -96,6 +97,10 @@ def run_job(job: tuple[str, int]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if arm in TOLD:
         command = [sys.executable, str(HERE / "told.py"), str(folder("six", seed)), TOLD[arm], str(out)]
+    elif arm == CONTEXTS:
+        foreign = SEEDS[(SEEDS.index(seed) + 1) % len(SEEDS)]
+        data = next(DATA.glob(f"janus_tiny_*_seed{foreign}"))
+        command = [sys.executable, str(HERE / "contexts.py"), str(folder("six", seed)), str(data), str(out)]
     else:
         command = train_or_evaluate(arm, seed)
     with (out / "job.log").open("a") as log:
@@ -130,7 +135,9 @@ def run_all(workers: int) -> None:
         run_job(job)
 
     with ThreadPoolExecutor(workers) as pool:
-        for arm in sorted((*ARMS, *TOLD, *MEASURED), key=lambda name: name.startswith("grpo")):  # the longest last
+        for arm in sorted(
+            (*ARMS, *TOLD, CONTEXTS, *MEASURED), key=lambda name: name.startswith("grpo")
+        ):  # the longest last
             for seed in SEEDS:
                 done[arm, seed] = pool.submit(after_what_it_needs, (arm, seed))
     for job in done.values():
@@ -279,12 +286,20 @@ PAIRS = (
 )  # fmt: skip
 
 
+def context_table() -> list[str]:
+    """A row a context, over seeds."""
+    found = [read_json(folder(CONTEXTS, seed) / "results.json")["nats"] for seed in SEEDS]
+    columns = list(found[0]["all of it"])
+    rows = [[name, *(share([each[name][column] for each in found], 1, 3) if column in found[0][name] else "" for column in columns)] for name in found[0]]  # fmt: skip
+    return table(["", *columns], rows)
+
+
 def write_table() -> None:
-    lacking = [arm for arm in (*ARMS, *TOLD, *MEASURED) if not done(arm)]
+    lacking = [arm for arm in (*ARMS, *TOLD, CONTEXTS, *MEASURED) if not done(arm)]
     runs = [read_json(folder(arm, seed) / "provenance.json") for arm in (*ARMS, *MEASURED) if done(arm) for seed in SEEDS]  # fmt: skip
     commits = " and ".join(sorted({run["git_commit"][:7] for run in runs}))
     results = read_results(folder("good", 0) / "results.json")
-    manifest = read_json(next((ROOT / "outputs" / "irgl").glob("janus_tiny_*_seed0")) / "manifest.json")
+    manifest = read_json(next(DATA.glob("janus_tiny_*_seed0")) / "manifest.json")
     short = ("overall", "overall, Student", *METRICS[1:])
     differences = {
         name: paired(records(*before), records(*after)) for name, before, after in PAIRS if done(before[0], after[0])
@@ -334,6 +349,11 @@ def write_table() -> None:
         "fault. Seconds: a picture with its text, in batches of 64 on one thread, two jobs side by side.",
         "",
         *table(["", *DID, "text_tokens", "seconds"], [[name, *found.values()] for name, found in reflected.items()]),
+        "## What the second picture is drawn from, in nats a token",
+        "",
+        "Cross-entropy of second pictures and reflections of data that the run has not seen (six modes; rows of another seed's data), where what they follow is changed.",
+        "",
+        *(context_table() if done(CONTEXTS) else []),
         "## Rounds (six modes; later rounds see the window that training has)",
         "",
         *table(["", "overall"], [[name, strict("rounds", f"trained_{stage}")] for name, stage in ROUND_STAGES.items() if done("rounds")]),
