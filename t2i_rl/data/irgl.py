@@ -111,8 +111,8 @@ class Trajectories(L.LightningDataModule):
             return
         if not (self.path / "manifest.json").exists():
             Console().print(f"making trajectories of {len(self.prompts)} prompts in {self.path} (once)", soft_wrap=True)
-        model = self.trainer.lightning_module.model
-        self.maker.make(self.path, model.to(self.trainer.strategy.root_device), self.prompts)
+        module = self.trainer.lightning_module
+        self.maker.make(self.path, module.model.to(self.trainer.strategy.root_device), self.prompts, module.interleaved.fits)  # fmt: skip
 
     def train_dataloader(self) -> DataLoader:
         first = self.trainer.lightning_module.batches_done

@@ -153,6 +153,10 @@ class InterleavedJanus(nn.Module):
         """Tokens that a conversation may have: what a picture is closed with has no successor and needs none."""
         return self.model.config.text_config.max_position_embeddings + 1
 
+    def fits(self, segments: Sequence[Segment]) -> bool:
+        """Whether a conversation has no more tokens than the model has positions."""
+        return self.lengths([segments])[0] <= self.positions
+
     def passes(self, conversations: Sequence[Sequence[Segment]], tokens_per_pass: int) -> list[list[list[int]]]:
         """Passes of rows of conversations, by number: see `packing.pack`."""
         return pack(self.lengths(conversations), tokens_per_pass)

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,8 +63,8 @@ class Maker:
         ):
             raise UserError(f"words must be the shortest and the longest text, like [1, 600], not {list(self.words)}")
 
-    def make(self, folder: Path, model, prompts: Sequence[Prompt]) -> dict:
-        """Make what is not there yet; returns the manifest: settings, counts a mode, and what was left out, and why.
+    def make(self, folder: Path, model, prompts: Sequence[Prompt], fits: Callable | None = None) -> dict:
+        """Make what is not there yet; returns the manifest: settings, counts a mode, and what was left out, and why; a row that does not `fits(segments)` is.
 
         Raises:
             UserError: the folder was made with other settings, or the teacher cannot teach a prompt.
@@ -81,7 +81,7 @@ class Maker:
             place = folder / "shards" / f"{number:05d}.json"
             if not place.exists():
                 part = slice(first, first + self.shard_size)
-                self._shard(folder, f"{number:05d}", model, prompts[part], seeds[part], seen, place)
+                self._shard(folder, f"{number:05d}", model, prompts[part], seeds[part], seen, place, fits)
             seen |= set(read_json(place)["hashes"])
         manifest = self._manifest(folder, settings, len(starts))
         write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1))
@@ -110,7 +110,15 @@ class Maker:
         }
 
     def _shard(
-        self, folder: Path, name: str, model, prompts: list[Prompt], seeds: list[int], seen: set[str], place: Path
+        self,
+        folder: Path,
+        name: str,
+        model,
+        prompts: list[Prompt],
+        seeds: list[int],
+        seen: set[str],
+        place: Path,
+        fits: Callable | None,
     ) -> None:
         rows: dict[str, list[Trajectory]] = {mode: [] for mode in MODES}
         left_out, hashes = Counter(), []
@@ -125,6 +133,8 @@ class Maker:
                     digest, why = digest_of(mode, segments), refused[mode.split("_")[0]][number]
                     if why is None and digest in seen:
                         why = "duplicate"
+                    if why is None and fits is not None and not fits(segments):
+                        why = "longer than the model's positions"
                     if why is not None:
                         left_out[f"{mode}: {why}"] += 1
                         continue
