@@ -9,9 +9,9 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from t2i_rl.checks import made_judge
 from t2i_rl.evaluation.grid import caption_grid
 from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.part_checks import made_judge
 from t2i_rl.prompts import Prompt, read_prompts
 from t2i_rl.seeding import derive_seed
 from t2i_rl.tasks import generate_turns

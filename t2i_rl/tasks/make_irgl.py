@@ -6,11 +6,11 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 
-from t2i_rl.checks import check_teacher
 from t2i_rl.data.irgl import world_prompts
 from t2i_rl.errors import UserError
 from t2i_rl.irg.janus import InterleavedJanus
 from t2i_rl.irg.make import Maker
+from t2i_rl.part_checks import check_teacher
 from t2i_rl.prompts import Prompt, read_prompts
 from t2i_rl.tasks.generate import device_for
 

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from t2i_rl.checks import check_needs, check_parts, watched
+from t2i_rl.checks import watched
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.noise_pictures import curves_of, hacking_figure, strip
 from t2i_rl.evaluation.noise_report import write_noise_report
@@ -20,6 +20,7 @@ from t2i_rl.evaluation.results import headline_comparison, read_json, write_atom
 from t2i_rl.hashing import modules_sha256, weights_sha256
 from t2i_rl.loggers import build_loggers, log_results
 from t2i_rl.models.memory import predict
+from t2i_rl.part_checks import check_needs, check_parts
 
 STRIPS = 6
 CONFIGURED = ("method", "model", "reward", "watch")  # what a finished case depends on,

@@ -5,22 +5,13 @@ from pathlib import Path
 from hydra.utils import instantiate
 from rich.console import Console
 
-from t2i_rl.checks import (
-    check_needs,
-    check_parts,
-    check_share,
-    check_teacher,
-    check_validation,
-    interleaves,
-    learns_from_prompts,
-    made_judge,
-    watched,
-)
+from t2i_rl.checks import interleaves, learns_from_prompts, watched
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table, headline
 from t2i_rl.evaluation.turn_tables import turn_tables
 from t2i_rl.loggers import build_loggers, log_results
+from t2i_rl.part_checks import check_needs, check_parts, check_share, check_teacher, check_validation, made_judge
 
 
 def run(cfg) -> dict:
@@ -33,13 +24,13 @@ def run(cfg) -> dict:
     check_parts(
         cfg, benchmark, data.prompts, {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
     )
-    judge = made_judge(cfg, benchmark.prompts(), benchmark.name)
     if interleaves(cfg):
         check_teacher(cfg, getattr(getattr(data, "maker", None), "teacher", None))
     callbacks = instantiate(cfg.callbacks)
     check_validation(cfg, callbacks)
     trainer = instantiate(cfg.trainer, callbacks=list(callbacks.values()), logger=build_loggers(cfg))
     check_share(data, trainer.world_size)
+    judge = made_judge(cfg, benchmark.prompts(), benchmark.name)
     model = instantiate(cfg.model)
     method = build_method(cfg, model, judge, reward, watch)
     turns = getattr(method, "turns", None)

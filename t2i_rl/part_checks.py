@@ -1,0 +1,143 @@
+"""What goes with what among prompts, judges, benchmarks and data, refused in one line before the model's weights load."""
+
+from collections.abc import Sequence
+
+from hydra._internal.utils import _locate
+from hydra.utils import get_class, instantiate
+from omegaconf import DictConfig
+
+from t2i_rl.checks import watched
+from t2i_rl.errors import UserError
+from t2i_rl.prompts import Prompt
+
+
+def check_needs(cfg: DictConfig, prompts: Sequence[Prompt]) -> None:
+    """What can be known of model and rewards before any of them is made: making a reward may load gigabytes.
+
+    Raises:
+        UserError: the model's checkpoint is not there, or a reward's class needs metadata that a prompt lacks.
+    """
+    get_class(cfg.model._target_).image_size(cfg.model)
+    judges = {f"watch.{name}": node for name, node in watched(cfg).items() if node}
+    for name, node in {"reward": cfg.reward, **judges}.items():
+        for part in [node, *(part for part in (node.get("parts") or {}).values() if part)]:
+            kind = _locate(part._target_)
+            _check_meta(cfg, name, kind, prompts)
+
+
+def _check_meta(cfg: DictConfig, name: str, kind: type, prompts: Sequence[Prompt]) -> None:
+    shapes = "shapes_test" if hasattr(get_class(cfg.method._target_), "gradients") else "shapes"
+    for key in getattr(kind, "needs_meta", ()):
+        lacking = next((prompt for prompt in prompts if key not in prompt.meta), None)
+        if lacking:
+            raise UserError(
+                f"{name} ({kind.__name__}) judges by each prompt's {key!r}, which {lacking.text!r} lacks: {_fix(name)}, or take data={shapes if key == 'include' else 't2i_r1'}"
+            )
+
+
+def _fix(name: str) -> str:
+    return "take another reward" if name == "reward" else f"remove it (~{name})"
+
+
+def made_judge(cfg: DictConfig, prompts: Sequence[Prompt], judged_by: str | None):
+    """`method.judge`, which ends trajectories and chooses pictures, once it is known that it can; None for none.
+
+    It reads these prompts, and pictures of the size that the model draws, and is not what the benchmark `judged_by` judges with.
+
+    Raises:
+        UserError: one line that says what to change.
+    """
+    if not cfg.method.get("judge"):
+        return None
+    kind = get_class(cfg.method.judge._target_)
+    if judged_by is not None and getattr(kind, "judge_of", None) == judged_by:
+        raise UserError(
+            f"method.judge ({kind.__name__}) is the judge of benchmark={judged_by} itself, which may not choose its own pictures: take +reward@method.judge=soft_oracle"
+        )
+    for key in getattr(kind, "needs_meta", ()):
+        lacking = next((prompt for prompt in prompts if key not in prompt.meta), None)
+        if lacking:
+            raise UserError(
+                f"method.judge ({kind.__name__}) judges by each prompt's {key!r}, which {lacking.text!r} lacks: take another judge, or a prompts_file with it"
+            )
+    judge, size = instantiate(cfg.method.judge), get_class(cfg.model._target_).image_size(cfg.model)
+    sizes = getattr(judge, "image_sizes", None)
+    if sizes and size not in sizes:
+        raise UserError(
+            f"method.judge ({kind.__name__}) reads images of {' or '.join(map(str, sizes))} pixels, but this model draws {size}x{size}: take another judge"
+        )
+    return judge
+
+
+def check_share(data, world_size: int) -> None:
+    """Whether a batch splits over the ranks.
+
+    Raises:
+        UserError: it does not.
+    """
+    if data.batch_size % world_size:
+        raise UserError(f"data.batch_size={data.batch_size} does not split over {world_size} ranks: take a multiple")
+
+
+def check_teacher(cfg: DictConfig, teacher) -> None:
+    """Whether what teaches IRGL data reads pictures of the size that the model draws.
+
+    Raises:
+        UserError: it does not.
+    """
+    sizes, size = getattr(teacher, "image_sizes", None), get_class(cfg.model._target_).image_size(cfg.model)
+    if sizes and size not in sizes:
+        raise UserError(
+            f"the teacher ({type(teacher).__name__}) reads images of {' or '.join(map(str, sizes))} pixels, but this model draws {size}x{size}: take task=make_irgl task/teacher=chat or local, then data=irgl"
+        )
+
+
+def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: dict[str, object]) -> None:
+    """Everything that needs the benchmark, the training prompts and the rewards, but not the model's weights.
+
+    A reward or benchmark may name `image_sizes` (pixels that it reads); a reward also `needs_plans`, `needs_meta` (keys of a
+    prompt's metadata) and `refuses(prompt)` (why it cannot judge that prompt, or None). What is not named is not needed.
+
+    Raises:
+        UserError: one line that names the part, what it needs, and what to change.
+    """
+    size = get_class(cfg.model._target_).image_size(cfg.model)
+    drawn = {f"benchmark={benchmark.name}": benchmark} if benchmark is not None and cfg.evaluation.stages else {}
+    for name, part in {**drawn, **rewards}.items():
+        sizes = getattr(part, "image_sizes", None)
+        if sizes and size not in sizes:
+            fix = (
+                "set evaluation.stages=[]"
+                if part is benchmark
+                else "take another reward"
+                if name == "reward"
+                else "remove it"
+            )
+            raise UserError(
+                f"{name} reads images of {' or '.join(map(str, sizes))} pixels, but this model draws {size}x{size}: {fix}"
+            )
+    for name, reward in rewards.items():
+        if getattr(reward, "needs_plans", False) and not cfg.method.get("plan"):
+            raise UserError(f"{name} ({type(reward).__name__}) needs plans: set method.plan=true")
+        _check_meta(cfg, name, type(reward), prompts)
+        for prompt in prompts if hasattr(reward, "refuses") else ():
+            if why := reward.refuses(prompt):
+                raise UserError(f"{name} ({type(reward).__name__}) cannot judge {prompt.text!r}: {why}; {_fix(name)}")
+
+
+def check_validation(cfg: DictConfig, callbacks: dict) -> None:
+    """Whether what validates can read what the model draws.
+
+    Raises:
+        UserError: it reads pictures of another size.
+    """
+    size = get_class(cfg.model._target_).image_size(cfg.model)
+    for name, callback in callbacks.items():
+        benchmark = getattr(callback, "benchmark", None)
+        judges = {f"callbacks.{name}.judges.{key}": judge for key, judge in getattr(callback, "judges", {}).items()}
+        for where, part in {f"callbacks.{name}.benchmark": benchmark, **judges}.items():
+            sizes = getattr(part, "image_sizes", None)
+            if sizes and size not in sizes:
+                raise UserError(
+                    f"{where} reads images of {' or '.join(map(str, sizes))} pixels, but this model draws {size}x{size}: set {where}=null"
+                )
