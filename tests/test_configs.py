@@ -11,7 +11,10 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from t2i_rl.cli import CONF, one_line
+from t2i_rl.errors import UserError
 from t2i_rl.manual import GROUPS, summary
+from t2i_rl.part_checks import made_judge
+from t2i_rl.tasks import export
 
 FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
 GIVEN = {  # what has no default
@@ -132,3 +135,28 @@ def test_removing_and_adding_works_as_typed():
 
 def test_the_conf_folder_is_the_repositorys():
     assert Path(__file__).parents[1] / "conf" == CONF
+
+
+def test_a_judge_of_pictures_of_another_size_is_refused(monkeypatch):
+    cfg = composed("method=irg", "+reward@method.judge=soft_oracle")
+    assert (
+        type(made_judge(cfg, [], None)).__name__ == "SoftOracle"
+        and made_judge(composed("method=irg"), [], None) is None
+    )
+    monkeypatch.setattr("t2i_rl.models.janus.Janus.image_size", staticmethod(lambda cfg: 64))
+    with pytest.raises(UserError, match="method.judge .* reads images of 32 pixels, but this model draws 64x64"):
+        made_judge(cfg, [], None)
+
+
+def test_an_adapter_on_other_weights_than_the_models_is_not_exported_alone(tmp_path):
+    cfg = composed(
+        "task=export",
+        "method=irg_grpo",
+        "method.lora={r: 2}",
+        "task.adapter=true",
+        "ckpt_path=x",
+        "method.start_from=y",
+        f"task.out={tmp_path / 'out'}",
+    )
+    with pytest.raises(UserError, match="sits on the weights of method.start_from"):
+        export.run(cfg)

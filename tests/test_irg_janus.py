@@ -121,6 +121,21 @@ def test_drawing_and_writing_take_the_weights_that_were_prepared(tmp_path):
     assert inter.write(contexts, "reflect", [1], 24, 1.0) != before[0]
 
 
+def test_memory_is_given_back_where_it_is_asked(tmp_path):
+    inter, context = (
+        InterleavedJanus(load_tiny_janus(save_tiny_janus(tmp_path))),
+        conversation("initial_full_learning")[:1],
+    )
+    inter.prepare()
+    inter.done()
+    inter.write([context], "think", [1], 4, 1.0)
+    inter.janus.engine.options = replace(inter.janus.engine.options, keep=False)
+    inter.done()
+    assert inter.janus.engine.weights is None
+    with pytest.raises(RuntimeError, match="was not called"):
+        inter.write([context], "think", [1], 4, 1.0)
+
+
 def test_a_picture_is_shown_only_to_the_encoders_that_are_asked_for(inter):
     target = conversation("initial_full_learning")  # learnt, and seen by nobody
     context = conversation("improving_thinking_generation_learning")  # seen by both

@@ -437,3 +437,14 @@ def test_no_held_out_pair_of_objects_is_learnt():
             with pytest.raises(UserError, match="kept for the test prompts"):
                 World().check(prompts)
     assert verdicts == {"train": [None], **dict.fromkeys(("validation", "test"), ["a held-out pair of objects"])}
+
+
+def test_the_world_mends_what_is_wrong_and_leaves_what_is_right():
+    (prompt, scene), (_, other) = (sample_example(np.random.default_rng(seed)) for seed in (5, 6))
+    weak = np.stack([render(scene) // 8 * 8, render(other)])  # a little off, as what is drawn is
+    right, wrong = World().improve([prompt, prompt], weak, weak, [0, 1])
+    assert right[0].endswith(World.stop) and np.array_equal(right[1], weak[0])
+    assert not wrong[0].endswith(World.stop) and World().inconsistent([prompt], [wrong[1]]) != [
+        "picture and prompt disagree"
+    ]
+    assert not np.array_equal(wrong[1], weak[1])
