@@ -7,20 +7,14 @@ import numpy as np
 from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt
 from t2i_rl.seeding import derive_seed
-from t2i_rl.shapes.examples import scene_pairs
+from t2i_rl.shapes.examples import shows_held_out
 from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.reflections import NO_CHANGE, as_object, reflect
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.scene import Scene, sample_scene
-from t2i_rl.shapes.suites import held_out as keeps
-from t2i_rl.shapes.suites import pair_split, wishes
+from t2i_rl.shapes.suites import held_out, wishes
 from t2i_rl.shapes.text import plan
-
-
-def held_out(scene: Scene) -> bool:
-    """Whether a pair of its objects is kept for the test prompts."""
-    return any(pair_split(pair) != "train" for pair in scene_pairs(scene))
 
 
 class World:
@@ -42,7 +36,7 @@ class World:
         Raises:
             UserError: one line that names the first.
         """
-        unseen = next((prompt for prompt in prompts if "include" in prompt.meta and keeps(prompt)), None)
+        unseen = next((prompt for prompt in prompts if "include" in prompt.meta and held_out(prompt)), None)
         if unseen:
             raise UserError(f"{unseen.text!r} names a pair of objects that is kept for the test prompts: take training prompts (task=make_prompts)")  # fmt: skip
         foreign = next((prompt for prompt in prompts if "include" not in prompt.meta), None)
@@ -59,7 +53,7 @@ class World:
         why = []
         for prompt, found in zip(prompts, detect(np.stack(pictures)) if pictures else (), strict=True):
             wrong = not judge(prompt.meta, found).strict
-            unseen = held_out(Scene(tuple(as_object(item, self.size) for item in found), self.size))
+            unseen = shows_held_out(Scene(tuple(as_object(item, self.size) for item in found), self.size))
             why.append("picture and prompt disagree" if wrong else "a held-out pair of objects" if unseen else None)
         return why
 
@@ -69,7 +63,7 @@ class World:
         for prompt, seed in zip(prompts, seeds, strict=True):
             rng = np.random.default_rng(derive_seed(seed, "initial"))
             scene = sample_scene(wishes(prompt), rng, self.size)
-            while held_out(scene):
+            while shows_held_out(scene):
                 scene = sample_scene(wishes(prompt), rng, self.size)
             found.append((plan(scene), render(scene)))
         return found

@@ -329,13 +329,13 @@ class IRG(L.LightningModule):
 
 
 def saved_by_irg(path: Path, option: str = "method.start_from") -> dict:
-    """A checkpoint of this method.
+    """A checkpoint of this method; its tensors stay on the disk until they are copied: every rank reads one, and it is thrice the weights.
 
     Raises:
         UserError: the file is none.
     """
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         checkpoint["irg"], checkpoint["state_dict"]
     except FileNotFoundError as error:
         raise UserError(f"{option}={path}: there is no such file") from error

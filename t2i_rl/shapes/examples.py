@@ -34,7 +34,7 @@ def sample_example(rng: np.random.Generator, weights: dict[str, float] = TASK_WE
     while True:
         prompt = pool[rng.integers(len(pool))]
         scene = sample_scene(wishes(prompt), rng)
-        if all(pair_split(pair) == "train" for pair in scene_pairs(scene)):
+        if not shows_held_out(scene):
             return prompt, scene
 
 
@@ -50,6 +50,11 @@ def misremembered(scene: Scene, rng: np.random.Generator) -> Scene:
         others = [choice for choice in choices if choice != getattr(items[slipped], name)]
         items[slipped] = replace(items[slipped], **{name: others[rng.integers(len(others))]})
     return replace(scene, objects=tuple(items))
+
+
+def shows_held_out(scene: Scene) -> bool:
+    """Whether a pair of its objects is held out (see `suites.pair_split`)."""
+    return any(pair_split(pair) != "train" for pair in scene_pairs(scene))
 
 
 def scene_pairs(scene: Scene) -> list[str]:
