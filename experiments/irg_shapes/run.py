@@ -1,5 +1,5 @@
-"""IRG's ablation ladder (arXiv 2509.06945 section 4.3) at the scale of `shapes`: good pictures only, trajectories, six modes in two stages; rounds 1 to 4, a sweep
-of the two guidance scales, GRPO on top with its random control, and pictures by texts that are told.
+"""IRG's ablation ladder (arXiv 2509.06945 section 4.3) at the scale of `shapes`: good pictures only, trajectories (also for twice as long), six modes in two stages;
+rounds 1 to 4, a sweep of the guidance scales, GRPO on top with its random control, and pictures by texts that are told.
 
     python experiments/irg_shapes/run.py                 # everything that is not done yet, then table.md, figure.png and strips.png
     python experiments/irg_shapes/run.py --only-table
@@ -33,7 +33,7 @@ import matplotlib.pyplot as plt
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OUTPUTS, DATA = ROOT / "outputs" / "irg_shapes", ROOT / "outputs" / "irgl"
 SEEDS = (0, 1, 2)
-STEPS, FIRST_STAGE = 1200, 700
+STEPS, FIRST_STAGE, LONG = 1000, 500, 2000
 GRPO_STEPS = 10
 SCALES = (
     (1.0, 1.0, 1.0),
@@ -59,6 +59,7 @@ ARMS = {  # what is trained, in order of need: a later job may start from an ear
     "stage1": ["experiment=irg_shapes", f"trainer.max_steps={FIRST_STAGE}", "evaluation.stages=[]"],
     "six": ["experiment=irg_shapes", f"trainer.max_steps={STEPS - FIRST_STAGE}", "stage=2", "method.scheduler=null", TURNS, JUDGE, "method.start_from={stage1}"],
     "trajectories": [*TRAIN, "stage=2", TURNS, JUDGE],
+    "long": ["experiment=irg_shapes", f"trainer.max_steps={LONG}", "stage=2", TURNS, JUDGE, "ckpt_path={trajectories}"],
     "grpo": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}"],
     "grpo_random": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}", "reward=random"],
 }  # fmt: skip
@@ -114,19 +115,17 @@ def train_or_evaluate(arm: str, seed: int) -> list[str]:
     """The command of a job of run.py; what was begun is gone on with."""
     out = folder(arm, seed)
     places = {name: f"'{folder(name, seed) / 'checkpoints' / 'last.ckpt'}'" for name in ARMS}
-    settings = [
-        item.format(**places) if "={s" in item else item for item in (ARMS.get(arm) or MEASURED[arm])
-    ]  # the dicts of Hydra have braces too
-    command = [sys.executable, "run.py", *settings, f"seed={seed}", f"hydra.run.dir={out}"]
+    wanted = ARMS.get(arm) or MEASURED[arm]
+    settings = [item.format(**places) if "_path={" in item or "_from={" in item else item for item in wanted]
     if arm in ARMS and (out / "checkpoints" / "last.ckpt").exists():
-        command.append("ckpt_path=last")
-    return command
+        settings = [*(item for item in settings if not item.startswith("ckpt_path=")), "ckpt_path=last"]
+    return [sys.executable, "run.py", *settings, f"seed={seed}", f"hydra.run.dir={out}"]
 
 
 def run_all(workers: int) -> None:
     """Every job, arm by arm; a job waits for the one whose checkpoint or data it takes, which stands before it in the queue."""
     done: dict[tuple[str, int], Future] = {}
-    needs = {"good": None, "trajectories": "good", "stage1": "good", "six": "stage1"}
+    needs = {"good": None, "trajectories": "good", "stage1": "good", "six": "stage1", "long": "trajectories"}
 
     def after_what_it_needs(job: tuple[str, int]) -> None:
         needed = needs.get(job[0], "six")
@@ -135,9 +134,8 @@ def run_all(workers: int) -> None:
         run_job(job)
 
     with ThreadPoolExecutor(workers) as pool:
-        for arm in sorted(
-            (*ARMS, *TOLD, CONTEXTS, *MEASURED), key=lambda name: name.startswith("grpo")
-        ):  # the longest last
+        last = ("long", "rounds", *(name for name in MEASURED if name != "rounds"), "grpo", "grpo_random")
+        for arm in (*(name for name in (*ARMS, *TOLD, CONTEXTS) if name not in last), *last):
             for seed in SEEDS:
                 done[arm, seed] = pool.submit(after_what_it_needs, (arm, seed))
     for job in done.values():
@@ -241,6 +239,10 @@ LADDER = (
     ("+ trajectories: I2", "trajectories", "trained_turn2"),
     ("+ trajectories: I1 kept where R2 finds nothing wrong, else I2", "trajectories", "trained_stopped"),
     ("+ trajectories: I1 or I2, as a recogniser prefers", "trajectories", "trained_chosen"),
+    ("+ trajectories, twice the steps: I1", "long", "trained_turn1"),
+    ("+ trajectories, twice the steps: I2", "long", "trained_turn2"),
+    ("+ trajectories, twice the steps: I1 kept where R2 finds nothing wrong, else I2", "long", "trained_stopped"),
+    ("+ trajectories, twice the steps: I1 or I2, as a recogniser prefers", "long", "trained_chosen"),
     ("+ six modes: I1", "six", "trained_turn1"),
     ("+ six modes: I2", "six", "trained_turn2"),
     ("+ six modes: I1 kept where R2 finds nothing wrong, else I2", "six", "trained_stopped"),
@@ -274,6 +276,11 @@ PAIRS = (
     ("six modes: chosen of the two - chosen of two first pictures (control)", ("six", BEST_OF_TWO), ("six", "trained_chosen")),
     ("trajectories: kept or I2 - I1", ("trajectories", "trained_turn1"), ("trajectories", "trained_stopped")),
     ("trajectories: chosen of the two - chosen of two first pictures (control)", ("trajectories", BEST_OF_TWO), ("trajectories", "trained_chosen")),
+    ("twice the steps: I2 - I1", ("long", "trained_turn1"), ("long", "trained_turn2")),
+    ("twice the steps: kept or I2 - I1", ("long", "trained_turn1"), ("long", "trained_stopped")),
+    ("twice the steps: chosen of the two - chosen of two first pictures (control)", ("long", BEST_OF_TWO), ("long", "trained_chosen")),
+    ("twice the steps' I1 - once", ("trajectories", "trained_turn1"), ("long", "trained_turn1")),
+    ("twice the steps: kept or I2 - base with a plan", ("good", "base_plan"), ("long", "trained_stopped")),
     ("trajectories' I1 - base with a plan", ("good", "base_plan"), ("trajectories", "trained_turn1")),
     ("six modes' I1 - base with a plan", ("good", "base_plan"), ("six", "trained_turn1")),
     ("six modes' I1 - base direct", ("good", "base_direct"), ("six", "trained_turn1")),
@@ -308,6 +315,7 @@ def write_table() -> None:
         name: did(arm, f"trained_turn{turn}", f"trained_turn{turn + 1}")
         for name, arm, turn in (
             ("trajectories", "trajectories", 1),
+            ("twice the steps", "long", 1),
             ("six modes", "six", 1),
             ("+ GRPO", "grpo", 1),
             ("six modes, told by the world", "told_world", 1),
@@ -328,7 +336,7 @@ def write_table() -> None:
         "# IRG's ladder on `shapes`",
         "",
         f"`python experiments/irg_shapes/run.py` at {commits}, {runs[0]['device']}, one thread a job: seeds {', '.join(map(str, SEEDS))}, {STEPS} optimizer steps of 16 "
-        f"trajectories in every trained arm (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2), GRPO {GRPO_STEPS} steps of 64; "
+        f"trajectories in every trained arm (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2; trajectories also {LONG}), GRPO {GRPO_STEPS} steps of 64; "
         f"{results['benchmark']['n_prompts']} test prompts x {results['benchmark']['samples_per_prompt']} trajectories, strict accuracy in percent.",
         *([f"Not run yet, and left out: {', '.join(lacking)}."] if lacking else []),
         f"Data of seed 0: {', '.join(f'{count} rows of {mode}' for mode, count in manifest['counts'].items())}.",
