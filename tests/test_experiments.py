@@ -233,27 +233,43 @@ def test_reward_alignment_refuses_jobs_of_different_models(rewards):
 
 @pytest.fixture
 def irg(tmp_path, monkeypatch):
+    """The arms and the report of IRG's ladder, with jobs and tables under `tmp_path`."""
     monkeypatch.syspath_prepend(ROOT / "experiments" / "irg_shapes")
-    module = loaded("irg_shapes", tmp_path, monkeypatch)
-    monkeypatch.setattr(module, "DATA", tmp_path / "irgl")
-    return module
+    arms, report = importlib.import_module("arms"), importlib.import_module("report")
+    monkeypatch.setattr(arms, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setattr(arms, "DATA", tmp_path / "irgl")
+    monkeypatch.setattr(report, "HERE", tmp_path)
+    return arms, report
 
 
 def test_every_job_of_irgs_ladder_composes(irg):
-    for arm in (*irg.ARMS, *irg.MEASURED):
-        settings = irg.train_or_evaluate(arm, 1)[2:]
+    arms, _ = irg
+    for arm in (*arms.ARMS, *arms.MEASURED):
+        settings = arms.train_or_evaluate(arm, 1)[2:]
         cfg = composed(*(item for item in settings if not item.startswith("hydra.")))
-        assert cfg.seed == 1 and (arm in irg.ARMS) == (cfg.task_name in ("irg_shapes", "irg_grpo_shapes") and cfg.task._target_.endswith("train.run"))  # fmt: skip
-    steps = {arm: composed(*irg.train_or_evaluate(arm, 0)[2:-1]).trainer.max_steps for arm in irg.ARMS}
-    assert steps["good"] == steps["trajectories"] == steps["stage1"] + steps["six"] and steps["grpo"] == steps["grpo_random"]  # fmt: skip
+        assert cfg.seed == 1 and (arm in arms.ARMS) == (cfg.task_name in ("irg_shapes", "irg_grpo_shapes") and cfg.task._target_.endswith("train.run"))  # fmt: skip
+    steps = {arm: composed(*arms.train_or_evaluate(arm, 0)[2:-1]).trainer.max_steps for arm in arms.ARMS}
+    assert steps["good"] == steps["trajectories"] == steps["stage1"] + steps["six"] == steps["long"] / 2 and steps["grpo"] == steps["grpo_random"]  # fmt: skip
+
+
+def test_an_arm_that_goes_on_from_another_resumes_in_its_own_folder(irg):
+    arms, _ = irg
+    begun = arms.train_or_evaluate("long", 0)
+    assert f"ckpt_path='{arms.folder('trajectories', 0) / 'checkpoints' / 'last.ckpt'}'" in begun
+    own = arms.folder("long", 0) / "checkpoints" / "last.ckpt"
+    own.parent.mkdir(parents=True)
+    own.touch()
+    resumed = arms.train_or_evaluate("long", 0)
+    assert [item for item in resumed if item.startswith("ckpt_path=")] == ["ckpt_path=last"] and f"hydra.run.dir={own.parents[1]}" in resumed  # fmt: skip
 
 
 def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_path):
     """Six modes mend every wrong picture, the recogniser knows the judge; only two arms are there."""
+    arms, report = irg
     rng = np.random.default_rng(0)
     stages = {"good": ("base_direct", "base_plan", "trained_turn1"), "six": ("trained_turn1", "trained_turn2", "trained_stopped", "trained_chosen")}  # fmt: skip
-    for arm, seed in product(stages, irg.SEEDS):
-        place = make_run(irg.folder(arm, seed), seed=seed, per_task=4)
+    for arm, seed in product(stages, arms.SEEDS):
+        place = make_run(arms.folder(arm, seed), seed=seed, per_task=4)
         for stage in stages[arm]:
             rate = 1.0 if stage in ("trained_turn2", "trained_chosen") else 0.5
             records = make_records(rate, seed, per_task=4, effect=0.0)
@@ -272,14 +288,14 @@ def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_p
     manifest = tmp_path / "irgl" / "janus_tiny_9_seed0" / "manifest.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text(json.dumps({"counts": {"improving_full_learning": 7}}))
-    irg.write_table()
-    irg.write_figure()
-    irg.write_strips()
+    report.write_table()
+    report.write_figure()
+    report.write_strips()
     text = (tmp_path / "table.md").read_text()
     row = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}  # fmt: skip
     assert row["+ six modes: I2"][1].startswith("100.0") and "trajectories" not in "".join(row)
-    first, second = (irg.records("six", stage)[0] for stage in ("trained_turn1", irg.BEST_OF_TWO))
-    assert len(first) == len(second) and irg.overall(first) < irg.overall(second) < 1
+    first, second = (report.records("six", stage)[0] for stage in ("trained_turn1", report.BEST_OF_TWO))
+    assert len(first) == len(second) and report.overall(first) < report.overall(second) < 1
     for prompt in {each["prompt_id"] for each in first}:
         pair = [each["strict"] for each in first if each["prompt_id"] == prompt]
         assert [each["strict"] for each in second if each["prompt_id"] == prompt] == [any(pair)] * 2

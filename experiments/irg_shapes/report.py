@@ -1,0 +1,315 @@
+"""IRG's ladder as tables and pictures, from finished jobs."""
+
+import csv
+from pathlib import Path
+
+import arms
+import matplotlib
+import numpy as np
+from arms import (
+    ARMS,
+    CONTEXTS,
+    FIRST_STAGE,
+    GRPO_STEPS,
+    LONG,
+    MEASURED,
+    SCALES,
+    SEEDS,
+    STEPS,
+    TOLD,
+    done,
+    folder,
+    guidance,
+)
+from PIL import Image
+
+from t2i_rl.evaluation.diversity import diversity_by_prompt
+from t2i_rl.evaluation.grid import FRAME, RIGHT, WRONG, caption_grid, first_of_each_task
+from t2i_rl.evaluation.results import image_path, read_json, read_results, read_stage, write_atomic
+from t2i_rl.evaluation.stats import compare_over_seeds, seed_interval
+from t2i_rl.evaluation.tables import excludes_zero
+from t2i_rl.evaluation.turns import reflection_metrics
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+HERE = Path(__file__).parent
+TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+BEST_OF_TWO = "best of two"  # no stage of a run: made from one
+METRICS = ("overall", *(f"task/{task}" for task in TASKS), "held_out", "lenient", "malformed")
+DID = ("mends", "breaks", "names_defect", "flags", "false_alarms", "unfinished")
+
+
+def records(arm: str, stage: str) -> list[list[dict]]:
+    if stage == BEST_OF_TWO:
+        return [best_of_two(rows) for rows in records(arm, "trained_turn1")]
+    return [list(read_stage(folder(arm, seed), stage).values()) for seed in SEEDS]
+
+
+def best_of_two(first: list[dict]) -> list[dict]:
+    """The control of a choice between two turns: of a prompt's two first pictures the one that the recogniser prefers, in the place of both."""
+    best: dict[str, dict] = {}
+    for row in first:
+        best[row["prompt_id"]] = max(row, best.get(row["prompt_id"], row), key=lambda each: each["judge_score"])
+    return [{**best[row["prompt_id"]], "sample_index": row["sample_index"]} for row in first]
+
+
+def cell(values: dict, scale: float = 100, digits: int = 1) -> str:
+    """`+3.1 [+1.0, +5.2]`, bold where the interval excludes zero."""
+    if values["low"] is None:
+        return f"{scale * values['difference']:+.{digits}f} [no interval]"
+    shown = [f"{scale * values[key]:+.{digits}f}" for key in ("difference", "low", "high")]
+    text = f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    return f"**{text}**" if excludes_zero(values) else text
+
+
+def share(values: list[float], scale: float = 100, digits: int = 1) -> str:
+    """Mean over seeds with Student's 95 % interval."""
+    over = seed_interval(values)
+    return f"{scale * over['mean']:.{digits}f} [{scale * over['low']:.{digits}f}, {scale * over['high']:.{digits}f}]"
+
+
+def student(values: list[float]) -> dict:
+    over = seed_interval(values)
+    return {"difference": over["mean"], "low": over["low"], "high": over["high"]}
+
+
+def paired(before: list[list[dict]], after: list[list[dict]]) -> dict:
+    """Every metric's paired difference over seeds; `overall` by Student's interval over seeds too."""
+    pairs = list(zip(before, after, strict=True))
+    by_seed = [compare_over_seeds([pair])["overall"]["difference"] for pair in pairs]
+    return {**compare_over_seeds(pairs), "overall, Student": student(by_seed)}
+
+
+def overall(rows: list[dict]) -> float:
+    """Strict accuracy, the unweighted mean over tasks."""
+    return float(np.mean([np.mean([row["strict"] for row in rows if row["tag"] == task]) for task in TASKS]))
+
+
+def strict(arm: str, stage: str) -> str:
+    """Strict accuracy over seeds."""
+    return share([overall(rows) for rows in records(arm, stage)])
+
+
+def diversity(arm: str, stage: str) -> str:
+    if stage == BEST_OF_TWO:
+        return "one picture a prompt"
+    found = []
+    for seed in SEEDS:
+        place = folder(arm, seed)
+        ids = [record["prompt_id"] for record in read_stage(place, stage).values()]
+        found.append(
+            float(diversity_by_prompt(np.load(place / "evaluation" / stage / "features.npy"), ids)["diversity"].mean())
+        )
+    return share(found, 1, 3)
+
+
+def did(arm: str, before: str, after: str) -> dict[str, str]:
+    """What the reflections between two turns did, and what they cost."""
+    pairs = list(zip(records(arm, before), records(arm, after), strict=True))
+    seeds = [reflection_metrics(a, b, resamples=2) for a, b in pairs]
+    found = {
+        name: share([each[name]["mean"] for each in seeds])
+        if all(name in each for each in seeds)
+        else "no such picture"
+        for name in DID
+    }
+    for name, digits in (("text_tokens", 1), ("seconds", 2)):
+        found[name] = share([float(np.mean([row[name] for row in b])) for _, b in pairs], 1, digits)
+    return found
+
+
+def table(head: list[str], rows: list[list[str]]) -> list[str]:
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
+
+
+LADDER = (
+    ("base, direct", "good", "base_direct"),
+    ("base, with a plan", "good", "base_plan"),
+    ("good pictures only", "good", "trained_turn1"),
+    ("+ trajectories: I1", "trajectories", "trained_turn1"),
+    ("+ trajectories: I2", "trajectories", "trained_turn2"),
+    ("+ trajectories: I1 kept where R2 finds nothing wrong, else I2", "trajectories", "trained_stopped"),
+    ("+ trajectories: I1 or I2, as a recogniser prefers", "trajectories", "trained_chosen"),
+    ("+ trajectories, twice the steps: I1", "long", "trained_turn1"),
+    ("+ trajectories, twice the steps: I2", "long", "trained_turn2"),
+    ("+ trajectories, twice the steps: I1 kept where R2 finds nothing wrong, else I2", "long", "trained_stopped"),
+    ("+ trajectories, twice the steps: I1 or I2, as a recogniser prefers", "long", "trained_chosen"),
+    ("+ six modes: I1", "six", "trained_turn1"),
+    ("+ six modes: I2", "six", "trained_turn2"),
+    ("+ six modes: I1 kept where R2 finds nothing wrong, else I2", "six", "trained_stopped"),
+    ("+ six modes: I1 or I2, as a recogniser prefers", "six", "trained_chosen"),
+    ("six modes: the better of two first pictures, as the recogniser prefers (control)", "six", BEST_OF_TWO),
+    ("six modes, reflections told by the world: I2", "told_world", "trained_turn2"),
+    ("six modes, reflections told of another prompt's picture (control): I2", "told_another", "trained_turn2"),
+    ("six modes, told that nothing is wrong (control): I2", "told_stop", "trained_turn2"),
+    ("six modes, plans told by the world: I1", "told_plan", "trained_turn1"),
+    ("six modes, plans told by the world: I2", "told_plan", "trained_turn2"),
+    ("six modes, texts at temperature 1, as GRPO has them: I1", "grpo", "base_turn1"),
+    ("the same: I2", "grpo", "base_turn2"),
+    ("+ GRPO on I2: I1", "grpo", "trained_turn1"),
+    ("+ GRPO on I2: I2", "grpo", "trained_turn2"),
+    ("+ GRPO, random reward (control): I2", "grpo_random", "trained_turn2"),
+)
+ROUND_STAGES = {f"round {turn}": f"turn{turn}" for turn in (1, 2, 3, 4)} | {"the first picture that R finds nothing wrong with, else the last": "stopped"}  # fmt: skip
+PAIRS = (
+    ("good pictures - base with a plan", ("good", "base_plan"), ("good", "trained_turn1")),
+    ("good pictures - base direct", ("good", "base_direct"), ("good", "trained_turn1")),
+    ("six modes' I1 - good pictures (what the texts add to the first picture)", ("good", "trained_turn1"), ("six", "trained_turn1")),
+    ("trajectories' I2 - I1", ("trajectories", "trained_turn1"), ("trajectories", "trained_turn2")),
+    ("six modes' I2 - I1", ("six", "trained_turn1"), ("six", "trained_turn2")),
+    ("six modes: kept or I2 - I1", ("six", "trained_turn1"), ("six", "trained_stopped")),
+    ("six modes, told by the world: I2 - I1", ("told_world", "trained_turn1"), ("told_world", "trained_turn2")),
+    ("six modes, told of another prompt's picture: I2 - I1", ("told_another", "trained_turn1"), ("told_another", "trained_turn2")),
+    ("six modes, told that nothing is wrong: I2 - I1", ("told_stop", "trained_turn1"), ("told_stop", "trained_turn2")),
+    ("six modes: I1 of the world's plans - I1 of its own", ("six", "trained_turn1"), ("told_plan", "trained_turn1")),
+    ("six modes, reflections told by the world: I2 - I1 of the world's plans", ("told_plan", "trained_turn1"), ("told_world", "trained_turn2")),
+    ("six modes: chosen of the two - I1", ("six", "trained_turn1"), ("six", "trained_chosen")),
+    ("six modes: chosen of the two - chosen of two first pictures (control)", ("six", BEST_OF_TWO), ("six", "trained_chosen")),
+    ("trajectories: kept or I2 - I1", ("trajectories", "trained_turn1"), ("trajectories", "trained_stopped")),
+    ("trajectories: chosen of the two - chosen of two first pictures (control)", ("trajectories", BEST_OF_TWO), ("trajectories", "trained_chosen")),
+    ("twice the steps: I2 - I1", ("long", "trained_turn1"), ("long", "trained_turn2")),
+    ("twice the steps: kept or I2 - I1", ("long", "trained_turn1"), ("long", "trained_stopped")),
+    ("twice the steps: chosen of the two - chosen of two first pictures (control)", ("long", BEST_OF_TWO), ("long", "trained_chosen")),
+    ("twice the steps' I1 - once", ("trajectories", "trained_turn1"), ("long", "trained_turn1")),
+    ("twice the steps: kept or I2 - base with a plan", ("good", "base_plan"), ("long", "trained_stopped")),
+    ("trajectories' I1 - base with a plan", ("good", "base_plan"), ("trajectories", "trained_turn1")),
+    ("six modes' I1 - base with a plan", ("good", "base_plan"), ("six", "trained_turn1")),
+    ("six modes' I1 - base direct", ("good", "base_direct"), ("six", "trained_turn1")),
+    ("six modes: kept or I2 - base with a plan", ("good", "base_plan"), ("six", "trained_stopped")),
+    ("six modes' I2 - base with a plan", ("good", "base_plan"), ("six", "trained_turn2")),
+    ("six modes - trajectories, I2", ("trajectories", "trained_turn2"), ("six", "trained_turn2")),
+    ("GRPO's I2 - the same before it", ("grpo", "base_turn2"), ("grpo", "trained_turn2")),
+    ("GRPO's I1 - the same before it", ("grpo", "base_turn1"), ("grpo", "trained_turn1")),
+    ("GRPO's I2 - its random control's I2", ("grpo_random", "trained_turn2"), ("grpo", "trained_turn2")),
+)  # fmt: skip
+
+
+def context_table() -> list[str]:
+    """A row a context, over seeds."""
+    found = [read_json(folder(CONTEXTS, seed) / "results.json")["nats"] for seed in SEEDS]
+    columns = list(found[0]["all of it"])
+    rows = [[name, *(share([each[name][column] for each in found], 1, 3) if column in found[0][name] else "" for column in columns)] for name in found[0]]  # fmt: skip
+    return table(["", *columns], rows)
+
+
+def write_table() -> None:
+    lacking = [arm for arm in (*ARMS, *TOLD, CONTEXTS, *MEASURED) if not done(arm)]
+    runs = [read_json(folder(arm, seed) / "provenance.json") for arm in (*ARMS, *MEASURED) if done(arm) for seed in SEEDS]  # fmt: skip
+    commits = " and ".join(sorted({run["git_commit"][:7] for run in runs}))
+    results = read_results(folder("good", 0) / "results.json")
+    manifest = read_json(next(arms.DATA.glob("janus_tiny_*_seed0")) / "manifest.json")
+    short = ("overall", "overall, Student", *METRICS[1:])
+    differences = {
+        name: paired(records(*before), records(*after)) for name, before, after in PAIRS if done(before[0], after[0])
+    }
+    reflected = {
+        name: did(arm, f"trained_turn{turn}", f"trained_turn{turn + 1}")
+        for name, arm, turn in (
+            ("trajectories", "trajectories", 1),
+            ("twice the steps", "long", 1),
+            ("six modes", "six", 1),
+            ("+ GRPO", "grpo", 1),
+            ("six modes, told by the world", "told_world", 1),
+            ("six modes, told of another prompt's picture (control)", "told_another", 1),
+            ("six modes, told that nothing is wrong (control)", "told_stop", 1),
+            ("six modes, plans told by the world", "told_plan", 1),
+            ("six modes, third round", "rounds", 2),
+            ("six modes, fourth round", "rounds", 3),
+        )
+        if done(arm)
+    }
+    sweep = [
+        [*(f"{scale:g}" for scale in scales), strict(name, "trained_turn1"), strict(name, "trained_turn2"), cell(paired(records(name, "trained_turn1"), records(name, "trained_turn2"))["overall"])]
+        for scales, name in ((scales, guidance(scales)) for scales in SCALES)
+        if done(name)
+    ]  # fmt: skip
+    lines = [
+        "# IRG's ladder on `shapes`",
+        "",
+        f"`python experiments/irg_shapes/run.py` at {commits}, {runs[0]['device']}, one thread a job: seeds {', '.join(map(str, SEEDS))}, {STEPS} optimizer steps of 16 "
+        f"trajectories in every trained arm (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2; trajectories also {LONG}), GRPO {GRPO_STEPS} steps of 64; "
+        f"{results['benchmark']['n_prompts']} test prompts x {results['benchmark']['samples_per_prompt']} trajectories, strict accuracy in percent.",
+        *([f"Not run yet, and left out: {', '.join(lacking)}."] if lacking else []),
+        f"Data of seed 0: {', '.join(f'{count} rows of {mode}' for mode, count in manifest['counts'].items())}.",
+        "",
+        "Intervals of levels and of what reflections did: Student's over three seeds, which is wide. Differences: paired trajectory by trajectory, two-level bootstrap "
+        "(seeds, then prompts), which understates the spread over three seeds; `overall, Student` over seeds alone. Bold: excludes zero. No correction for the number of cells.",
+        "",
+        "## The ladder",
+        "",
+        *table(["", "overall", "diversity"], [[name, strict(arm, stage), diversity(arm, stage)] for name, arm, stage in LADDER if done(arm)]),
+        "## Paired differences, in points",
+        "",
+        *table(["", *(name.removeprefix("task/") for name in short)], [[name, *(cell(found[metric]) for metric in short)] for name, found in differences.items()]),
+        "## What reflections did",
+        "",
+        "`mends`: of the wrong pictures before, the share that is right after. `breaks`: of the right ones, the share that is wrong after. `names_defect`: of the wrong "
+        "ones, the share whose reflection has one of the oracle's own phrases for what is wrong, place included; `flags`: any. `false_alarms`: of the right ones, the share whose reflection names a "
+        "fault. Seconds: a picture with its text, in batches of 64 on one thread, two jobs side by side.",
+        "",
+        *table(["", *DID, "text_tokens", "seconds"], [[name, *found.values()] for name, found in reflected.items()]),
+        "## What the second picture is drawn from, in nats a token",
+        "",
+        "Cross-entropy of second pictures and reflections of data that the run has not seen (six modes; rows of another seed's data), where what they follow is changed.",
+        "",
+        *(context_table() if done(CONTEXTS) else []),
+        "## Rounds (six modes; later rounds see the window that training has)",
+        "",
+        *table(["", "overall"], [[name, strict("rounds", f"trained_{stage}")] for name, stage in ROUND_STAGES.items() if done("rounds")]),
+        "## Guidance of the second picture (six modes; 108 validation prompts)",
+        "",
+        *table(["against the context without reflection", "without pictures", "unconditional", "I1", "I2", "I2 - I1"], sweep),
+    ]  # fmt: skip
+    write_atomic(HERE / "table.md", "\n".join(lines))
+    print(f"wrote {HERE / 'table.md'}")
+
+
+def column(arm: str, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of one logged metric."""
+    with (folder(arm, seed) / "metrics.csv").open() as rows:
+        kept = [(float(row["step"]), float(row[name])) for row in csv.DictReader(rows) if row.get(name)]
+    return tuple(np.array(kept).T)
+
+
+def write_figure() -> None:
+    """Levels of the ladder, and what the validation prompts showed while training."""
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    for place, (name, arm, stage) in enumerate(row for row in reversed(LADDER) if done(row[1])):
+        values = [100 * overall(rows) for rows in records(arm, stage)]
+        axes[0].plot(values, [place] * len(values), "o", color=f"C{[*ARMS, *TOLD].index(arm)}", alpha=0.7)
+        axes[0].text(1, place + 0.2, name, fontsize=7)
+    axes[0].set(title="strict accuracy, a dot a seed", xlabel="percent", yticks=[], xlim=(0, 100))
+    for axis, names, title in ((axes[1], ("text/loss", "image/loss"), "cross-entropy, nats a token (means of 20 steps)"), (axes[2], ("val/turn1", "val/turn2", "val/names_defect", "val/false_alarms"), "validation prompts while training")):  # fmt: skip
+        for arm, style in ((arm, style) for arm, style in (("trajectories", "--"), ("stage1", ":"), ("six", "-")) if done(arm)):  # fmt: skip
+            for number, name in enumerate(names):
+                found = [column(arm, seed, name) for seed in SEEDS]
+                width = min(20, len(found[0][0])) if axis is axes[1] else 1
+                mean = np.convolve(
+                    np.mean([values for _, values in found], axis=0), np.ones(width) / width, mode="valid"
+                )
+                offset = FIRST_STAGE if arm == "six" else 0
+                axis.plot(found[0][0][width - 1 :] + offset, mean, style, color=f"C{number}", label=f"{arm}: {name}")
+        axis.set(title=title, xlabel="step")
+        axis.legend(fontsize=6)
+    figure.savefig(HERE / "figure.png", dpi=100)
+    print(f"wrote {HERE / 'figure.png'}")
+
+
+def write_strips() -> None:
+    """The first two test prompts of each task, seed 0, chosen without looking: I1 and I2 with what was thought before them."""
+    place = folder("six", SEEDS[0])
+    first, second = (read_stage(place, stage) for stage in ("trained_turn1", "trained_turn2"))
+    images, captions, frames = [], [], []
+    for key in first_of_each_task(list(first.values()), 2):
+        for name, stage, rows in (("I1", "trained_turn1", first), ("I2", "trained_turn2", second)):
+            images.append(np.asarray(Image.open(image_path(place, stage, rows[key])).convert("RGB")))
+            captions.append(
+                f"{name}: {rows[key]['prompt']}\n{rows[key]['plan']}"
+                if name == "I1"
+                else f"{name}\n{rows[key]['plan']}"
+            )
+            frames.append({True: RIGHT, False: WRONG}.get(rows[key]["strict"], FRAME))
+    caption_grid(images, captions, 4, 6, frames).save(HERE / "strips.png")
+    print(f"wrote {HERE / 'strips.png'}")
