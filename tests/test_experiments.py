@@ -263,6 +263,12 @@ def test_an_arm_that_goes_on_from_another_resumes_in_its_own_folder(irg):
     assert [item for item in resumed if item.startswith("ckpt_path=")] == ["ckpt_path=last"] and f"hydra.run.dir={own.parents[1]}" in resumed  # fmt: skip
 
 
+def mended_by_another(first: list[dict]) -> float:
+    """Of the prompts' wrong pictures, the share whose twin is right."""
+    strict = {(row["prompt_id"], row["sample_index"]): row["strict"] for row in first}
+    return float(np.mean([strict[prompt, 1 - sample] for (prompt, sample), right in strict.items() if not right]))
+
+
 def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_path):
     """Six modes mend every wrong picture, the recogniser knows the judge; only two arms are there."""
     arms, report = irg
@@ -274,7 +280,8 @@ def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_p
             rate = 1.0 if stage in ("trained_turn2", "trained_chosen") else 0.5
             records = make_records(rate, seed, per_task=4, effect=0.0)
             for row in records:
-                row |= {"judge_score": float(row["strict"]), "unfinished": False, "text_tokens": 9, "seconds": 0.5, "named": [], "faults": []}  # fmt: skip
+                row |= {"judge_score": float(row["strict"]), "unfinished": False, "text_tokens": 9, "seconds": 0.5}
+                row |= {} if stage == "trained_turn1" else {"named": [], "faults": []}
             (place / "evaluation" / stage / "images").mkdir(parents=True, exist_ok=True)
             for row in records:
                 shutil.copy(place / "evaluation" / "trained_plan" / "images" / "00000.png", place / "evaluation" / stage / row["image"])  # fmt: skip
@@ -299,5 +306,10 @@ def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_p
     for prompt in {each["prompt_id"] for each in first}:
         pair = [each["strict"] for each in first if each["prompt_id"] == prompt]
         assert [each["strict"] for each in second if each["prompt_id"] == prompt] == [any(pair)] * 2
+    control = row["six modes, another first picture of the prompt instead (control)"]
+    assert control[1].startswith(
+        f"{100 * np.mean([mended_by_another(rows) for rows in report.records('six', 'trained_turn1')]):.1f} ["
+    )
+    assert control[3] == control[4] == control[5] == ""
     assert "**" in row["six modes' I2 - I1"][1] and row["six modes"][1].startswith("100.0")
     assert "Not run yet, and left out: stage1, trajectories" in text and (tmp_path / "figure.png").is_file()

@@ -35,7 +35,10 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-BEST_OF_TWO = "best of two"  # no stage of a run: made from one
+BEST_OF_TWO, ANOTHER = (
+    "best of two",
+    "another first picture",
+)  # no stages of a run: made from its first pictures, two a prompt
 METRICS = ("overall", *(f"task/{task}" for task in TASKS), "held_out", "lenient", "malformed")
 DID = ("mends", "breaks", "names_defect", "flags", "false_alarms", "unfinished")
 
@@ -43,6 +46,10 @@ DID = ("mends", "breaks", "names_defect", "flags", "false_alarms", "unfinished")
 def records(arm: str, stage: str) -> list[list[dict]]:
     if stage == BEST_OF_TWO:
         return [best_of_two(rows) for rows in records(arm, "trained_turn1")]
+    if stage == ANOTHER:
+        return [
+            [{**row, "sample_index": 1 - row["sample_index"]} for row in rows] for rows in records(arm, "trained_turn1")
+        ]
     return [list(read_stage(folder(arm, seed), stage).values()) for seed in SEEDS]
 
 
@@ -105,15 +112,10 @@ def diversity(arm: str, stage: str) -> str:
 
 
 def did(arm: str, before: str, after: str) -> dict[str, str]:
-    """What the reflections between two turns did, and what they cost."""
+    """What the reflections between two turns did, and what they cost; empty where there was none to ask."""
     pairs = list(zip(records(arm, before), records(arm, after), strict=True))
     seeds = [reflection_metrics(a, b, resamples=2) for a, b in pairs]
-    found = {
-        name: share([each[name]["mean"] for each in seeds])
-        if all(name in each for each in seeds)
-        else "no such picture"
-        for name in DID
-    }
+    found = {name: share([each[name]["mean"] for each in seeds]) if all(name in each for each in seeds) else "" for name in DID}  # fmt: skip
     for name, digits in (("text_tokens", 1), ("seconds", 2)):
         found[name] = share([float(np.mean([row[name] for row in b])) for _, b in pairs], 1, digits)
     return found
@@ -218,6 +220,10 @@ def write_table() -> None:
             ("six modes, third round", "rounds", 2),
             ("six modes, fourth round", "rounds", 3),
         )
+        if done(arm)
+    } | {
+        f"{name}, another first picture of the prompt instead (control)": did(arm, "trained_turn1", ANOTHER)
+        for name, arm in (("trajectories", "trajectories"), ("twice the steps", "long"), ("six modes", "six"))
         if done(arm)
     }
     sweep = [
