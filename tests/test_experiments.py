@@ -306,6 +306,8 @@ def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_p
     for prompt in {each["prompt_id"] for each in first}:
         pair = [each["strict"] for each in first if each["prompt_id"] == prompt]
         assert [each["strict"] for each in second if each["prompt_id"] == prompt] == [any(pair)] * 2
+    redrawn = report.records("six", report.WHERE_WRONG)[0]
+    assert report.overall(redrawn) == report.overall(second)  # there the recogniser knows the judge
     control = row["six modes, another first picture of the prompt instead (control)"]
     assert control[1].startswith(
         f"{100 * np.mean([mended_by_another(rows) for rows in report.records('six', 'trained_turn1')]):.1f} ["

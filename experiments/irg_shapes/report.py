@@ -35,21 +35,16 @@ import matplotlib.pyplot as plt
 
 HERE = Path(__file__).parent
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-BEST_OF_TWO, ANOTHER = (
-    "best of two",
-    "another first picture",
-)  # no stages of a run: made from its first pictures, two a prompt
+# no stages of a run, but made from its first pictures, two a prompt
+BEST_OF_TWO, ANOTHER, WHERE_WRONG = "best of two", "another first picture", "another where wrong"
 METRICS = ("overall", *(f"task/{task}" for task in TASKS), "held_out", "lenient", "malformed")
 DID = ("mends", "breaks", "names_defect", "flags", "false_alarms", "unfinished")
 
 
 def records(arm: str, stage: str) -> list[list[dict]]:
-    if stage == BEST_OF_TWO:
-        return [best_of_two(rows) for rows in records(arm, "trained_turn1")]
-    if stage == ANOTHER:
-        return [
-            [{**row, "sample_index": 1 - row["sample_index"]} for row in rows] for rows in records(arm, "trained_turn1")
-        ]
+    made = {BEST_OF_TWO: best_of_two, ANOTHER: another, WHERE_WRONG: another_where_wrong}
+    if stage in made:
+        return [made[stage](rows) for rows in records(arm, "trained_turn1")]
     return [list(read_stage(folder(arm, seed), stage).values()) for seed in SEEDS]
 
 
@@ -59,6 +54,17 @@ def best_of_two(first: list[dict]) -> list[dict]:
     for row in first:
         best[row["prompt_id"]] = max(row, best.get(row["prompt_id"], row), key=lambda each: each["judge_score"])
     return [{**best[row["prompt_id"]], "sample_index": row["sample_index"]} for row in first]
+
+
+def another(first: list[dict]) -> list[dict]:
+    """Every first picture's twin in its place."""
+    return [{**row, "sample_index": 1 - row["sample_index"]} for row in first]
+
+
+def another_where_wrong(first: list[dict]) -> list[dict]:
+    """The control of mending what the oracle finds wrong: drawing it once more from the prompt."""
+    twins = {(row["prompt_id"], row["sample_index"]): row for row in another(first)}
+    return [row if row["strict"] else twins[row["prompt_id"], row["sample_index"]] for row in first]
 
 
 def cell(values: dict, scale: float = 100, digits: int = 1) -> str:
@@ -99,8 +105,8 @@ def strict(arm: str, stage: str) -> str:
 
 
 def diversity(arm: str, stage: str) -> str:
-    if stage == BEST_OF_TWO:
-        return "one picture a prompt"
+    if stage in (BEST_OF_TWO, WHERE_WRONG):
+        return ""
     found = []
     for seed in SEEDS:
         place = folder(arm, seed)
@@ -144,6 +150,8 @@ LADDER = (
     ("+ six modes: I1 or I2, as a recogniser prefers", "six", "trained_chosen"),
     ("six modes: the better of two first pictures, as the recogniser prefers (control)", "six", BEST_OF_TWO),
     ("six modes, reflections told by the world: I2", "told_world", "trained_turn2"),
+    ("six modes, told by the world: I1 kept where nothing is wrong, else I2", "told_world", "trained_stopped"),
+    ("six modes: I1 kept where nothing is wrong, else another first picture (control)", "told_world", WHERE_WRONG),
     ("six modes, reflections told of another prompt's picture (control): I2", "told_another", "trained_turn2"),
     ("six modes, told that nothing is wrong (control): I2", "told_stop", "trained_turn2"),
     ("six modes, plans told by the world: I1", "told_plan", "trained_turn1"),
@@ -163,6 +171,8 @@ PAIRS = (
     ("six modes' I2 - I1", ("six", "trained_turn1"), ("six", "trained_turn2")),
     ("six modes: kept or I2 - I1", ("six", "trained_turn1"), ("six", "trained_stopped")),
     ("six modes, told by the world: I2 - I1", ("told_world", "trained_turn1"), ("told_world", "trained_turn2")),
+    ("six modes, told by the world: kept or I2 - I1", ("told_world", "trained_turn1"), ("told_world", "trained_stopped")),
+    ("six modes, told by the world: kept or I2 - kept or another first picture (control)", ("told_world", WHERE_WRONG), ("told_world", "trained_stopped")),
     ("six modes, told of another prompt's picture: I2 - I1", ("told_another", "trained_turn1"), ("told_another", "trained_turn2")),
     ("six modes, told that nothing is wrong: I2 - I1", ("told_stop", "trained_turn1"), ("told_stop", "trained_turn2")),
     ("six modes: I1 of the world's plans - I1 of its own", ("six", "trained_turn1"), ("told_plan", "trained_turn1")),
