@@ -252,15 +252,15 @@ def test_every_job_of_irgs_ladder_composes(irg):
     assert steps["good"] == steps["trajectories"] == steps["stage1"] + steps["six"] == steps["long"] / 2 and steps["grpo"] == steps["grpo_random"]  # fmt: skip
 
 
-def test_an_arm_that_goes_on_from_another_resumes_in_its_own_folder(irg):
+def test_a_begun_arm_goes_on_in_its_own_folder(irg):
     arms, _ = irg
-    begun = arms.train_or_evaluate("long", 0)
-    assert f"ckpt_path='{arms.folder('trajectories', 0) / 'checkpoints' / 'last.ckpt'}'" in begun
-    own = arms.folder("long", 0) / "checkpoints" / "last.ckpt"
+    begun = arms.train_or_evaluate("six", 0)
+    assert f"method.start_from='{arms.folder('stage1', 0) / 'checkpoints' / 'last.ckpt'}'" in begun and "ckpt_path=last" not in begun  # fmt: skip
+    own = arms.folder("six", 0) / "checkpoints" / "last.ckpt"
     own.parent.mkdir(parents=True)
     own.touch()
-    resumed = arms.train_or_evaluate("long", 0)
-    assert [item for item in resumed if item.startswith("ckpt_path=")] == ["ckpt_path=last"] and f"hydra.run.dir={own.parents[1]}" in resumed  # fmt: skip
+    resumed = arms.train_or_evaluate("six", 0)
+    assert "ckpt_path=last" in resumed and f"hydra.run.dir={own.parents[1]}" in resumed
 
 
 def mended_by_another(first: list[dict]) -> float:
@@ -292,7 +292,7 @@ def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_p
         (place / "results.json").write_text(json.dumps(results))
         (place / "provenance.json").write_text(json.dumps({"git_commit": "0123456789", "device": "a made-up machine"}))
         (place / "metrics.csv").write_text("step,text/loss,image/loss,val/turn1,val/turn2,val/names_defect,val/false_alarms\n0,1,1,.5,.5,.5,.5\n1,1,1,.5,.5,.5,.5\n")  # fmt: skip
-    manifest = tmp_path / "irgl" / "janus_tiny_9_seed0" / "manifest.json"
+    manifest = tmp_path / "irgl" / "janus_tiny_4096_seed0" / "manifest.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text(json.dumps({"counts": {"improving_full_learning": 7}}))
     report.write_table()

@@ -11,7 +11,12 @@ from told import KINDS
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OUTPUTS, DATA = ROOT / "outputs" / "irg_shapes", ROOT / "outputs" / "irgl"
 SEEDS = (0, 1, 2)
-STEPS, FIRST_STAGE, LONG = 1000, 500, 2000
+STEPS, FIRST_STAGE, LONG, PROMPTS = (
+    1000,
+    500,
+    2000,
+    16384,
+)  # optimizer steps; the longest arm has prompts for all of its own
 GRPO_STEPS = 10
 SCALES = (
     (1.0, 1.0, 1.0),
@@ -37,7 +42,7 @@ ARMS = {  # what is trained, in order of need: a later job may start from an ear
     "stage1": ["experiment=irg_shapes", f"trainer.max_steps={FIRST_STAGE}", "evaluation.stages=[]"],
     "six": ["experiment=irg_shapes", f"trainer.max_steps={STEPS - FIRST_STAGE}", "stage=2", "method.scheduler=null", TURNS, JUDGE, "method.start_from={stage1}"],
     "trajectories": [*TRAIN, "stage=2", TURNS, JUDGE],
-    "long": ["experiment=irg_shapes", f"trainer.max_steps={LONG}", "stage=2", TURNS, JUDGE, "ckpt_path={trajectories}"],
+    "long": ["experiment=irg_shapes", f"trainer.max_steps={LONG}", "stage=2", f"data.count={PROMPTS}", TURNS, JUDGE],
     "grpo": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}"],
     "grpo_random": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}", "reward=random"],
 }  # fmt: skip
@@ -74,7 +79,7 @@ def run_job(job: tuple[str, int]) -> None:
         command = [sys.executable, str(HERE / "told.py"), str(folder("six", seed)), TOLD[arm], str(out)]
     elif arm == CONTEXTS:
         foreign = SEEDS[(SEEDS.index(seed) + 1) % len(SEEDS)]
-        data = next(DATA.glob(f"janus_tiny_*_seed{foreign}"))
+        data = next(DATA.glob(f"janus_tiny_4096_seed{foreign}"))
         command = [sys.executable, str(HERE / "contexts.py"), str(folder("six", seed)), str(data), str(out)]
     else:
         command = train_or_evaluate(arm, seed)
@@ -91,15 +96,16 @@ def train_or_evaluate(arm: str, seed: int) -> list[str]:
     places = {name: f"'{folder(name, seed) / 'checkpoints' / 'last.ckpt'}'" for name in ARMS}
     wanted = ARMS.get(arm) or MEASURED[arm]
     settings = [item.format(**places) if "_path={" in item or "_from={" in item else item for item in wanted]
+    command = [sys.executable, "run.py", *settings, f"seed={seed}", f"hydra.run.dir={out}"]
     if arm in ARMS and (out / "checkpoints" / "last.ckpt").exists():
-        settings = [*(item for item in settings if not item.startswith("ckpt_path=")), "ckpt_path=last"]
-    return [sys.executable, "run.py", *settings, f"seed={seed}", f"hydra.run.dir={out}"]
+        command.append("ckpt_path=last")
+    return command
 
 
 def run_all(workers: int) -> None:
     """Every job, arm by arm; a job waits for the one whose checkpoint or data it takes, which stands before it in the queue."""
     jobs: dict[tuple[str, int], Future] = {}
-    needs = {"good": None, "trajectories": "good", "stage1": "good", "six": "stage1", "long": "trajectories"}
+    needs = {"good": None, "long": None, "trajectories": "good", "stage1": "good", "six": "stage1"}
 
     def after_what_it_needs(job: tuple[str, int]) -> None:
         needed = needs.get(job[0], "six")

@@ -140,10 +140,18 @@ LADDER = (
     ("+ trajectories: I2", "trajectories", "trained_turn2"),
     ("+ trajectories: I1 kept where R2 finds nothing wrong, else I2", "trajectories", "trained_stopped"),
     ("+ trajectories: I1 or I2, as a recogniser prefers", "trajectories", "trained_chosen"),
-    ("+ trajectories, twice the steps: I1", "long", "trained_turn1"),
-    ("+ trajectories, twice the steps: I2", "long", "trained_turn2"),
-    ("+ trajectories, twice the steps: I1 kept where R2 finds nothing wrong, else I2", "long", "trained_stopped"),
-    ("+ trajectories, twice the steps: I1 or I2, as a recogniser prefers", "long", "trained_chosen"),
+    ("+ trajectories, twice as long on four times the data: I1", "long", "trained_turn1"),
+    ("+ trajectories, twice as long on four times the data: I2", "long", "trained_turn2"),
+    (
+        "+ trajectories, twice as long on four times the data: I1 kept where R2 finds nothing wrong, else I2",
+        "long",
+        "trained_stopped",
+    ),
+    (
+        "+ trajectories, twice as long on four times the data: I1 or I2, as a recogniser prefers",
+        "long",
+        "trained_chosen",
+    ),
     ("+ six modes: I1", "six", "trained_turn1"),
     ("+ six modes: I2", "six", "trained_turn2"),
     ("+ six modes: I1 kept where R2 finds nothing wrong, else I2", "six", "trained_stopped"),
@@ -181,11 +189,11 @@ PAIRS = (
     ("six modes: chosen of the two - chosen of two first pictures (control)", ("six", BEST_OF_TWO), ("six", "trained_chosen")),
     ("trajectories: kept or I2 - I1", ("trajectories", "trained_turn1"), ("trajectories", "trained_stopped")),
     ("trajectories: chosen of the two - chosen of two first pictures (control)", ("trajectories", BEST_OF_TWO), ("trajectories", "trained_chosen")),
-    ("twice the steps: I2 - I1", ("long", "trained_turn1"), ("long", "trained_turn2")),
-    ("twice the steps: kept or I2 - I1", ("long", "trained_turn1"), ("long", "trained_stopped")),
-    ("twice the steps: chosen of the two - chosen of two first pictures (control)", ("long", BEST_OF_TWO), ("long", "trained_chosen")),
-    ("twice the steps' I1 - once", ("trajectories", "trained_turn1"), ("long", "trained_turn1")),
-    ("twice the steps: kept or I2 - base with a plan", ("good", "base_plan"), ("long", "trained_stopped")),
+    ("twice as long on four times the data: I2 - I1", ("long", "trained_turn1"), ("long", "trained_turn2")),
+    ("twice as long on four times the data: kept or I2 - I1", ("long", "trained_turn1"), ("long", "trained_stopped")),
+    ("twice as long on four times the data: chosen of the two - chosen of two first pictures (control)", ("long", BEST_OF_TWO), ("long", "trained_chosen")),
+    ("twice as long: I1 - once", ("trajectories", "trained_turn1"), ("long", "trained_turn1")),
+    ("twice as long on four times the data: kept or I2 - base with a plan", ("good", "base_plan"), ("long", "trained_stopped")),
     ("trajectories' I1 - base with a plan", ("good", "base_plan"), ("trajectories", "trained_turn1")),
     ("six modes' I1 - base with a plan", ("good", "base_plan"), ("six", "trained_turn1")),
     ("six modes' I1 - base direct", ("good", "base_direct"), ("six", "trained_turn1")),
@@ -211,7 +219,7 @@ def write_table() -> None:
     runs = [read_json(folder(arm, seed) / "provenance.json") for arm in (*ARMS, *MEASURED) if done(arm) for seed in SEEDS]  # fmt: skip
     commits = " and ".join(sorted({run["git_commit"][:7] for run in runs}))
     results = read_results(folder("good", 0) / "results.json")
-    manifest = read_json(next(arms.DATA.glob("janus_tiny_*_seed0")) / "manifest.json")
+    manifest = read_json(next(arms.DATA.glob("janus_tiny_4096_seed0")) / "manifest.json")
     short = ("overall", "overall, Student", *METRICS[1:])
     differences = {
         name: paired(records(*before), records(*after)) for name, before, after in PAIRS if done(before[0], after[0])
@@ -220,7 +228,7 @@ def write_table() -> None:
         name: did(arm, f"trained_turn{turn}", f"trained_turn{turn + 1}")
         for name, arm, turn in (
             ("trajectories", "trajectories", 1),
-            ("twice the steps", "long", 1),
+            ("trajectories, twice as long", "long", 1),
             ("six modes", "six", 1),
             ("+ GRPO", "grpo", 1),
             ("six modes, told by the world", "told_world", 1),
@@ -233,7 +241,11 @@ def write_table() -> None:
         if done(arm)
     } | {
         f"{name}, another first picture of the prompt instead (control)": did(arm, "trained_turn1", ANOTHER)
-        for name, arm in (("trajectories", "trajectories"), ("twice the steps", "long"), ("six modes", "six"))
+        for name, arm in (
+            ("trajectories", "trajectories"),
+            ("trajectories, twice as long", "long"),
+            ("six modes", "six"),
+        )
         if done(arm)
     }
     sweep = [
@@ -245,7 +257,7 @@ def write_table() -> None:
         "# IRG's ladder on `shapes`",
         "",
         f"`python experiments/irg_shapes/run.py` at {commits}, {runs[0]['device']}, one thread a job: seeds {', '.join(map(str, SEEDS))}, {STEPS} optimizer steps of 16 "
-        f"trajectories in every trained arm (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2; trajectories also {LONG}), GRPO {GRPO_STEPS} steps of 64; "
+        f"trajectories in every trained arm (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2; trajectories also {LONG} steps with the data of {arms.PROMPTS} prompts), GRPO {GRPO_STEPS} steps of 64; "
         f"{results['benchmark']['n_prompts']} test prompts x {results['benchmark']['samples_per_prompt']} trajectories, strict accuracy in percent.",
         *([f"Not run yet, and left out: {', '.join(lacking)}."] if lacking else []),
         f"Data of seed 0: {', '.join(f'{count} rows of {mode}' for mode, count in manifest['counts'].items())}.",
@@ -291,12 +303,15 @@ def column(arm: str, seed: int, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 def write_figure() -> None:
     """Levels of the ladder, and what the validation prompts showed while training."""
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
-    for place, (name, arm, stage) in enumerate(row for row in reversed(LADDER) if done(row[1])):
+    figure, axes = plt.subplots(1, 3, figsize=(19, 6), width_ratios=(1, 1.2, 1.2), constrained_layout=True)
+    shown = [row for row in reversed(LADDER) if done(row[1])]
+    colors = plt.get_cmap("tab20").colors
+    for place, (_, arm, stage) in enumerate(shown):
         values = [100 * overall(rows) for rows in records(arm, stage)]
-        axes[0].plot(values, [place] * len(values), "o", color=f"C{[*ARMS, *TOLD].index(arm)}", alpha=0.7)
-        axes[0].text(1, place + 0.2, name, fontsize=7)
-    axes[0].set(title="strict accuracy, a dot a seed", xlabel="percent", yticks=[], xlim=(0, 100))
+        axes[0].plot(values, [place] * len(values), "o", color=colors[[*ARMS, *TOLD].index(arm)], alpha=0.8)
+    axes[0].set_yticks(range(len(shown)), [name for name, _, _ in shown], fontsize=7)
+    axes[0].set(title="strict accuracy, a dot a seed", xlabel="percent", xlim=(0, 100))
+    axes[0].grid(axis="x", alpha=0.3)
     for axis, names, title in ((axes[1], ("text/loss", "image/loss"), "cross-entropy, nats a token (means of 20 steps)"), (axes[2], ("val/turn1", "val/turn2", "val/names_defect", "val/false_alarms"), "validation prompts while training")):  # fmt: skip
         for arm, style in ((arm, style) for arm, style in (("trajectories", "--"), ("stage1", ":"), ("six", "-")) if done(arm)):  # fmt: skip
             for number, name in enumerate(names):
