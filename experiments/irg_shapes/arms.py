@@ -11,21 +11,10 @@ from told import KINDS
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OUTPUTS, DATA = ROOT / "outputs" / "irg_shapes", ROOT / "outputs" / "irgl"
 SEEDS = (0, 1, 2)
-STEPS, FIRST_STAGE, LONG, PROMPTS = (
-    1000,
-    500,
-    2000,
-    16384,
-)  # optimizer steps; the longest arm has prompts for all of its own
-GRPO_STEPS = 10
-SCALES = (
-    (1.0, 1.0, 1.0),
-    (1.0, 1.0, 2.0),
-    (1.0, 1.0, 3.0),
-    (2.0, 1.0, 1.0),
-    (2.0, 2.0, 1.0),
-    (1.5, 1.5, 2.0),
-)  # reflection, image, prompt
+STEPS, FIRST_STAGE, LONG, GRPO_STEPS = 1000, 500, 2000, 10
+PROMPTS = 16384  # of the long arm: no trajectory comes again
+# of the second picture: reflection, image, prompt
+SCALES = ((1.0, 1.0, 1.0), (1.0, 1.0, 2.0), (1.0, 1.0, 3.0), (2.0, 1.0, 1.0), (2.0, 2.0, 1.0), (1.5, 1.5, 2.0))
 TURNS = "evaluation.stages=[trained_turns]"
 JUDGE = "+reward@method.judge=soft_oracle"  # chooses between I1 and I2; the benchmark's judge is the exact oracle
 TRAIN = ["experiment=irg_shapes", f"trainer.max_steps={STEPS}"]
@@ -46,15 +35,9 @@ ARMS = {  # what is trained, in order of need: a later job may start from an ear
     "grpo": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}"],
     "grpo_random": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}", "reward=random"],
 }  # fmt: skip
-ROUNDS = [
-    "task=evaluate",
-    "experiment=irg_shapes",
-    "ckpt_path={six}",
-    TURNS,
-    "method.interleave.rounds=4",
-    "method.interleave.policy=window",
-]
-SWEEP = ["task=evaluate", "experiment=irg_shapes", "ckpt_path={six}", TURNS, "benchmark.split=validation", "benchmark.prompts_per_task=20", "benchmark.samples_per_prompt=1"]  # fmt: skip
+EVALUATE = ["task=evaluate", "experiment=irg_shapes", "ckpt_path={six}", TURNS]
+ROUNDS = [*EVALUATE, "method.interleave.rounds=4", "method.interleave.policy=window"]
+SWEEP = [*EVALUATE, "benchmark.split=validation", "benchmark.prompts_per_task=20", "benchmark.samples_per_prompt=1"]  # fmt: skip
 MEASURED = {"rounds": ROUNDS} | {
     guidance(scales): [*SWEEP, *(f"method.interleave.{name}_scale={scale}" for name, scale in zip(("reflection", "image", "prompt"), scales, strict=True))]
     for scales in SCALES
@@ -79,7 +62,7 @@ def run_job(job: tuple[str, int]) -> None:
         command = [sys.executable, str(HERE / "told.py"), str(folder("six", seed)), TOLD[arm], str(out)]
     elif arm == CONTEXTS:
         foreign = SEEDS[(SEEDS.index(seed) + 1) % len(SEEDS)]
-        data = next(DATA.glob(f"janus_tiny_4096_seed{foreign}"))
+        data = DATA / f"janus_tiny_4096_seed{foreign}"
         command = [sys.executable, str(HERE / "contexts.py"), str(folder("six", seed)), str(data), str(out)]
     else:
         command = train_or_evaluate(arm, seed)

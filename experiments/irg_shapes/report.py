@@ -219,7 +219,7 @@ def write_table() -> None:
     runs = [read_json(folder(arm, seed) / "provenance.json") for arm in (*ARMS, *MEASURED) if done(arm) for seed in SEEDS]  # fmt: skip
     commits = " and ".join(sorted({run["git_commit"][:7] for run in runs}))
     results = read_results(folder("good", 0) / "results.json")
-    manifest = read_json(next(arms.DATA.glob("janus_tiny_4096_seed0")) / "manifest.json")
+    manifest = read_json(arms.DATA / "janus_tiny_4096_seed0" / "manifest.json")
     short = ("overall", "overall, Student", *METRICS[1:])
     differences = {
         name: paired(records(*before), records(*after)) for name, before, after in PAIRS if done(before[0], after[0])
