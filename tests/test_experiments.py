@@ -6,6 +6,7 @@ import json
 import shutil
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -245,22 +246,34 @@ def irg(tmp_path, monkeypatch):
 def test_every_job_of_irgs_ladder_composes(irg):
     arms, _ = irg
     for arm in (*arms.ARMS, *arms.MEASURED):
-        settings = arms.train_or_evaluate(arm, 1)[2:]
+        settings = arms.command_of(arm, 1)[1:]
         cfg = composed(*(item for item in settings if not item.startswith("hydra.")))
         assert cfg.seed == 1 and (arm in arms.ARMS) == (cfg.task_name in ("irg_shapes", "irg_grpo_shapes") and cfg.task._target_.endswith("train.run"))  # fmt: skip
-    steps = {arm: composed(*arms.train_or_evaluate(arm, 0)[2:-1]).trainer.max_steps for arm in arms.ARMS}
+    steps = {arm: composed(*arms.command_of(arm, 0)[1:-1]).trainer.max_steps for arm in arms.ARMS}
     assert steps["good"] == steps["trajectories"] == steps["stage1"] + steps["six"] == steps["long"] / 2 and steps["grpo"] == steps["grpo_random"]  # fmt: skip
 
 
-def test_a_begun_arm_goes_on_in_its_own_folder(irg):
+def test_a_job_goes_on_where_it_stopped_and_refuses_what_another_checkpoint_made(irg, monkeypatch):
     arms, _ = irg
-    begun = arms.train_or_evaluate("six", 0)
-    assert f"method.start_from='{arms.folder('stage1', 0) / 'checkpoints' / 'last.ckpt'}'" in begun and "ckpt_path=last" not in begun  # fmt: skip
-    own = arms.folder("six", 0) / "checkpoints" / "last.ckpt"
+    ran = []
+    monkeypatch.setattr(
+        arms.subprocess, "run", lambda command, **_: ran.append(command) or SimpleNamespace(returncode=0)
+    )
+    source, own = (arms.folder(arm, 0) / "checkpoints" / "last.ckpt" for arm in ("stage1", "six"))
+    source.parent.mkdir(parents=True)
+    source.write_bytes(b"weights")
+    arms.run_job(("six", 0))
+    assert f"method.start_from='{source}'" in ran[0] and "ckpt_path=last" not in ran[0]
     own.parent.mkdir(parents=True)
     own.touch()
-    resumed = arms.train_or_evaluate("six", 0)
-    assert "ckpt_path=last" in resumed and f"hydra.run.dir={own.parents[1]}" in resumed
+    arms.run_job(("six", 0))
+    assert ran[1] == [*ran[0], "ckpt_path=last"]
+    (own.parents[1] / "results.json").touch()
+    arms.run_job(("six", 0))
+    assert len(ran) == 2
+    source.write_bytes(b"other weights")
+    with pytest.raises(SystemExit, match="delete it"):
+        arms.run_job(("six", 0))
 
 
 def mended_by_another(first: list[dict]) -> float:
@@ -281,7 +294,7 @@ def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_p
             records = make_records(rate, seed, per_task=4, effect=0.0)
             for row in records:
                 row |= {"judge_score": float(row["strict"]), "unfinished": False, "text_tokens": 9, "seconds": 0.5}
-                row |= {} if stage == "trained_turn1" else {"named": [], "faults": []}
+                row |= {} if stage == "trained_turn1" else {"named": [], "faults": [], "says_stop": rng.random() < 0.5}
             (place / "evaluation" / stage / "images").mkdir(parents=True, exist_ok=True)
             for row in records:
                 shutil.copy(place / "evaluation" / "trained_plan" / "images" / "00000.png", place / "evaluation" / stage / row["image"])  # fmt: skip
@@ -290,7 +303,8 @@ def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_p
         results = json.loads((place / "results.json").read_text())
         results["benchmark"] |= {"n_prompts": 24, "samples_per_prompt": 2}
         (place / "results.json").write_text(json.dumps(results))
-        (place / "provenance.json").write_text(json.dumps({"git_commit": "0123456789", "device": "a made-up machine"}))
+        (place / "provenance.json").write_text(json.dumps({"device": "a made-up machine"}))
+        (place / "job.json").write_text(json.dumps({"commit": "0123456789"}))
         (place / "metrics.csv").write_text("step,text/loss,image/loss,val/turn1,val/turn2,val/names_defect,val/false_alarms\n0,1,1,.5,.5,.5,.5\n1,1,1,.5,.5,.5,.5\n")  # fmt: skip
     manifest = tmp_path / "irgl" / "janus_tiny_4096_seed0" / "manifest.json"
     manifest.parent.mkdir(parents=True)
@@ -300,7 +314,7 @@ def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_p
     report.write_strips()
     text = (tmp_path / "table.md").read_text()
     row = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in text.splitlines() if line.startswith("| ")}  # fmt: skip
-    assert row["+ six modes: I2"][1].startswith("100.0") and "trajectories" not in "".join(row)
+    assert row["six modes: I2"][1].startswith("100.0") and "trajectories" not in "".join(row)
     first, second = (report.records("six", stage)[0] for stage in ("trained_turn1", report.BEST_OF_TWO))
     assert len(first) == len(second) and report.overall(first) < report.overall(second) < 1
     for prompt in {each["prompt_id"] for each in first}:
@@ -308,10 +322,14 @@ def test_irgs_table_says_what_the_runs_say_and_names_what_has_not_run(irg, tmp_p
         assert [each["strict"] for each in second if each["prompt_id"] == prompt] == [any(pair)] * 2
     redrawn = report.records("six", report.WHERE_WRONG)[0]
     assert report.overall(redrawn) == report.overall(second)  # there the recogniser knows the judge
-    control = row["six modes, another first picture of the prompt instead (control)"]
+    control = row["six modes, another I1 in place of I2 (control)"]
     assert control[1].startswith(
         f"{100 * np.mean([mended_by_another(rows) for rows in report.records('six', 'trained_turn1')]):.1f} ["
     )
-    assert control[3] == control[4] == control[5] == ""
-    assert "**" in row["six modes' I2 - I1"][1] and row["six modes"][1].startswith("100.0")
+    assert control[2] == "" and control[3] == control[1] and control[5] == control[6] == ""
+    kept = report.records("six", report.WHERE_FLAGGED)[0]
+    stops = {report.key(each): each["says_stop"] for each in report.records("six", "trained_turn2")[0]}
+    verdicts = {report.key(each): each["strict"] for each in first}
+    assert [each["strict"] for each in kept] == [verdicts[name, sample if stops[name, sample] else 1 - sample] for name, sample in map(report.key, first)]  # fmt: skip
+    assert "**" in row["six modes: I2 - I1"][1] and row["six modes"][1].startswith("100.0")
     assert "Not run yet, and left out: stage1, trajectories" in text and (tmp_path / "figure.png").is_file()

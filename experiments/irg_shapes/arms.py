@@ -1,12 +1,18 @@
 """What is trained and measured in IRG's ladder, and how: every arm is a command of run.py, or of the scripts beside this one."""
 
+import hashlib
+import json
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from told import KINDS
+
+from t2i_rl.evaluation.results import read_json, write_atomic
+from t2i_rl.pretrain.card import git_commit
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OUTPUTS, DATA = ROOT / "outputs" / "irg_shapes", ROOT / "outputs" / "irgl"
@@ -51,49 +57,75 @@ def folder(arm: str, seed: int) -> Path:
 
 
 def run_job(job: tuple[str, int]) -> None:
-    """One job in its own process, resumed where a killed one stopped; its output goes to job.log."""
+    """One job in its own process, resumed where a killed one stopped; its output goes to job.log, what it was made by to job.json.
+
+    Raises:
+        SystemExit: it fails, or its folder holds what other settings or another checkpoint made.
+    """
     arm, seed = job
     out = folder(arm, seed)
+    command, made_by = command_of(arm, seed), out / "job.json"
+    facts = {"command": shlex.join(command).replace(f"{ROOT}/", ""), "source": source_of(arm, seed)}
+    if made_by.exists() and (kept := read_json(made_by)) | facts != kept:
+        raise SystemExit(
+            f"{out} was made by {kept['command']} from checkpoint {kept['source']}: delete it, or bring that back"
+        )
     if (out / "results.json").exists():
         print(f"{arm} seed {seed}: done before", flush=True)
         return
     out.mkdir(parents=True, exist_ok=True)
-    if arm in TOLD:
-        command = [sys.executable, str(HERE / "told.py"), str(folder("six", seed)), TOLD[arm], str(out)]
-    elif arm == CONTEXTS:
-        foreign = SEEDS[(SEEDS.index(seed) + 1) % len(SEEDS)]
-        data = DATA / f"janus_tiny_4096_seed{foreign}"
-        command = [sys.executable, str(HERE / "contexts.py"), str(folder("six", seed)), str(data), str(out)]
-    else:
-        command = train_or_evaluate(arm, seed)
+    write_atomic(made_by, json.dumps(facts | {"commit": git_commit()}, indent=1))
+    if arm in ARMS and (out / "checkpoints" / "last.ckpt").exists():
+        command.append("ckpt_path=last")
     with (out / "job.log").open("a") as log:
-        ended = subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        ended = subprocess.run([sys.executable, *command], cwd=ROOT, stdout=log, stderr=log, env=environment)
     if ended.returncode:
         raise SystemExit(f"{arm} seed {seed} failed with exit code {ended.returncode}: see {out / 'job.log'}")
     print(f"{arm} seed {seed}: done", flush=True)
 
 
-def train_or_evaluate(arm: str, seed: int) -> list[str]:
-    """The command of a job of run.py; what was begun is gone on with."""
+def command_of(arm: str, seed: int) -> list[str]:
+    """What python is given for a job that is not begun."""
     out = folder(arm, seed)
+    if arm in TOLD:
+        return [str(HERE / "told.py"), str(folder("six", seed)), TOLD[arm], str(out)]
+    if arm == CONTEXTS:
+        return [str(HERE / "contexts.py"), str(folder("six", seed)), str(DATA / f"janus_tiny_4096_seed{foreign(seed)}"), str(out)]  # fmt: skip
     places = {name: f"'{folder(name, seed) / 'checkpoints' / 'last.ckpt'}'" for name in ARMS}
     wanted = ARMS.get(arm) or MEASURED[arm]
     settings = [item.format(**places) if "_path={" in item or "_from={" in item else item for item in wanted]
-    command = [sys.executable, "run.py", *settings, f"seed={seed}", f"hydra.run.dir={out}"]
-    if arm in ARMS and (out / "checkpoints" / "last.ckpt").exists():
-        command.append("ckpt_path=last")
-    return command
+    return ["run.py", *settings, f"seed={seed}", f"hydra.run.dir={out}"]
+
+
+def foreign(seed: int) -> int:
+    """A seed whose data this one's runs have not seen."""
+    return SEEDS[(SEEDS.index(seed) + 1) % len(SEEDS)]
+
+
+def needed_by(arm: str, seed: int) -> tuple[str, int] | None:
+    """The job whose checkpoint this one takes, or (`good`) whose data."""
+    needed = {"good": None, "long": None, "trajectories": "good", "stage1": "good", "six": "stage1"}.get(arm, "six")
+    return None if needed is None else (needed, seed)
+
+
+def source_of(arm: str, seed: int) -> str | None:
+    """The hash of the checkpoint that this job takes."""
+    needed = needed_by(arm, seed)
+    if needed is None or needed[0] == "good":
+        return None
+    return hashlib.sha256((folder(*needed) / "checkpoints" / "last.ckpt").read_bytes()).hexdigest()
 
 
 def run_all(workers: int) -> None:
-    """Every job, arm by arm; a job waits for the one whose checkpoint or data it takes, which stands before it in the queue."""
+    """Every job, arm by arm; a job waits for those whose checkpoint or data it takes, which stand before it in the queue."""
     jobs: dict[tuple[str, int], Future] = {}
-    needs = {"good": None, "long": None, "trajectories": "good", "stage1": "good", "six": "stage1"}
 
     def after_what_it_needs(job: tuple[str, int]) -> None:
-        needed = needs.get(job[0], "six")
-        if needed is not None:
-            jobs[needed, job[1]].result()
+        arm, seed = job
+        others = [needed_by(arm, seed), ("good", foreign(seed)) if arm == CONTEXTS else None]
+        for other in filter(None, others):
+            jobs[other].result()
         run_job(job)
 
     with ThreadPoolExecutor(workers) as pool:

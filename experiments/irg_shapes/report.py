@@ -36,15 +36,17 @@ import matplotlib.pyplot as plt
 HERE = Path(__file__).parent
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 # no stages of a run, but made from its first pictures, two a prompt
-BEST_OF_TWO, ANOTHER, WHERE_WRONG = "best of two", "another first picture", "another where wrong"
+BEST_OF_TWO, ANOTHER, WHERE_WRONG, WHERE_FLAGGED = "best of two", "another first picture", "another where wrong", "another where R2 finds fault"  # fmt: skip
 METRICS = ("overall", *(f"task/{task}" for task in TASKS), "held_out", "lenient", "malformed")
-DID = ("mends", "breaks", "names_defect", "flags", "false_alarms", "unfinished")
+DID = ("mends", "mends, flagged", "mends, passed", "breaks", "names_defect", "flags", "false_alarms", "unfinished")
 
 
 def records(arm: str, stage: str) -> list[list[dict]]:
     made = {BEST_OF_TWO: best_of_two, ANOTHER: another, WHERE_WRONG: another_where_wrong}
     if stage in made:
         return [made[stage](rows) for rows in records(arm, "trained_turn1")]
+    if stage == WHERE_FLAGGED:
+        return [another_where_flagged(*both) for both in zip(records(arm, "trained_turn1"), records(arm, "trained_turn2"), strict=True)]  # fmt: skip
     return [list(read_stage(folder(arm, seed), stage).values()) for seed in SEEDS]
 
 
@@ -56,6 +58,10 @@ def best_of_two(first: list[dict]) -> list[dict]:
     return [{**best[row["prompt_id"]], "sample_index": row["sample_index"]} for row in first]
 
 
+def key(row: dict) -> tuple[str, int]:
+    return row["prompt_id"], row["sample_index"]
+
+
 def another(first: list[dict]) -> list[dict]:
     """Every first picture's twin in its place."""
     return [{**row, "sample_index": 1 - row["sample_index"]} for row in first]
@@ -63,8 +69,14 @@ def another(first: list[dict]) -> list[dict]:
 
 def another_where_wrong(first: list[dict]) -> list[dict]:
     """The control of mending what the oracle finds wrong: drawing it once more from the prompt."""
-    twins = {(row["prompt_id"], row["sample_index"]): row for row in another(first)}
-    return [row if row["strict"] else twins[row["prompt_id"], row["sample_index"]] for row in first]
+    twins = {key(row): row for row in another(first)}
+    return [row if row["strict"] else twins[key(row)] for row in first]
+
+
+def another_where_flagged(first: list[dict], second: list[dict]) -> list[dict]:
+    """The control of mending what the model's own reflections find wrong: drawing that once more from the prompt."""
+    twins, stops = {key(row): row for row in another(first)}, {key(row): row["says_stop"] for row in second}
+    return [row if stops[key(row)] else twins[key(row)] for row in first]
 
 
 def cell(values: dict, scale: float = 100, digits: int = 1) -> str:
@@ -105,7 +117,7 @@ def strict(arm: str, stage: str) -> str:
 
 
 def diversity(arm: str, stage: str) -> str:
-    if stage in (BEST_OF_TWO, WHERE_WRONG):
+    if stage in (BEST_OF_TWO, WHERE_WRONG, WHERE_FLAGGED):
         return ""
     found = []
     for seed in SEEDS:
@@ -119,12 +131,20 @@ def diversity(arm: str, stage: str) -> str:
 
 def did(arm: str, before: str, after: str) -> dict[str, str]:
     """What the reflections between two turns did, and what they cost; empty where there was none to ask."""
-    pairs = list(zip(records(arm, before), records(arm, after), strict=True))
-    seeds = [reflection_metrics(a, b, resamples=2) for a, b in pairs]
+    reflected = "trained_turn2" if after == ANOTHER else after
+    both = list(zip(records(arm, before), records(arm, after), records(arm, reflected), strict=True))
+    seeds = [reflection_metrics(a, b, resamples=2) | mends_by_verdict(a, b, verdicts) for a, b, verdicts in both]
     found = {name: share([each[name]["mean"] for each in seeds]) if all(name in each for each in seeds) else "" for name in DID}  # fmt: skip
     for name, digits in (("text_tokens", 1), ("seconds", 2)):
-        found[name] = share([float(np.mean([row[name] for row in b])) for _, b in pairs], 1, digits)
+        found[name] = share([float(np.mean([row[name] for row in b])) for _, b, _ in both], 1, digits)
     return found
+
+
+def mends_by_verdict(before: list[dict], after: list[dict], verdicts: list[dict]) -> dict[str, dict]:
+    """Of the wrong pictures in which the reflection names a fault, and of those in which it names none, the share that is right after."""
+    named, wrong = {key(row): bool(row["named"]) for row in verdicts}, {key(row) for row in before if not row["strict"]}
+    halves = {name: [row["strict"] for row in after if key(row) in wrong and named[key(row)] == flagged] for name, flagged in (("mends, flagged", True), ("mends, passed", False))}  # fmt: skip
+    return {name: {"mean": float(np.mean(half))} for name, half in halves.items() if half}
 
 
 def table(head: list[str], rows: list[list[str]]) -> list[str]:
@@ -132,35 +152,32 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
     return [*lines, *("| " + " | ".join(row) + " |" for row in rows), ""]
 
 
+TRAINED = {
+    "trajectories": "trajectories",
+    "long": "trajectories, twice as long on four times the data",
+    "six": "six modes",
+}
+KEPT = "I1 kept where R2 finds nothing wrong, else"
 LADDER = (
     ("base, direct", "good", "base_direct"),
     ("base, with a plan", "good", "base_plan"),
-    ("good pictures only", "good", "trained_turn1"),
-    ("+ trajectories: I1", "trajectories", "trained_turn1"),
-    ("+ trajectories: I2", "trajectories", "trained_turn2"),
-    ("+ trajectories: I1 kept where R2 finds nothing wrong, else I2", "trajectories", "trained_stopped"),
-    ("+ trajectories: I1 or I2, as a recogniser prefers", "trajectories", "trained_chosen"),
-    ("+ trajectories, twice as long on four times the data: I1", "long", "trained_turn1"),
-    ("+ trajectories, twice as long on four times the data: I2", "long", "trained_turn2"),
-    (
-        "+ trajectories, twice as long on four times the data: I1 kept where R2 finds nothing wrong, else I2",
-        "long",
-        "trained_stopped",
+    ("good pictures only: I1", "good", "trained_turn1"),
+    *(
+        (f"{name}: {what}", arm, stage)
+        for arm, name in TRAINED.items()
+        for what, stage in (
+            ("I1", "trained_turn1"),
+            ("I2", "trained_turn2"),
+            (f"{KEPT} I2", "trained_stopped"),
+            (f"{KEPT} another I1 (control)", WHERE_FLAGGED),
+            ("of I1 and I2 the one that a recogniser prefers", "trained_chosen"),
+            ("of two I1 the one that a recogniser prefers (control)", BEST_OF_TWO),
+        )
     ),
-    (
-        "+ trajectories, twice as long on four times the data: I1 or I2, as a recogniser prefers",
-        "long",
-        "trained_chosen",
-    ),
-    ("+ six modes: I1", "six", "trained_turn1"),
-    ("+ six modes: I2", "six", "trained_turn2"),
-    ("+ six modes: I1 kept where R2 finds nothing wrong, else I2", "six", "trained_stopped"),
-    ("+ six modes: I1 or I2, as a recogniser prefers", "six", "trained_chosen"),
-    ("six modes: the better of two first pictures, as the recogniser prefers (control)", "six", BEST_OF_TWO),
     ("six modes, reflections told by the world: I2", "told_world", "trained_turn2"),
-    ("six modes, told by the world: I1 kept where nothing is wrong, else I2", "told_world", "trained_stopped"),
-    ("six modes: I1 kept where nothing is wrong, else another first picture (control)", "told_world", WHERE_WRONG),
-    ("six modes, reflections told of another prompt's picture (control): I2", "told_another", "trained_turn2"),
+    (f"six modes, reflections told by the world: {KEPT} I2", "told_world", "trained_stopped"),
+    ("six modes: I1 kept where the oracle finds nothing wrong, else another I1 (control)", "told_world", WHERE_WRONG),
+    ("six modes, told of another prompt's picture (control): I2", "told_another", "trained_turn2"),
     ("six modes, told that nothing is wrong (control): I2", "told_stop", "trained_turn2"),
     ("six modes, plans told by the world: I1", "told_plan", "trained_turn1"),
     ("six modes, plans told by the world: I2", "told_plan", "trained_turn2"),
@@ -172,34 +189,37 @@ LADDER = (
 )
 ROUND_STAGES = {f"round {turn}": f"turn{turn}" for turn in (1, 2, 3, 4)} | {"the first picture that R finds nothing wrong with, else the last": "stopped"}  # fmt: skip
 PAIRS = (
-    ("good pictures - base with a plan", ("good", "base_plan"), ("good", "trained_turn1")),
-    ("good pictures - base direct", ("good", "base_direct"), ("good", "trained_turn1")),
-    ("six modes' I1 - good pictures (what the texts add to the first picture)", ("good", "trained_turn1"), ("six", "trained_turn1")),
-    ("trajectories' I2 - I1", ("trajectories", "trained_turn1"), ("trajectories", "trained_turn2")),
-    ("six modes' I2 - I1", ("six", "trained_turn1"), ("six", "trained_turn2")),
-    ("six modes: kept or I2 - I1", ("six", "trained_turn1"), ("six", "trained_stopped")),
+    ("good pictures: I1 - base with a plan", ("good", "base_plan"), ("good", "trained_turn1")),
+    ("good pictures: I1 - base direct", ("good", "base_direct"), ("good", "trained_turn1")),
+    *(
+        (f"{name}: {what}", ("good" if before.startswith("base") else arm, before), (arm, after))
+        for arm, name in TRAINED.items()
+        for what, before, after in (
+            ("I1 - base with a plan", "base_plan", "trained_turn1"),
+            ("I1 - base direct", "base_direct", "trained_turn1"),
+            ("I2 - base with a plan", "base_plan", "trained_turn2"),
+            ("I2 - I1", "trained_turn1", "trained_turn2"),
+            ("kept or I2 - I1", "trained_turn1", "trained_stopped"),
+            ("kept or another I1 - I1 (control)", "trained_turn1", WHERE_FLAGGED),
+            ("kept or I2 - kept or another I1", WHERE_FLAGGED, "trained_stopped"),
+            ("chosen of I1 and I2 - I1", "trained_turn1", "trained_chosen"),
+            ("chosen of two I1 - I1 (control)", "trained_turn1", BEST_OF_TWO),
+            ("chosen of I1 and I2 - chosen of two I1", BEST_OF_TWO, "trained_chosen"),
+        )
+    ),
+    ("six modes' I1 - good pictures' (equal steps, fewer first pictures)", ("good", "trained_turn1"), ("six", "trained_turn1")),
+    ("six modes - trajectories, I1", ("trajectories", "trained_turn1"), ("six", "trained_turn1")),
+    ("six modes - trajectories, I2", ("trajectories", "trained_turn2"), ("six", "trained_turn2")),
+    ("twice as long on four times the data - once, I1", ("trajectories", "trained_turn1"), ("long", "trained_turn1")),
+    ("twice as long on four times the data - once, I2", ("trajectories", "trained_turn2"), ("long", "trained_turn2")),
     ("six modes, told by the world: I2 - I1", ("told_world", "trained_turn1"), ("told_world", "trained_turn2")),
     ("six modes, told by the world: kept or I2 - I1", ("told_world", "trained_turn1"), ("told_world", "trained_stopped")),
-    ("six modes, told by the world: kept or I2 - kept or another first picture (control)", ("told_world", WHERE_WRONG), ("told_world", "trained_stopped")),
+    ("six modes: another I1 where the oracle finds fault - I1 (control)", ("told_world", "trained_turn1"), ("told_world", WHERE_WRONG)),
+    ("six modes, told by the world: kept or I2 - another I1 where the oracle finds fault", ("told_world", WHERE_WRONG), ("told_world", "trained_stopped")),
     ("six modes, told of another prompt's picture: I2 - I1", ("told_another", "trained_turn1"), ("told_another", "trained_turn2")),
     ("six modes, told that nothing is wrong: I2 - I1", ("told_stop", "trained_turn1"), ("told_stop", "trained_turn2")),
     ("six modes: I1 of the world's plans - I1 of its own", ("six", "trained_turn1"), ("told_plan", "trained_turn1")),
-    ("six modes, reflections told by the world: I2 - I1 of the world's plans", ("told_plan", "trained_turn1"), ("told_world", "trained_turn2")),
-    ("six modes: chosen of the two - I1", ("six", "trained_turn1"), ("six", "trained_chosen")),
-    ("six modes: chosen of the two - chosen of two first pictures (control)", ("six", BEST_OF_TWO), ("six", "trained_chosen")),
-    ("trajectories: kept or I2 - I1", ("trajectories", "trained_turn1"), ("trajectories", "trained_stopped")),
-    ("trajectories: chosen of the two - chosen of two first pictures (control)", ("trajectories", BEST_OF_TWO), ("trajectories", "trained_chosen")),
-    ("twice as long on four times the data: I2 - I1", ("long", "trained_turn1"), ("long", "trained_turn2")),
-    ("twice as long on four times the data: kept or I2 - I1", ("long", "trained_turn1"), ("long", "trained_stopped")),
-    ("twice as long on four times the data: chosen of the two - chosen of two first pictures (control)", ("long", BEST_OF_TWO), ("long", "trained_chosen")),
-    ("twice as long: I1 - once", ("trajectories", "trained_turn1"), ("long", "trained_turn1")),
-    ("twice as long on four times the data: kept or I2 - base with a plan", ("good", "base_plan"), ("long", "trained_stopped")),
-    ("trajectories' I1 - base with a plan", ("good", "base_plan"), ("trajectories", "trained_turn1")),
-    ("six modes' I1 - base with a plan", ("good", "base_plan"), ("six", "trained_turn1")),
-    ("six modes' I1 - base direct", ("good", "base_direct"), ("six", "trained_turn1")),
-    ("six modes: kept or I2 - base with a plan", ("good", "base_plan"), ("six", "trained_stopped")),
-    ("six modes' I2 - base with a plan", ("good", "base_plan"), ("six", "trained_turn2")),
-    ("six modes - trajectories, I2", ("trajectories", "trained_turn2"), ("six", "trained_turn2")),
+    ("six modes, told by the world: I2 - I1 of the world's plans", ("told_plan", "trained_turn1"), ("told_world", "trained_turn2")),
     ("GRPO's I2 - the same before it", ("grpo", "base_turn2"), ("grpo", "trained_turn2")),
     ("GRPO's I1 - the same before it", ("grpo", "base_turn1"), ("grpo", "trained_turn1")),
     ("GRPO's I2 - its random control's I2", ("grpo_random", "trained_turn2"), ("grpo", "trained_turn2")),
@@ -207,17 +227,20 @@ PAIRS = (
 
 
 def context_table() -> list[str]:
-    """A row a context, over seeds."""
+    """The level of the whole context, then what each change of it costs, paired by seed."""
     found = [read_json(folder(CONTEXTS, seed) / "results.json")["nats"] for seed in SEEDS]
-    columns = list(found[0]["all of it"])
-    rows = [[name, *(share([each[name][column] for each in found], 1, 3) if column in found[0][name] else "" for column in columns)] for name in found[0]]  # fmt: skip
+    whole, *changed = found[0]
+    columns = list(found[0][whole])
+    costs = {name: [cell(student([each[name][column] - each[whole][column] for each in found]), 1, 3) if column in found[0][name] else "" for column in columns] for name in changed}  # fmt: skip
+    rows = [[whole, *(share([each[whole][column] for each in found], 1, 3) for column in columns)], *([f"{name}: more by", *cells] for name, cells in costs.items())]  # fmt: skip
     return table(["", *columns], rows)
 
 
 def write_table() -> None:
     lacking = [arm for arm in (*ARMS, *TOLD, CONTEXTS, *MEASURED) if not done(arm)]
-    runs = [read_json(folder(arm, seed) / "provenance.json") for arm in (*ARMS, *MEASURED) if done(arm) for seed in SEEDS]  # fmt: skip
-    commits = " and ".join(sorted({run["git_commit"][:7] for run in runs}))
+    jobs = [read_json(folder(arm, seed) / "job.json") for arm in (*ARMS, *TOLD, CONTEXTS, *MEASURED) if done(arm) for seed in SEEDS]  # fmt: skip
+    commits = " and ".join(dict.fromkeys(job["commit"][:7] for job in jobs))
+    device = read_json(folder("good", 0) / "provenance.json")["device"]
     results = read_results(folder("good", 0) / "results.json")
     manifest = read_json(arms.DATA / "janus_tiny_4096_seed0" / "manifest.json")
     short = ("overall", "overall, Student", *METRICS[1:])
@@ -225,29 +248,22 @@ def write_table() -> None:
         name: paired(records(*before), records(*after)) for name, before, after in PAIRS if done(before[0], after[0])
     }
     reflected = {
-        name: did(arm, f"trained_turn{turn}", f"trained_turn{turn + 1}")
-        for name, arm, turn in (
-            ("trajectories", "trajectories", 1),
-            ("trajectories, twice as long", "long", 1),
-            ("six modes", "six", 1),
-            ("+ GRPO", "grpo", 1),
-            ("six modes, told by the world", "told_world", 1),
-            ("six modes, told of another prompt's picture (control)", "told_another", 1),
-            ("six modes, told that nothing is wrong (control)", "told_stop", 1),
-            ("six modes, plans told by the world", "told_plan", 1),
-            ("six modes, third round", "rounds", 2),
-            ("six modes, fourth round", "rounds", 3),
-        )
-        if done(arm)
-    } | {
-        f"{name}, another first picture of the prompt instead (control)": did(arm, "trained_turn1", ANOTHER)
-        for name, arm in (
-            ("trajectories", "trajectories"),
-            ("trajectories, twice as long", "long"),
-            ("six modes", "six"),
-        )
-        if done(arm)
-    }
+        **{name: did(arm, "trained_turn1", "trained_turn2") for arm, name in TRAINED.items() if done(arm)},
+        **{f"{name}, another I1 in place of I2 (control)": did(arm, "trained_turn1", ANOTHER) for arm, name in TRAINED.items() if done(arm)},
+        **{
+            name: did(arm, f"trained_turn{turn}", f"trained_turn{turn + 1}")
+            for name, arm, turn in (
+                ("six modes, told by the world", "told_world", 1),
+                ("six modes, told of another prompt's picture (control)", "told_another", 1),
+                ("six modes, told that nothing is wrong (control)", "told_stop", 1),
+                ("six modes, plans told by the world", "told_plan", 1),
+                ("six modes, third round", "rounds", 2),
+                ("six modes, fourth round", "rounds", 3),
+                ("+ GRPO", "grpo", 1),
+            )
+            if done(arm)
+        },
+    }  # fmt: skip
     sweep = [
         [*(f"{scale:g}" for scale in scales), strict(name, "trained_turn1"), strict(name, "trained_turn2"), cell(paired(records(name, "trained_turn1"), records(name, "trained_turn2"))["overall"])]
         for scales, name in ((scales, guidance(scales)) for scales in SCALES)
@@ -256,14 +272,17 @@ def write_table() -> None:
     lines = [
         "# IRG's ladder on `shapes`",
         "",
-        f"`python experiments/irg_shapes/run.py` at {commits}, {runs[0]['device']}, one thread a job: seeds {', '.join(map(str, SEEDS))}, {STEPS} optimizer steps of 16 "
-        f"trajectories in every trained arm (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2; trajectories also {LONG} steps with the data of {arms.PROMPTS} prompts), GRPO {GRPO_STEPS} steps of 64; "
+        f"`python experiments/irg_shapes/run.py` at {commits}, {device}, one thread a job: seeds {', '.join(map(str, SEEDS))}, {STEPS} optimizer steps of 16 "
+        f"trajectories on the data of 4,096 prompts (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2; \"twice as long\": {LONG} steps on {arms.PROMPTS:,} prompts), GRPO {GRPO_STEPS} steps of 64; "
         f"{results['benchmark']['n_prompts']} test prompts x {results['benchmark']['samples_per_prompt']} trajectories, strict accuracy in percent.",
         *([f"Not run yet, and left out: {', '.join(lacking)}."] if lacking else []),
         f"Data of seed 0: {', '.join(f'{count} rows of {mode}' for mode, count in manifest['counts'].items())}.",
         "",
         "Intervals of levels and of what reflections did: Student's over three seeds, which is wide. Differences: paired trajectory by trajectory, two-level bootstrap "
         "(seeds, then prompts), which understates the spread over three seeds; `overall, Student` over seeds alone. Bold: excludes zero. No correction for the number of cells.",
+        "",
+        "I1, I2: the first and the second picture; R2: the reflection between them. A control draws another first picture of the same prompt in the place of I2, by the same weights. I1 is "
+        "guided by 3 against the unconditional, I2 by 2. `told by the world`: the reflections are those that the data has, the oracle's truth with a remedy and a plan.",
         "",
         "## The ladder",
         "",
@@ -274,13 +293,14 @@ def write_table() -> None:
         "## What reflections did",
         "",
         "`mends`: of the wrong pictures before, the share that is right after. `breaks`: of the right ones, the share that is wrong after. `names_defect`: of the wrong "
-        "ones, the share whose reflection has one of the oracle's own phrases for what is wrong, place included; `flags`: any. `false_alarms`: of the right ones, the share whose reflection names a "
+        "ones, the share whose reflection has one of the oracle's own phrases for what is wrong, place included; `flags`: any, true or not; `mends, flagged` and `mends, passed`: the wrong ones with and without a flag apart. `false_alarms`: of the right ones, the share whose reflection names a "
         "fault. Seconds: a picture with its text, in batches of 64 on one thread, two jobs side by side.",
         "",
         *table(["", *DID, "text_tokens", "seconds"], [[name, *found.values()] for name, found in reflected.items()]),
         "## What the second picture is drawn from, in nats a token",
         "",
-        "Cross-entropy of second pictures and reflections of data that the run has not seen (six modes; rows of another seed's data), where what they follow is changed.",
+        "Cross-entropy of second pictures and reflections of data that the run has not seen (six modes; rows of another seed's data), and how much more where what they follow is changed. "
+        "Where the first picture is right the second one is the same, code for code: copying would bring it to 0.",
         "",
         *(context_table() if done(CONTEXTS) else []),
         "## Rounds (six modes; later rounds see the window that training has)",
