@@ -256,6 +256,7 @@ def test_every_job_of_irgs_ladder_composes(irg):
 def test_a_job_goes_on_where_it_stopped_and_refuses_what_another_checkpoint_made(irg, monkeypatch):
     arms, _ = irg
     ran = []
+    monkeypatch.setattr(arms, "git_commit", lambda: "0123456")
     monkeypatch.setattr(
         arms.subprocess, "run", lambda command, **_: ran.append(command) or SimpleNamespace(returncode=0)
     )
