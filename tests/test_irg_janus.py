@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from t2i_rl.errors import UserError
-from t2i_rl.irg.interleave import Interleave, windowed, without_images, without_reflection
+from t2i_rl.irg.interleave import Interleave, says_stop, windowed, without_images, without_reflection
 from t2i_rl.irg.janus import NO_LABEL, InterleavedJanus
 from t2i_rl.irg.trajectory import BOTH, MODES, Segment, Written
 from t2i_rl.pretrain.vq import nearest_codes
@@ -62,6 +62,28 @@ def full_logits(inter: InterleavedJanus, segments: list[Segment]) -> tuple[torch
     hidden = plain_hidden(inter, laid.embeds)
     chosen = laid.image != NO_LABEL
     return inter.model.model.generation_head(hidden[chosen]), laid.image[chosen]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_mode_is_asked_stands_once_in_front_of_its_answer(inter, mode, monkeypatch):
+    """Inference asks by cues; the understanding modes have a question, and then nothing else is asked."""
+    monkeypatch.setattr(inter, "cues", {"reflect": "two circle", "redraw": "draw"})
+    cues = {role: inter._cue(role)[0].ids for role in ("reflect", "redraw")}
+    question = inter._tokens("\n\n<|User|>: describe the picture.\n\n<|Assistant|>:")
+    kinds = [next((role for role, ids in (*cues.items(), ("question", question)) if piece.ids == ids), "words" if piece.ids else piece.kind) for piece in inter._pieces(conversation(mode))]  # fmt: skip
+    picture = ["words", "drawn", "words"]
+    both = [*picture, "words", "seen", "words"]
+    assert (
+        kinds
+        == {
+            "initial_thinking_understanding_learning": ["words", *both, "question", "words"],
+            "initial_thinking_generation_learning": ["words", "words"],
+            "initial_full_learning": ["words", "words", *picture],
+            "improving_thinking_understanding_learning": ["words", *both, *both, "question", "words"],
+            "improving_thinking_generation_learning": ["words", "words", *both, "reflect", "words"],
+            "improving_full_learning": ["words", "words", *both, "reflect", "words", "redraw", *picture],
+        }[mode]
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -395,3 +417,9 @@ def test_a_reflection_may_end_the_trajectory(monkeypatch):
 def test_options_of_the_loop_are_checked(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Interleave(**options)
+
+
+def test_stopping_is_read_whatever_its_case_and_punctuation():
+    assert all(says_stop(text, "No change needed.") for text in ("No change needed.", "It is fine. no change needed", "No change needed!\n"))  # fmt: skip
+    assert not any(says_stop(text, "No change needed.") for text in ("", "No change needed? Draw a circle.", "change"))
+    assert not says_stop("stop.", None)

@@ -36,8 +36,12 @@ def windowed(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def says_stop(text: str, stop: str | None) -> bool:
-    """Whether a reflection finds nothing wrong."""
-    return stop is not None and text.endswith(stop)
+    """Whether a reflection ends with `stop`, in whatever case and punctuation: it finds nothing wrong."""
+    return stop is not None and _plain(text).endswith(_plain(stop))
+
+
+def _plain(text: str) -> str:
+    return text.casefold().rstrip(" .!\n")
 
 
 @dataclass
