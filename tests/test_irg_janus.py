@@ -65,6 +65,28 @@ def full_logits(inter: InterleavedJanus, segments: list[Segment]) -> tuple[torch
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_what_a_mode_is_asked_stands_once_in_front_of_its_answer(inter, mode, monkeypatch):
+    """Inference asks by cues; the understanding modes have a question, and then nothing else is asked."""
+    monkeypatch.setattr(inter, "cues", {"reflect": "two circle", "redraw": "draw"})
+    cues = {role: inter._cue(role)[0].ids for role in ("reflect", "redraw")}
+    question = inter._tokens("\n\n<|User|>: describe the picture.\n\n<|Assistant|>:")
+    kinds = [next((role for role, ids in (*cues.items(), ("question", question)) if piece.ids == ids), "words" if piece.ids else piece.kind) for piece in inter._pieces(conversation(mode))]  # fmt: skip
+    picture = ["words", "drawn", "words"]
+    both = [*picture, "words", "seen", "words"]
+    assert (
+        kinds
+        == {
+            "initial_thinking_understanding_learning": ["words", *both, "question", "words"],
+            "initial_thinking_generation_learning": ["words", "words"],
+            "initial_full_learning": ["words", "words", *picture],
+            "improving_thinking_understanding_learning": ["words", *both, *both, "question", "words"],
+            "improving_thinking_generation_learning": ["words", "words", *both, "reflect", "words"],
+            "improving_full_learning": ["words", "words", *both, "reflect", "words", "redraw", *picture],
+        }[mode]
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
 @torch.no_grad()
 def test_labels_of_a_mode_are_its_learnt_segments_and_no_others(inter, mode):
     segments = conversation(mode)

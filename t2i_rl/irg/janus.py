@@ -217,10 +217,12 @@ class InterleavedJanus(nn.Module):
         pieces = []
         if not segments or segments[0].role not in ("system", "prompt"):
             pieces.append(Piece("words", [self.special["bos"]]))
+        asked = any(segment.role == "question" for segment in segments)  # then that alone is asked
         for segment in segments:
             if segment.role == "system":
                 continue  # stands in the prompt's wording
-            pieces += self._cue(segment.role)
+            if not asked:
+                pieces += self._cue(segment.role)
             if segment.kind == "text":
                 pieces.append(Piece("words", self._ids(segment, segments), learnt=segment.loss))
                 continue
