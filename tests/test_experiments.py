@@ -250,7 +250,8 @@ def test_every_job_of_irgs_ladder_composes(irg):
         cfg = composed(*(item for item in settings if not item.startswith("hydra.")))
         assert cfg.seed == 1 and (arm in arms.ARMS) == (cfg.task_name in ("irg_shapes", "irg_grpo_shapes") and cfg.task._target_.endswith("train.run"))  # fmt: skip
     steps = {arm: composed(*arms.command_of(arm, 0)[1:-1]).trainer.max_steps for arm in arms.ARMS}
-    assert steps["good"] == steps["trajectories"] == steps["stage1"] + steps["six"] == steps["long"] / 2 and steps["grpo"] == steps["grpo_random"]  # fmt: skip
+    assert steps["good"] == steps["trajectories"] == steps["stage1"] + steps["six"] and steps["grpo"] == steps["grpo_random"]  # fmt: skip
+    assert {*arms.LADDER, *arms.LONGER} == {*arms.ARMS, *arms.MEASURED, *arms.TOLD, *arms.CONTEXTS}
 
 
 def test_a_job_goes_on_where_it_stopped_and_refuses_what_another_checkpoint_made(irg, monkeypatch):
@@ -275,6 +276,21 @@ def test_a_job_goes_on_where_it_stopped_and_refuses_what_another_checkpoint_made
     source.write_bytes(b"other weights")
     with pytest.raises(SystemExit, match="delete it"):
         arms.run_job(("six", 0))
+
+
+def test_arms_are_asked_for_by_name_and_wait_for_what_they_take(irg, monkeypatch):
+    arms, _ = irg
+    ran = []
+    monkeypatch.setattr(arms, "run_job", ran.append)
+    with pytest.raises(SystemExit, match="six takes what stage1 makes, which is not done"):
+        arms.run_all(["six"], 1)
+    arms.run_all(["six", "good", "stage1"], 1)
+    assert ran == [(arm, seed) for arm in ("good", "stage1", "six") for seed in arms.SEEDS]
+    for seed in arms.SEEDS:
+        arms.folder("long", seed).mkdir(parents=True)
+        (arms.folder("long", seed) / "results.json").touch()
+    arms.run_all(["long_contexts"], 1)
+    assert ran[-1] == ("long_contexts", 2)
 
 
 def mended_by_another(first: list[dict]) -> float:

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from t2i_rl.data import irgl
 from t2i_rl.errors import UserError
-from t2i_rl.irg.toy_format import conversation, png, read_toy, segments_of, write_shard
+from t2i_rl.irg.toy_format import conversation, parsed, png, read_toy, segments_of, write_shard
 from t2i_rl.irg.trajectory import BOTH, MODES, STAGES, Segment, Trajectory, in_mode
 
 # (texts learnt, pictures learnt, texts of the context, pictures of the context), specification section 2.1
@@ -61,6 +62,17 @@ def test_both_ways_through_parquet(tmp_path):
     found = list(read_toy(tmp_path))
     assert [mode for mode, _ in found] == [mode for mode in MODES for _ in range(2)]
     assert all(trajectory.segments == made(mode) for mode, trajectory in found)
+
+
+def test_a_stream_decodes_the_rows_that_it_gives(tmp_path, monkeypatch):
+    mode = "improving_full_learning"
+    write_shard(tmp_path / mode / "0.parquet", [Trajectory(made(mode))] * 5)
+    read = []
+    monkeypatch.setattr(irgl, "parsed", lambda *given: read.append(given[-1]) or parsed(*given))
+    stream = irgl.TrajectoryStream(irgl.Trajectories(tmp_path, weights={mode: 1}).shards(), {mode: 1.0}, 2, 0, 0)
+    batches = [next(rows) for rows in [iter(stream)] for _ in range(2)]
+    assert all(segments == made(mode) for batch in batches for _, _, segments in batch)
+    assert len(read) == 4 == len(set(read))
 
 
 def test_the_system_text_may_be_the_first_turn():

@@ -11,6 +11,7 @@ import torch
 from t2i_rl.data.prompt_stream import PromptData
 from t2i_rl.errors import UserError
 from t2i_rl.irg.interleave import Interleave
+from t2i_rl.irg.janus import NO_LABEL
 from t2i_rl.irg.trajectory import BOTH, MODES
 from t2i_rl.methods.irg import IRG
 from t2i_rl.methods.trajectory_grpo import TrajectoryGRPO, actions
@@ -59,7 +60,7 @@ def test_each_round_is_a_conversation_of_its_mode(folder):
     module = method(folder)
     drawn = module.roll_out([(0, PROMPTS[0])])[0]
     drawn.unfinished = [False, True]
-    first, second = actions(drawn, lambda segment: True, module.interleave.seen)
+    first, second = actions(drawn, module.interleave.seen)
     for segments, mode in ((first, "initial_full_learning"), (second, "improving_full_learning")):
         assert [each.role for each in segments] == [part.role for part in MODES[mode]]
     assert [each.loss for each in first] == [False, True, True]
@@ -82,11 +83,33 @@ def test_actions_are_scored_as_they_were_sampled(folder, rounds, policy):
 
     inter.sample = watched
     drawn = module.roll_out([(0, PROMPTS[0]), (1, PROMPTS[1])])
-    conversations = [each for row in drawn for each in actions(row, lambda segment: True, module.interleave.seen)]
+    conversations = [each for row in drawn for each in actions(row, module.interleave.seen)]
     scored = module.scores(conversations)
     for number, each in enumerate(scored):
         decoded = noted[number % rounds]
         torch.testing.assert_close(each["image"], decoded.logprobs[number // rounds], rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_texts_are_read_and_scored_in_the_tokens_that_they_were_written_in(folder):
+    """Written greedily, every token is the likeliest one by a plain forward over what went before, even where the words would give other tokens back."""
+    module = method(folder)
+    module.interleave = replace(module.interleave, text_temperature=0)
+    inter = module.interleaved
+    write = inter.write
+    inter.write = lambda *given: [replace(found, text="words of another tokenizer") for found in write(*given)]
+    drawn = module.roll_out([(0, PROMPTS[0]), (1, PROMPTS[1])])
+    for row in drawn:
+        row.unfinished = [False] * len(row.unfinished)
+        for segments in actions(row, module.interleave.seen):
+            laid, text = inter.lay_out(segments), segments[-2]
+            labelled = (laid.text != NO_LABEL).nonzero().flatten()
+            assert laid.text[labelled].tolist() == [*text.drawn_as, inter.special["eos"]]
+            hidden = inter.model.model.language_model(inputs_embeds=laid.embeds[None], use_cache=False).last_hidden_state[0]  # fmt: skip
+            logits = inter.model.lm_head(hidden[labelled[:-1]])
+            assert len(text.drawn_as) > 3 and logits.argmax(dim=-1).tolist() == text.drawn_as
+            scored = module.scores([segments])[0]["text"][:-1]
+            torch.testing.assert_close(scored, logits.log_softmax(dim=-1).max(dim=-1).values, rtol=1e-4, atol=1e-4)
 
 
 def test_one_update_follows_the_gradient_of_the_written_objective(folder):
@@ -102,7 +125,7 @@ def test_one_update_follows_the_gradient_of_the_written_objective(folder):
     advantages = ((rewards - rewards.mean(1, keepdims=True)) / (rewards.std(1, keepdims=True, ddof=1) + 1e-4)).flatten()
     total, count = 0.0, 0
     for row, advantage in zip(drawn, advantages, strict=True):
-        for segments in actions(row, theirs.interleaved.reads_as_written, theirs.interleave.seen):
+        for segments in actions(row, theirs.interleave.seen):
             scored, _ = theirs.interleaved([[segments]])
             for logprobs, _ in scored.values():
                 total = (
@@ -181,7 +204,7 @@ def test_it_starts_from_a_run_of_irg_and_holds_on_to_it_with_adapters_too(folder
     drawn = method(folder).roll_out([(0, PROMPTS[0])])
     for lora in (None, {"r": 2}):
         module = method(folder, start_from=str(tmp_path / "irg.ckpt"), lora=lora)
-        conversations = [each for row in drawn for each in actions(row, lambda segment: True, module.interleave.seen)]
+        conversations = [each for row in drawn for each in actions(row, module.interleave.seen)]
         mine, base = module.scores(conversations), method(folder).scores(conversations)
         with module.reference.scoring(module.model) as frozen:
             held = module.scores(conversations, frozen if frozen is not module.model else None)

@@ -6,6 +6,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from t2i_rl.pretrain.card import git_commit
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OUTPUTS, DATA = ROOT / "outputs" / "irg_shapes", ROOT / "outputs" / "irgl"
 SEEDS = (0, 1, 2)
-STEPS, FIRST_STAGE, LONG, GRPO_STEPS = 1000, 500, 2000, 10
-PROMPTS = 16384  # of the long arm: no trajectory comes again
+STEPS, FIRST_STAGE, GRPO_STEPS = 1000, 500, 10
+LONG, LONG_BATCH, PROMPTS = 4000, 64, 32768  # for a GPU
 # of the second picture: reflection, image, prompt
 SCALES = ((1.0, 1.0, 1.0), (1.0, 1.0, 2.0), (1.0, 1.0, 3.0), (2.0, 1.0, 1.0), (2.0, 2.0, 1.0), (1.5, 1.5, 2.0))
 TURNS = "evaluation.stages=[trained_turns]"
@@ -32,12 +33,13 @@ def guidance(scales: tuple[float, ...]) -> str:
     return "guidance_" + "_".join(f"{scale:g}" for scale in scales)
 
 
+LARGE = ["data.maker.batch_size=512", "method.tokens_per_pass=65536"]  # speed, not what comes out
 ARMS = {  # what is trained, in order of need: a later job may start from an earlier one's checkpoint
     "good": [*TRAIN, GOOD, "method.interleave.rounds=1"],
     "stage1": ["experiment=irg_shapes", f"trainer.max_steps={FIRST_STAGE}", "evaluation.stages=[]"],
     "six": ["experiment=irg_shapes", f"trainer.max_steps={STEPS - FIRST_STAGE}", "stage=2", "method.scheduler=null", TURNS, JUDGE, "method.start_from={stage1}"],
     "trajectories": [*TRAIN, "stage=2", TURNS, JUDGE],
-    "long": ["experiment=irg_shapes", f"trainer.max_steps={LONG}", "stage=2", f"data.count={PROMPTS}", TURNS, JUDGE],
+    "long": ["experiment=irg_shapes", f"trainer.max_steps={LONG}", "stage=2", f"data.count={PROMPTS}", f"data.batch_size={LONG_BATCH}", *LARGE, TURNS, JUDGE],
     "grpo": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}"],
     "grpo_random": ["experiment=irg_grpo_shapes", f"trainer.max_steps={GRPO_STEPS}", "method.start_from={six}", "reward=random"],
 }  # fmt: skip
@@ -48,8 +50,11 @@ MEASURED = {"rounds": ROUNDS} | {
     guidance(scales): [*SWEEP, *(f"method.interleave.{name}_scale={scale}" for name, scale in zip(("reflection", "image", "prompt"), scales, strict=True))]
     for scales in SCALES
 }  # fmt: skip
-TOLD = {f"told_{kind}": kind for kind in KINDS}
-CONTEXTS = "contexts"
+TOLD = {f"told_{kind}": ("six", kind) for kind in KINDS} | {f"long_told_{kind}": ("long", kind) for kind in ("world", "another")}  # fmt: skip
+CONTEXTS = {"contexts": "six", "long_contexts": "long"}
+LONGER = ("long", "long_told_world", "long_told_another", "long_contexts")  # minutes on a GPU, days on two cores
+TRAINED_LAST = ("grpo", "grpo_random")
+LADDER = (*(arm for arm in (*ARMS, *TOLD, *CONTEXTS) if arm not in (*LONGER, *TRAINED_LAST)), *MEASURED, *TRAINED_LAST)
 
 
 def folder(arm: str, seed: int) -> Path:
@@ -89,9 +94,11 @@ def command_of(arm: str, seed: int) -> list[str]:
     """What python is given for a job that is not begun."""
     out = folder(arm, seed)
     if arm in TOLD:
-        return [str(HERE / "told.py"), str(folder("six", seed)), TOLD[arm], str(out)]
-    if arm == CONTEXTS:
-        return [str(HERE / "contexts.py"), str(folder("six", seed)), str(DATA / f"janus_tiny_4096_seed{foreign(seed)}"), str(out)]  # fmt: skip
+        trained, kind = TOLD[arm]
+        return [str(HERE / "told.py"), str(folder(trained, seed)), kind, str(out)]
+    if arm in CONTEXTS:
+        prompts = PROMPTS if CONTEXTS[arm] == "long" else 4096
+        return [str(HERE / "contexts.py"), str(folder(CONTEXTS[arm], seed)), str(DATA / f"janus_tiny_{prompts}_seed{foreign(seed)}"), str(out)]  # fmt: skip
     places = {name: f"'{folder(name, seed) / 'checkpoints' / 'last.ckpt'}'" for name in ARMS}
     wanted = ARMS.get(arm) or MEASURED[arm]
     settings = [item.format(**places) if "_path={" in item or "_from={" in item else item for item in wanted]
@@ -105,8 +112,10 @@ def foreign(seed: int) -> int:
 
 def needed_by(arm: str, seed: int) -> tuple[str, int] | None:
     """The job whose checkpoint this one takes, or (`good`) whose data."""
-    needed = {"good": None, "long": None, "trajectories": "good", "stage1": "good", "six": "stage1"}.get(arm, "six")
-    return None if needed is None else (needed, seed)
+    needed = {"good": None, "long": None, "trajectories": "good", "stage1": "good", "six": "stage1"}
+    needed |= {arm: trained for arm, (trained, _) in TOLD.items()} | CONTEXTS
+    trained = needed.get(arm, "six")
+    return None if trained is None else (trained, seed)
 
 
 def source_of(arm: str, seed: int) -> str | None:
@@ -117,22 +126,33 @@ def source_of(arm: str, seed: int) -> str | None:
     return hashlib.sha256((folder(*needed) / "checkpoints" / "last.ckpt").read_bytes()).hexdigest()
 
 
-def run_all(workers: int) -> None:
-    """Every job, arm by arm; a job waits for those whose checkpoint or data it takes, which stand before it in the queue."""
+def run_all(arms: Sequence[str], workers: int) -> None:
+    """Every job, arm by arm; a job waits for those whose checkpoint or data it takes, which stand before it in the queue or are done.
+
+    Raises:
+        SystemExit: one takes what is neither.
+    """
     jobs: dict[tuple[str, int], Future] = {}
 
     def after_what_it_needs(job: tuple[str, int]) -> None:
-        arm, seed = job
-        others = [needed_by(arm, seed), ("good", foreign(seed)) if arm == CONTEXTS else None]
-        for other in filter(None, others):
-            jobs[other].result()
+        for other in needed(job):
+            if other in jobs:
+                jobs[other].result()
         run_job(job)
 
+    def needed(job: tuple[str, int]) -> list[tuple[str, int]]:
+        arm, seed = job
+        data = ("long" if CONTEXTS[arm] == "long" else "good", foreign(seed)) if arm in CONTEXTS else None
+        return [other for other in (needed_by(arm, seed), data) if other]
+
+    wanted = [(arm, seed) for arm in (*LADDER, *LONGER) if arm in arms for seed in SEEDS]
+    for job in wanted:
+        for other in needed(job):
+            if other not in wanted and not (folder(*other) / "results.json").exists():
+                raise SystemExit(f"{job[0]} takes what {other[0]} makes, which is not done: add {other[0]} to --arms")
     with ThreadPoolExecutor(workers) as pool:
-        last = ("long", *MEASURED, "grpo", "grpo_random")
-        for arm in (*(name for name in (*ARMS, *TOLD, CONTEXTS) if name not in last), *last):
-            for seed in SEEDS:
-                jobs[arm, seed] = pool.submit(after_what_it_needs, (arm, seed))
+        for job in wanted:
+            jobs[job] = pool.submit(after_what_it_needs, job)
     for job in jobs.values():
         job.result()
 

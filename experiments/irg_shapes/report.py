@@ -12,7 +12,8 @@ from arms import (
     FIRST_STAGE,
     GRPO_STEPS,
     LONG,
-    MEASURED,
+    LONG_BATCH,
+    LONGER,
     SCALES,
     SEEDS,
     STEPS,
@@ -154,7 +155,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 TRAINED = {
     "trajectories": "trajectories",
-    "long": "trajectories, twice as long on four times the data",
+    "long": "trajectories, far longer",
     "six": "six modes",
 }
 KEPT = "I1 kept where R2 finds nothing wrong, else"
@@ -181,6 +182,14 @@ LADDER = (
     ("six modes, told that nothing is wrong (control): I2", "told_stop", "trained_turn2"),
     ("six modes, plans told by the world: I1", "told_plan", "trained_turn1"),
     ("six modes, plans told by the world: I2", "told_plan", "trained_turn2"),
+    ("far longer, reflections told by the world: I2", "long_told_world", "trained_turn2"),
+    (f"far longer, reflections told by the world: {KEPT} I2", "long_told_world", "trained_stopped"),
+    (
+        "far longer: I1 kept where the oracle finds nothing wrong, else another I1 (control)",
+        "long_told_world",
+        WHERE_WRONG,
+    ),
+    ("far longer, told of another prompt's picture (control): I2", "long_told_another", "trained_turn2"),
     ("six modes, texts at temperature 1, as GRPO has them: I1", "grpo", "base_turn1"),
     ("the same: I2", "grpo", "base_turn2"),
     ("+ GRPO on I2: I1", "grpo", "trained_turn1"),
@@ -210,12 +219,15 @@ PAIRS = (
     ("six modes' I1 - good pictures' (equal steps, fewer first pictures)", ("good", "trained_turn1"), ("six", "trained_turn1")),
     ("six modes - trajectories, I1", ("trajectories", "trained_turn1"), ("six", "trained_turn1")),
     ("six modes - trajectories, I2", ("trajectories", "trained_turn2"), ("six", "trained_turn2")),
-    ("twice as long on four times the data - once, I1", ("trajectories", "trained_turn1"), ("long", "trained_turn1")),
-    ("twice as long on four times the data - once, I2", ("trajectories", "trained_turn2"), ("long", "trained_turn2")),
+    ("far longer - 1,000 steps, I1", ("trajectories", "trained_turn1"), ("long", "trained_turn1")),
+    ("far longer - 1,000 steps, I2", ("trajectories", "trained_turn2"), ("long", "trained_turn2")),
     ("six modes, told by the world: I2 - I1", ("told_world", "trained_turn1"), ("told_world", "trained_turn2")),
     ("six modes, told by the world: kept or I2 - I1", ("told_world", "trained_turn1"), ("told_world", "trained_stopped")),
     ("six modes: another I1 where the oracle finds fault - I1 (control)", ("told_world", "trained_turn1"), ("told_world", WHERE_WRONG)),
     ("six modes, told by the world: kept or I2 - another I1 where the oracle finds fault", ("told_world", WHERE_WRONG), ("told_world", "trained_stopped")),
+    ("far longer, told by the world: I2 - I1", ("long_told_world", "trained_turn1"), ("long_told_world", "trained_turn2")),
+    ("far longer, told by the world: kept or I2 - I1", ("long_told_world", "trained_turn1"), ("long_told_world", "trained_stopped")),
+    ("far longer, told by the world: kept or I2 - another I1 where the oracle finds fault", ("long_told_world", WHERE_WRONG), ("long_told_world", "trained_stopped")),
     ("six modes, told of another prompt's picture: I2 - I1", ("told_another", "trained_turn1"), ("told_another", "trained_turn2")),
     ("six modes, told that nothing is wrong: I2 - I1", ("told_stop", "trained_turn1"), ("told_stop", "trained_turn2")),
     ("six modes: I1 of the world's plans - I1 of its own", ("six", "trained_turn1"), ("told_plan", "trained_turn1")),
@@ -226,9 +238,9 @@ PAIRS = (
 )  # fmt: skip
 
 
-def context_table() -> list[str]:
+def context_table(arm: str) -> list[str]:
     """The level of the whole context, then what each change of it costs, paired by seed."""
-    found = [read_json(folder(CONTEXTS, seed) / "results.json")["nats"] for seed in SEEDS]
+    found = [read_json(folder(arm, seed) / "results.json")["nats"] for seed in SEEDS]
     whole, *changed = found[0]
     columns = list(found[0][whole])
     costs = {name: [cell(student([each[name][column] - each[whole][column] for each in found]), 1, 3) if column in found[0][name] else "" for column in columns] for name in changed}  # fmt: skip
@@ -237,8 +249,9 @@ def context_table() -> list[str]:
 
 
 def write_table() -> None:
-    lacking = [arm for arm in (*ARMS, *TOLD, CONTEXTS, *MEASURED) if not done(arm)]
-    jobs = [read_json(folder(arm, seed) / "job.json") for arm in (*ARMS, *TOLD, CONTEXTS, *MEASURED) if done(arm) for seed in SEEDS]  # fmt: skip
+    every = (*arms.LADDER, *LONGER)
+    lacking = [arm for arm in every if not done(arm)]
+    jobs = [read_json(folder(arm, seed) / "job.json") for arm in every if done(arm) for seed in SEEDS]
     commits = " and ".join(dict.fromkeys(job["commit"][:7] for job in jobs))
     device = read_json(folder("good", 0) / "provenance.json")["device"]
     results = read_results(folder("good", 0) / "results.json")
@@ -254,6 +267,7 @@ def write_table() -> None:
             name: did(arm, f"trained_turn{turn}", f"trained_turn{turn + 1}")
             for name, arm, turn in (
                 ("six modes, told by the world", "told_world", 1),
+                ("far longer, told by the world", "long_told_world", 1),
                 ("six modes, told of another prompt's picture (control)", "told_another", 1),
                 ("six modes, told that nothing is wrong (control)", "told_stop", 1),
                 ("six modes, plans told by the world", "told_plan", 1),
@@ -273,8 +287,9 @@ def write_table() -> None:
         "# IRG's ladder on `shapes`",
         "",
         f"`python experiments/irg_shapes/run.py` at {commits}, {device}, one thread a job: seeds {', '.join(map(str, SEEDS))}, {STEPS} optimizer steps of 16 "
-        f"trajectories on the data of 4,096 prompts (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2; \"twice as long\": {LONG} steps on {arms.PROMPTS:,} prompts), GRPO {GRPO_STEPS} steps of 64; "
+        f"trajectories on the data of 4,096 prompts (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2), GRPO {GRPO_STEPS} steps of 64; "
         f"{results['benchmark']['n_prompts']} test prompts x {results['benchmark']['samples_per_prompt']} trajectories, strict accuracy in percent.",
+        *([f"Far longer: {LONG:,} steps of {LONG_BATCH} on the data of {arms.PROMPTS:,} prompts, {read_json(folder('long', 0) / 'provenance.json')['device']}."] if done("long") else []),
         *([f"Not run yet, and left out: {', '.join(lacking)}."] if lacking else []),
         f"Data of seed 0: {', '.join(f'{count} rows of {mode}' for mode, count in manifest['counts'].items())}.",
         "",
@@ -299,10 +314,10 @@ def write_table() -> None:
         *table(["", *DID, "text_tokens", "seconds"], [[name, *found.values()] for name, found in reflected.items()]),
         "## What the second picture is drawn from, in nats a token",
         "",
-        "Cross-entropy of second pictures and reflections of data that the run has not seen (six modes; rows of another seed's data), and how much more where what they follow is changed. "
+        "Cross-entropy of second pictures and reflections of data that the run has not seen (rows of another seed's data), and how much more where what they follow is changed. "
         "Where the first picture is right the second one is the same, code for code: copying would bring it to 0.",
         "",
-        *(context_table() if done(CONTEXTS) else []),
+        *(line for arm, trained in CONTEXTS.items() if done(arm) for line in (f"{TRAINED[trained].capitalize()}:", "", *context_table(arm))),
         "## Rounds (six modes; later rounds see the window that training has)",
         "",
         *table(["", "overall"], [[name, strict("rounds", f"trained_{stage}")] for name, stage in ROUND_STAGES.items() if done("rounds")]),
@@ -328,7 +343,9 @@ def write_figure() -> None:
     colors = plt.get_cmap("tab20").colors
     for place, (_, arm, stage) in enumerate(shown):
         values = [100 * overall(rows) for rows in records(arm, stage)]
-        axes[0].plot(values, [place] * len(values), "o", color=colors[[*ARMS, *TOLD].index(arm)], alpha=0.8)
+        axes[0].plot(
+            values, [place] * len(values), "o", color=colors[[*ARMS, *TOLD].index(arm) % len(colors)], alpha=0.8
+        )
     axes[0].set_yticks(range(len(shown)), [name for name, _, _ in shown], fontsize=7)
     axes[0].set(title="strict accuracy, a dot a seed", xlabel="percent", xlim=(0, 100))
     axes[0].grid(axis="x", alpha=0.3)

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from t2i_rl.data.pairs import share_of
 from t2i_rl.errors import UserError
 from t2i_rl.irg.make import Maker
-from t2i_rl.irg.toy_format import count_rows, read_shard
+from t2i_rl.irg.toy_format import count_rows, parsed, raw_rows
 from t2i_rl.irg.trajectory import MODES, STAGES, Segment
 from t2i_rl.prompts import Prompt
 from t2i_rl.seeding import derive_seed
@@ -20,11 +20,11 @@ from t2i_rl.shapes.examples import TASK_WEIGHTS, sample_example
 
 class TrajectoryStream(IterableDataset):
     """Batches of `(place, mode, segments)`. Batch `k` of all ranks is a function of `(seed, k)`: each place draws its mode, each mode goes through its rows shard by
-    shard, shards and rows in an order of the epoch's own; one shard a mode is in memory."""
+    shard, shards and rows in an order of the epoch's own; one shard a mode is in memory, as JSON."""
 
     def __init__(self, shards: dict[str, list[tuple[Path, int]]], weights: dict[str, float], batch_size: int, seed: int, first: int):  # fmt: skip
         self.shards, self.weights, self.batch_size, self.seed, self.position = shards, weights, batch_size, seed, first
-        self._open: dict[str, tuple[Path, list]] = {}
+        self._open: dict[str, tuple[Path, list[str]]] = {}
 
     def __iter__(self):
         first, share = share_of(self.batch_size)
@@ -53,9 +53,10 @@ class TrajectoryStream(IterableDataset):
                 break
             offset -= count
         if self._open.get(mode, (None,))[0] != path:
-            self._open[mode] = path, [each.segments for each in read_shard(path, mode)]
+            self._open[mode] = path, list(raw_rows(path))
         within = np.random.default_rng(derive_seed(self.seed, mode, epoch, int(shard))).permutation(count)
-        return self._open[mode][1][within[offset]]
+        row = int(within[offset])
+        return parsed(self._open[mode][1][row], mode, path, row).segments
 
 
 class Trajectories(L.LightningDataModule):

@@ -1,7 +1,7 @@
 """Texts and pictures in one conversation with a Janus: written, drawn, looked at, and learnt (specification section 3.5).
 
-A picture is drawn in code embeddings (E_g, after begin-of-image) and looked at through the understanding tower (E_u). This is the seam: whatever else is to
-run IRG gives `write`, `draw` and `forward` over lists of segments.
+A picture is drawn in code embeddings (E_g, after begin-of-image) and looked at through the understanding tower (E_u). This is the seam: another model's adapter
+gives, as `interleaved()`, a module with the same public methods over lists of segments; methods and tasks know no more of it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -76,6 +76,10 @@ class InterleavedJanus(nn.Module):
         self._by_engine = False
 
     @property
+    def adapter(self) -> Janus:
+        return self.janus
+
+    @property
     def model(self) -> nn.Module:
         return self.janus.model
 
@@ -117,10 +121,6 @@ class InterleavedJanus(nn.Module):
         lengths = token_mask.sum(dim=1).tolist()
         ids = [row[: length - end].tolist() for row, length, end in zip(tokens, lengths, ended, strict=True)]
         return [Written(text.strip(), *rest) for text, *rest in zip(texts, ended, lengths, ids, strict=True)]
-
-    def reads_as_written(self, segment: Segment) -> bool:
-        """Whether a text's words are read as the very tokens that it was written in: only then are its log-probs those of what was sampled."""
-        return self._tokens(segment.text) == segment.drawn_as
 
     def draw(self, *given, **settings) -> tuple[np.ndarray, list[torch.Tensor]]:
         """Pictures uint8 `(B, H, W, 3)` and the codes `(N,)` of each, on the CPU; see `sample`."""
@@ -322,7 +322,9 @@ class InterleavedJanus(nn.Module):
         return self.model.prepare_embeddings_for_image_generation(codes)
 
     def _ids(self, segment: Segment, segments: Sequence[Segment]) -> list[int]:
-        """The tokens of a text in its wording."""
+        """The tokens of a text in its wording; of one that was written, those that it was written in."""
+        if segment.drawn_as is not None:
+            return segment.drawn_as
         if segment.role == "prompt":
             system = next((other.text for other in segments if other.role == "system"), None)
             chat = self.janus.chat if system is None else Chat(system, "{prompt}")

@@ -49,9 +49,28 @@ def read_shard(shard: Path, mode: str) -> Iterator[Trajectory]:
     Raises:
         UserError: see `read_toy`.
     """
-    for row, text in enumerate(_column(shard)):
-        where = f"{shard}: row {row}"
-        yield Trajectory(in_mode(segments_of(text, where), mode, where))
+    for row, text in enumerate(raw_rows(shard)):
+        yield parsed(text, mode, shard, row)
+
+
+def raw_rows(shard: Path) -> Iterator[str]:
+    """The JSON of each row of a file.
+
+    Raises:
+        UserError: it is no parquet file with a column of conversations.
+    """
+    for batch in _opened(shard).iter_batches(batch_size=16, columns=[COLUMN]):
+        yield from batch[COLUMN].to_pylist()
+
+
+def parsed(text: str, mode: str, shard: Path, row: int) -> Trajectory:
+    """One row's JSON as a trajectory, its pictures decoded.
+
+    Raises:
+        UserError: see `read_toy`.
+    """
+    where = f"{shard}: row {row}"
+    return Trajectory(in_mode(segments_of(text, where), mode, where))
 
 
 def count_rows(shard: Path) -> int:
@@ -71,11 +90,6 @@ def _opened(shard: Path) -> pq.ParquetFile:
     if COLUMN not in file.schema_arrow.names:
         raise UserError(f"{shard}: there is no column {COLUMN!r}, only {', '.join(file.schema_arrow.names)}")
     return file
-
-
-def _column(shard: Path) -> Iterator[str]:
-    for batch in _opened(shard).iter_batches(batch_size=16, columns=[COLUMN]):
-        yield from batch[COLUMN].to_pylist()
 
 
 def segments_of(text: str, where: str) -> list[Segment]:

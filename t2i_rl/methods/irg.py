@@ -17,7 +17,6 @@ from t2i_rl.evaluation.turns import TurnsEvaluator
 from t2i_rl.fsdp import mesh_of, shard, sharded_like
 from t2i_rl.hashing import gathered, weights_sha256
 from t2i_rl.irg.interleave import Interleave
-from t2i_rl.irg.janus import InterleavedJanus
 from t2i_rl.irg.trajectory import Segment
 from t2i_rl.methods.trainable import check_lora, check_optimizer, refuse_rounded_updates, select_trainable
 from t2i_rl.seeding import derive_seed
@@ -77,7 +76,7 @@ class IRG(L.LightningModule):
         self.judge = judge
         self.automatic_optimization = False
         self.strict_loading = False
-        self.interleaved, self.interleave = InterleavedJanus(model), interleave
+        self.interleaved, self.interleave = model.interleaved(), interleave
         self.optimizer_partial, self.scheduler_partial, self.seed = optimizer, scheduler, seed
         self.loss_weights = {"text": text_loss_weight, "image": image_loss_weight}
         self.drop_prompt, self.drop_reflection, self.drop_image = drop_prompt, drop_reflection, drop_image
@@ -94,7 +93,7 @@ class IRG(L.LightningModule):
 
     @property
     def model(self):
-        return self.interleaved.janus
+        return self.interleaved.adapter
 
     def turns(self, benchmark, folder: Path, seed: int, batch_size: int) -> TurnsEvaluator:
         """What evaluates every turn of this method's drawing."""

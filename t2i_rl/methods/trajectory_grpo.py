@@ -14,7 +14,6 @@ from t2i_rl.callbacks.validation import Pictures
 from t2i_rl.errors import UserError
 from t2i_rl.hashing import weights_sha256
 from t2i_rl.irg.interleave import Interleave
-from t2i_rl.irg.janus import InterleavedJanus
 from t2i_rl.irg.trajectory import BOTH, Segment, Trajectory
 from t2i_rl.methods.grpo_loss import group_advantages, k3, policy_loss
 from t2i_rl.methods.irg import IRG, saved_average
@@ -122,9 +121,7 @@ class TrajectoryGRPO(IRG):
         drawn = self.roll_out(batch)
         rewards, watched = self.judged(drawn, prompts)
         advantages = group_advantages(torch.tensor(rewards["total"]), self.group_size).to(self.device)
-        conversations = [
-            each for row in drawn for each in actions(row, self.interleaved.reads_as_written, self.interleave.seen)
-        ]
+        conversations = [each for row in drawn for each in actions(row, self.interleave.seen)]
         owner = torch.tensor([number for number, row in enumerate(drawn) for _ in row.images])
         old = self.scores(conversations)
         reference = None
@@ -139,7 +136,6 @@ class TrajectoryGRPO(IRG):
             **{f"watch/{name}": float(np.mean(values)) for name, values in watched.items()},
             "reward/zero_std_ratio": float((spread == 0).double().mean()),
             "text/unfinished": float(np.mean([flag for row in drawn for flag in row.unfinished])),
-            "text/not_scored": float(np.mean([not each.loss for row in conversations for each in row[-2:-1]])),
             **{f"text/length_turn{turn + 1}": float(np.mean([row.text_tokens[turn] for row in drawn])) for turn in range(self.interleave.rounds)},
             **updates[-1],
             "train/lr": self.optimizers().param_groups[0]["lr"],
@@ -173,7 +169,7 @@ class TrajectoryGRPO(IRG):
 
     def scores(self, conversations: Sequence[Sequence[Segment]], model=None) -> list[dict[str, torch.Tensor]]:
         """Log-probs of every conversation's actions, by kind, without gradient, under `model` (a frozen twin) or the policy."""
-        scorer = self.interleaved if model is None else InterleavedJanus(model)
+        scorer = self.interleaved if model is None else model.interleaved()
         found: list[dict[str, torch.Tensor]] = [{} for _ in conversations]
         with torch.no_grad():
             passes = self.passes(conversations)
@@ -218,8 +214,9 @@ def begin_at(model: torch.nn.Module, path: Path) -> None:
     Raises:
         UserError: it holds weights that the model has not.
     """
-    named = {f"interleaved.janus.{name}": parameter for name, parameter in model.named_parameters()}
-    values = saved_average(path, weights_sha256(model))
+    named = dict(model.named_parameters())
+    saved = saved_average(path, weights_sha256(model))
+    values = {name.split(".", 2)[2]: value for name, value in saved.items()}  # interleaved.<adapter>.<name>
     foreign = sorted(set(values) - set(named))
     if foreign:
         adapters = (
@@ -231,16 +228,16 @@ def begin_at(model: torch.nn.Module, path: Path) -> None:
             named[name].copy_(value)
 
 
-def actions(drawn: Trajectory, readable: Callable, seen: Callable) -> list[list[Segment]]:
+def actions(drawn: Trajectory, seen: Callable) -> list[list[Segment]]:
     """A conversation a round, its text and picture to be learnt and the rounds before as context, as far as they were `seen`.
 
-    A text that did not end, or that its words do not give back token by token, is context too: its log-prob would be another text's.
+    A text that did not end is context too: a text is learnt with its end.
     """
     head, found, texts = [each for each in drawn.segments if each.role == "prompt"], [], 0
     past: list[Segment] = []
     for segment in drawn.segments[len(head) :]:
         if segment.kind == "text":
-            said = replace(segment, loss=not drawn.unfinished[texts] and readable(segment))
+            said = replace(segment, loss=not drawn.unfinished[texts])
             texts += 1
             continue
         found.append([*seen([*head, *past]), said, replace(segment, loss=True, seen_by=frozenset())])

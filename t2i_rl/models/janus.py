@@ -126,6 +126,12 @@ class Janus(nn.Module):
             temperature=self.temperature,
         )
 
+    def interleaved(self) -> nn.Module:
+        """Texts and pictures in one conversation with this model: what method=irg asks of any."""
+        from t2i_rl.irg.janus import InterleavedJanus  # which is over this class
+
+        return InterleavedJanus(self)
+
     def twin(self) -> "Janus":
         """A frozen copy for scoring; it cannot draw."""
         shared = {id(self.engine): None, id(self.tokenizer): self.tokenizer}

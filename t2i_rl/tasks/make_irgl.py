@@ -8,7 +8,6 @@ from rich.table import Table
 
 from t2i_rl.data.irgl import world_prompts
 from t2i_rl.errors import UserError
-from t2i_rl.irg.janus import InterleavedJanus
 from t2i_rl.irg.make import Maker
 from t2i_rl.part_checks import check_teacher
 from t2i_rl.prompts import Prompt, read_prompts
@@ -35,7 +34,7 @@ def run(cfg) -> dict:
     maker.teacher.check(prompts)
     check_teacher(cfg, maker.teacher)
     model = instantiate(cfg.model).to(device_for(cfg))
-    fits = InterleavedJanus(model).fits if model.family == "autoregressive" else None
+    fits = model.interleaved().fits if model.family == "autoregressive" else None
     manifest = maker.make(Path(task.out), model, prompts, fits)
     table = Table("mode", "rows", title=f"IRGL data in {task.out}", title_justify="left")
     for mode, count in manifest["counts"].items():
