@@ -19,7 +19,7 @@ HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 OUTPUTS, DATA = ROOT / "outputs" / "irg_shapes", ROOT / "outputs" / "irgl"
 SEEDS = (0, 1, 2)
 STEPS, FIRST_STAGE, GRPO_STEPS = 1000, 500, 10
-LONG, LONG_BATCH, PROMPTS = 4000, 64, 32768  # for a GPU
+LONG, LONG_BATCH, PROMPTS = 400, 64, 32768  # for a GPU; no trajectory comes again
 # of the second picture: reflection, image, prompt
 SCALES = ((1.0, 1.0, 1.0), (1.0, 1.0, 2.0), (1.0, 1.0, 3.0), (2.0, 1.0, 1.0), (2.0, 2.0, 1.0), (1.5, 1.5, 2.0))
 TURNS = "evaluation.stages=[trained_turns]"
@@ -52,7 +52,12 @@ MEASURED = {"rounds": ROUNDS} | {
 }  # fmt: skip
 TOLD = {f"told_{kind}": ("six", kind) for kind in KINDS} | {f"long_told_{kind}": ("long", kind) for kind in ("world", "another")}  # fmt: skip
 CONTEXTS = {"contexts": "six", "long_contexts": "long"}
-LONGER = ("long", "long_told_world", "long_told_another", "long_contexts")  # minutes on a GPU, days on two cores
+LONGER = (
+    "long",
+    "long_told_world",
+    "long_told_another",
+    "long_contexts",
+)  # a quarter of an hour on an H200, its data included; hours on two cores
 TRAINED_LAST = ("grpo", "grpo_random")
 LADDER = (*(arm for arm in (*ARMS, *TOLD, *CONTEXTS) if arm not in (*LONGER, *TRAINED_LAST)), *MEASURED, *TRAINED_LAST)
 

@@ -155,7 +155,7 @@ def table(head: list[str], rows: list[list[str]]) -> list[str]:
 
 TRAINED = {
     "trajectories": "trajectories",
-    "long": "trajectories, far longer",
+    "long": "trajectories, none twice",
     "six": "six modes",
 }
 KEPT = "I1 kept where R2 finds nothing wrong, else"
@@ -182,14 +182,14 @@ LADDER = (
     ("six modes, told that nothing is wrong (control): I2", "told_stop", "trained_turn2"),
     ("six modes, plans told by the world: I1", "told_plan", "trained_turn1"),
     ("six modes, plans told by the world: I2", "told_plan", "trained_turn2"),
-    ("far longer, reflections told by the world: I2", "long_told_world", "trained_turn2"),
-    (f"far longer, reflections told by the world: {KEPT} I2", "long_told_world", "trained_stopped"),
+    ("trajectories, none twice, reflections told by the world: I2", "long_told_world", "trained_turn2"),
+    (f"trajectories, none twice, reflections told by the world: {KEPT} I2", "long_told_world", "trained_stopped"),
     (
-        "far longer: I1 kept where the oracle finds nothing wrong, else another I1 (control)",
+        "trajectories, none twice: I1 kept where the oracle finds nothing wrong, else another I1 (control)",
         "long_told_world",
         WHERE_WRONG,
     ),
-    ("far longer, told of another prompt's picture (control): I2", "long_told_another", "trained_turn2"),
+    ("trajectories, none twice, told of another prompt's picture (control): I2", "long_told_another", "trained_turn2"),
     ("six modes, texts at temperature 1, as GRPO has them: I1", "grpo", "base_turn1"),
     ("the same: I2", "grpo", "base_turn2"),
     ("+ GRPO on I2: I1", "grpo", "trained_turn1"),
@@ -219,15 +219,15 @@ PAIRS = (
     ("six modes' I1 - good pictures' (equal steps, fewer first pictures)", ("good", "trained_turn1"), ("six", "trained_turn1")),
     ("six modes - trajectories, I1", ("trajectories", "trained_turn1"), ("six", "trained_turn1")),
     ("six modes - trajectories, I2", ("trajectories", "trained_turn2"), ("six", "trained_turn2")),
-    ("far longer - 1,000 steps, I1", ("trajectories", "trained_turn1"), ("long", "trained_turn1")),
-    ("far longer - 1,000 steps, I2", ("trajectories", "trained_turn2"), ("long", "trained_turn2")),
+    ("trajectories: none twice - some twice, I1", ("trajectories", "trained_turn1"), ("long", "trained_turn1")),
+    ("trajectories: none twice - some twice, I2", ("trajectories", "trained_turn2"), ("long", "trained_turn2")),
     ("six modes, told by the world: I2 - I1", ("told_world", "trained_turn1"), ("told_world", "trained_turn2")),
     ("six modes, told by the world: kept or I2 - I1", ("told_world", "trained_turn1"), ("told_world", "trained_stopped")),
     ("six modes: another I1 where the oracle finds fault - I1 (control)", ("told_world", "trained_turn1"), ("told_world", WHERE_WRONG)),
     ("six modes, told by the world: kept or I2 - another I1 where the oracle finds fault", ("told_world", WHERE_WRONG), ("told_world", "trained_stopped")),
-    ("far longer, told by the world: I2 - I1", ("long_told_world", "trained_turn1"), ("long_told_world", "trained_turn2")),
-    ("far longer, told by the world: kept or I2 - I1", ("long_told_world", "trained_turn1"), ("long_told_world", "trained_stopped")),
-    ("far longer, told by the world: kept or I2 - another I1 where the oracle finds fault", ("long_told_world", WHERE_WRONG), ("long_told_world", "trained_stopped")),
+    ("trajectories, none twice, told by the world: I2 - I1", ("long_told_world", "trained_turn1"), ("long_told_world", "trained_turn2")),
+    ("trajectories, none twice, told by the world: kept or I2 - I1", ("long_told_world", "trained_turn1"), ("long_told_world", "trained_stopped")),
+    ("trajectories, none twice, told by the world: kept or I2 - another I1 where the oracle finds fault", ("long_told_world", WHERE_WRONG), ("long_told_world", "trained_stopped")),
     ("six modes, told of another prompt's picture: I2 - I1", ("told_another", "trained_turn1"), ("told_another", "trained_turn2")),
     ("six modes, told that nothing is wrong: I2 - I1", ("told_stop", "trained_turn1"), ("told_stop", "trained_turn2")),
     ("six modes: I1 of the world's plans - I1 of its own", ("six", "trained_turn1"), ("told_plan", "trained_turn1")),
@@ -267,7 +267,7 @@ def write_table() -> None:
             name: did(arm, f"trained_turn{turn}", f"trained_turn{turn + 1}")
             for name, arm, turn in (
                 ("six modes, told by the world", "told_world", 1),
-                ("far longer, told by the world", "long_told_world", 1),
+                ("trajectories, none twice, told by the world", "long_told_world", 1),
                 ("six modes, told of another prompt's picture (control)", "told_another", 1),
                 ("six modes, told that nothing is wrong (control)", "told_stop", 1),
                 ("six modes, plans told by the world", "told_plan", 1),
@@ -289,7 +289,7 @@ def write_table() -> None:
         f"`python experiments/irg_shapes/run.py` at {commits}, {device}, one thread a job: seeds {', '.join(map(str, SEEDS))}, {STEPS} optimizer steps of 16 "
         f"trajectories on the data of 4,096 prompts (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2), GRPO {GRPO_STEPS} steps of 64; "
         f"{results['benchmark']['n_prompts']} test prompts x {results['benchmark']['samples_per_prompt']} trajectories, strict accuracy in percent.",
-        *([f"Far longer: {LONG:,} steps of {LONG_BATCH} on the data of {arms.PROMPTS:,} prompts, {read_json(folder('long', 0) / 'provenance.json')['device']}."] if done("long") else []),
+        *([f"\"none twice\": {LONG:,} steps of {LONG_BATCH} on the data of {arms.PROMPTS:,} prompts, {read_json(folder('long', 0) / 'provenance.json')['device']}."] if done("long") else []),
         *([f"Not run yet, and left out: {', '.join(lacking)}."] if lacking else []),
         f"Data of seed 0: {', '.join(f'{count} rows of {mode}' for mode, count in manifest['counts'].items())}.",
         "",

@@ -2,7 +2,7 @@
 rounds 1 to 4, a sweep of the guidance scales, GRPO on top with its random control, and pictures by texts that are told.
 
     python experiments/irg_shapes/run.py                 # everything that is not done yet, then table.md, figure.png and strips.png
-    python experiments/irg_shapes/run.py --arms long long_told_world long_told_another long_contexts    # with a GPU: far longer on far more data
+    python experiments/irg_shapes/run.py --arms long long_told_world long_told_another long_contexts    # with a GPU: larger batches, more data
     python experiments/irg_shapes/run.py --only-table
 
 Jobs live in outputs/irg_shapes/<arm>/seed_<n>; two run side by side, each on one thread. A killed one goes on where it stopped.
