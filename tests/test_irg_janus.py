@@ -259,6 +259,18 @@ def test_a_target_and_a_neighbour_in_the_pack_are_seen_by_nobody(inter):
 
 
 @torch.no_grad()
+def test_a_systems_text_is_learnt_in_the_wording_that_the_docs_draw_with(inter):
+    prompt = Segment("prompt", text="three red circles")
+    learnt = inter._ids(prompt, [Segment("system", text="Think first."), prompt])
+    chat = inter.janus.chat
+    try:
+        inter.janus.chat = replace(chat, system="Think first.", instruction="{prompt}")
+        assert inter._ids(prompt, [prompt]) == learnt
+    finally:
+        inter.janus.chat = chat
+    assert inter._ids(prompt, [prompt]) != learnt
+
+
 def test_texts_survive_being_decoded_and_read_again(inter):
     for number in range(4):
         for segment in conversation("improving_full_learning", number):

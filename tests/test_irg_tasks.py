@@ -33,7 +33,8 @@ def test_a_small_checkpoint_of_the_real_class_goes_all_the_way(folder, tmp_path,
     results = json.loads((tmp_path / "one" / "results.json").read_text())
     assert set(results["stages"]) == {"base_direct", "base_plan", "trained_turn1", "trained_turn2", "trained_stopped"}
     assert results["headline"]["a"] == "base_plan" and results["headline"]["b"] == "trained_turn2"
-    assert "What each turn did" in (tmp_path / "one" / "report.html").read_text()
+    report = (tmp_path / "one" / "report.html").read_text()
+    assert "What each turn did" in report and "<br>plan: " in report and "<br>reflection: " in report
     assert {path.name for path in (tmp_path / "one" / "samples").iterdir()} == {"step_000000.png", "step_000002.png"}
     with (tmp_path / "one" / "metrics.csv").open() as rows:
         logged = list(csv.DictReader(rows))
@@ -80,6 +81,27 @@ def test_a_small_checkpoint_of_the_real_class_goes_all_the_way(folder, tmp_path,
     assert {"base_turn1", "base_turn2", "trained_turn1", "trained_turn2"} <= set(rl["stages"]) and rl["headline"][
         "a"
     ] == "base_turn2"
+
+
+def test_a_model_that_writes_nothing_may_draw_weakly(tmp_path, monkeypatch):
+    """Then R1 is the teacher's everywhere."""
+    assert call(monkeypatch, tmp_path, "task=make_irgl", "model=sd_tiny", "task.count=3", "task.out=made", "trainer=cpu") == 0  # fmt: skip
+    rows = list(read_toy(tmp_path / "made"))
+    full = {mode: [each.segments for name, each in rows if name == mode] for mode in ("initial_full_learning", "improving_full_learning")}  # fmt: skip
+    thoughts = {first[0].text: first[1].text for first in full["initial_full_learning"]}
+    assert full["improving_full_learning"]
+    for prompt, thought, weak, *_ in full["improving_full_learning"]:
+        assert thought.text == thoughts[prompt.text] and weak.image.shape == (32, 32, 3)
+
+
+def test_the_papers_config_draws_without_data_and_says_what_has_not_learnt(folder, tmp_path, monkeypatch, capsys):
+    drawing = ["experiment=irg_janus_pro_7b", "task=generate", f"model.path={folder}", "model.device=null", "model.max_plan_tokens=8", "trainer=cpu",
+               "method.interleave.max_tokens=6", "prompt=a red circle", "num_images=1", "hydra.run.dir=drawn"]  # fmt: skip
+    assert call(monkeypatch, tmp_path, *drawing) == 0
+    assert load_trajectory(tmp_path / "drawn" / "trajectories" / "00000").settings["reflection_scale"] == [2.0]
+    assert "no ckpt_path" in capsys.readouterr().out
+    assert call(monkeypatch, tmp_path, *drawing[:1], "trainer=cpu") != 0
+    assert "data.path=..." in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -368,6 +368,48 @@ def test_the_manifest_counts_what_is_there_and_what_was_left_out(world, tmp_path
     )
 
 
+def test_what_comes_again_is_too_long_or_in_another_language_is_left_out_and_counted(world, tmp_path):
+    prompts, model = world
+    full = "initial_full_learning"
+
+    class OneSeed(Maker):
+        def seeds(self, prompts):
+            return [7] * len(prompts)
+
+    manifest = OneSeed(World(), shard_size=3).make(tmp_path / "twice", model, [prompts[0], *prompts, prompts[0]])
+    assert manifest["counts"][full] == len(prompts)  # of the same prompt and seed one row is kept, in other shards too
+    assert manifest["left_out"][f"{full}: duplicate"] == 2
+
+    read = []
+    manifest = Maker(World()).make(tmp_path / "long", model, prompts, fits=lambda segments: read.append(len(segments)) or len(segments) < 5)  # fmt: skip
+    assert manifest["counts"][full] == len(prompts) and manifest["counts"]["improving_full_learning"] == 0
+    assert manifest["left_out"]["improving_full_learning: longer than the model's positions"] == sum(n == 5 for n in read) // 2 == len(prompts)  # fmt: skip
+
+    class Greek(World):
+        def initial(self, prompts, seeds):
+            return [("τρεις κόκκινοι κύκλοι" if number == 2 else text, image) for number, (text, image) in enumerate(super().initial(prompts, seeds))]  # fmt: skip
+
+    manifest = Maker(Greek()).make(tmp_path / "greek", model, prompts)
+    assert manifest["left_out"][f"{full}: language of the text"] == 1 and manifest["counts"][full] == len(prompts) - 1
+    assert Maker(Greek(), ascii_share=0.0).make(tmp_path / "any", model, prompts)["counts"][full] == len(prompts)
+
+
+def test_a_row_that_stands_on_the_models_own_empty_thought_is_left_out(world, tmp_path):
+    prompts, model = world
+    drawn = model.generate
+    model.generate = lambda *given, **named: replaced(drawn(*given, **named), ["", *["one object."] * (len(prompts) - 1)])  # fmt: skip
+    manifest = Maker(World()).make(tmp_path, model, prompts)
+    for mode in ("improving_full_learning", "improving_thinking_generation_learning"):
+        assert manifest["left_out"][f"{mode}: length of the text"] == 1
+    assert "initial_full_learning: length of the text" not in manifest["left_out"]
+    assert "improving_thinking_understanding_learning: length of the text" not in manifest["left_out"]  # has no R1
+
+
+def replaced(drawn, plans: list[str]):
+    drawn.plans = plans
+    return drawn
+
+
 def test_the_world_teaches_its_own_prompts_only(world, tmp_path):
     with pytest.raises(UserError, match="'a dog' has no 'include'"):
         Maker(World()).make(tmp_path, world[1], [Prompt("0", "a dog")])

@@ -181,6 +181,11 @@ def test_a_reward_that_is_no_number_stops(folder):
         module.judged(module.roll_out([(0, PROMPTS[0])]), [PROMPTS[0]] * 3)
 
 
+def test_what_has_not_learnt_to_reflect_is_said(folder, capsys):
+    fit(method(folder), 1)
+    assert "no method.start_from: training begins at" in capsys.readouterr().out
+
+
 def test_options_that_cannot_train_are_refused(folder):
     loop = {"text_temperature": 1.0, "image_temperature": 1.0}
     options = {"group_size": 2, "updates_per_rollout": 1, "kl_coef": 0, "reward_on": "gain"}

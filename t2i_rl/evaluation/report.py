@@ -45,12 +45,13 @@ def table_html(table: Table) -> str:
 
 
 def image_set(shown: Sequence[Shown]) -> str:
-    """One prompt: its images side by side as (label, PNG, record), framed by verdict, with plan and defects."""
+    """One prompt: its images side by side as (label, PNG, record), framed by verdict, with its text and defects."""
     figures = []
     for label, png, record in shown:
         data = base64.b64encode(png.read_bytes()).decode()
         verdict = VERDICTS[record["strict"]]
-        plan = f"<br>plan: {escape(record['plan'])}" if record["plan"] else ""
+        name = "reflection" if "says_stop" in record else "plan"
+        plan = f"<br>{name}: {escape(record['plan'])}" if record["plan"] else ""
         defects = f'<br><span class="bad">{escape("; ".join(record["defects"]))}</span>' if record["defects"] else ""
         figures.append(
             f'<figure{" class=strict" if record["strict"] else ""}><img alt="{escape(record["prompt"])}" '

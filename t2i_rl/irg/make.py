@@ -131,6 +131,9 @@ class Maker:
                 for mode in MODES:
                     segments = row_of(mode, material, self.teacher.questions)
                     digest, why = digest_of(mode, segments), refused[mode.split("_")[0]][number]
+                    own = next((each.text for each in segments if each.role == "think" and not each.loss), None)
+                    if why is None and own is not None:  # the model's own, which the row stands on
+                        why = self._unfit(own, None)
                     if why is None and digest in seen:
                         why = "duplicate"
                     if why is None and fits is not None and not fits(segments):

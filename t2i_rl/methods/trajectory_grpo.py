@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_only
 
 from t2i_rl.callbacks.validation import Pictures
 from t2i_rl.errors import UserError
@@ -84,6 +85,12 @@ class TrajectoryGRPO(IRG):
         self.group_size, self.reward_on, self.updates_per_rollout = group_size, reward_on, updates_per_rollout
         self.clip_range, self.kl_coef = clip_range, kl_coef
         self.reference = Reference(model) if kl_coef else None
+        self.begun_at = start_from
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if not self.begun_at:
+            rank_zero_only(print)(f"no method.start_from: training begins at {self.model.path} as it is, and no model that is published has learnt to reflect; method=irg teaches it")  # fmt: skip
 
     @staticmethod
     def check(options: Mapping) -> None:

@@ -22,9 +22,11 @@ SHOWN = 64
 
 def run(cfg, model, judge, prompts: list[Prompt]) -> dict:
     """Draw `cfg.num_images` trajectories a prompt into the run's folder: `trajectories/<number>/`, `images.jsonl`, `report.html`."""
-    method, out = build_method(cfg, model, judge), Path(cfg.paths.output_dir)
+    method, out, console = build_method(cfg, model, judge), Path(cfg.paths.output_dir), Console()
     if cfg.ckpt_path:
         method.load(cfg.ckpt_path)
+    else:
+        console.print(f"no ckpt_path: {model.path} draws as it is, and no model that is published has learnt to reflect; method=irg teaches it", soft_wrap=True)  # fmt: skip
     method.interleaved.to(model.device).prepare()
     work = [(prompt, sample) for prompt in prompts for sample in range(cfg.num_images)]
     rows, shown, size = [], [], cfg.evaluation.batch_size
@@ -41,7 +43,6 @@ def run(cfg, model, judge, prompts: list[Prompt]) -> dict:
             shown += [(prompt.text, each, out / name / "strip.png")] * (len(shown) < SHOWN)
     write_atomic(out / "images.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     write_atomic(out / "report.html", strips_page(shown, rows))
-    console = Console()
     console.print(
         f"{len(rows)} trajectories in {out / 'trajectories'}, strips in {out / 'report.html'}", soft_wrap=True
     )
