@@ -48,7 +48,7 @@ def check(cfg: DictConfig) -> None:
         raise UserError(
             f"evaluation.stages holds {turns[0]}, and only a method that interleaves draws turns: take method=irg"
         )
-    if task == "generate" and bool(cfg.prompt) == bool(cfg.prompts_file):
+    if task == "generate" and bool((cfg.prompt or "").strip()) == bool(cfg.prompts_file):
         raise UserError('task=generate takes one of prompt="three red circles" or prompts_file=<file>')
     if task == "gaussianity" and not cfg.latents:
         raise UserError("task=gaussianity takes latents=<file>.safetensors")

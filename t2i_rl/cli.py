@@ -199,12 +199,17 @@ def _run(cfg: DictConfig, hydra_config: DictConfig, out: Path) -> float | None:
         raise SystemExit(SIGTERM_EXIT_CODE if is_main_process() else 0) from stop
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
-    if not results.get("stages") or cfg.optimized_metric is None:
+    return optimized(results, cfg.optimized_metric)
+
+
+def optimized(results: dict, name: str | None) -> float | None:
+    """What a sweeper optimises: a metric of the stage that the headline is about, else of the last one."""
+    if not results.get("stages") or name is None:
         return None
-    stage = list(results["stages"].values())[-1]["metrics"]
-    name = cfg.optimized_metric
+    about = results.get("headline") or {}
+    stage = results["stages"][about.get("b") or list(results["stages"])[-1]]["metrics"]
     if name == "headline":
-        name = (results.get("headline") or {}).get("metric", "overall")
+        name = about.get("metric", "overall")
     if name not in stage:
         raise UserError(f"optimized_metric={name} was not measured; choose from {', '.join(stage)}")
     return stage[name]["mean"]

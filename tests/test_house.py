@@ -9,8 +9,10 @@ from omegaconf import OmegaConf
 
 from t2i_rl import cli
 from t2i_rl.checks import class_attribute
+from t2i_rl.cli import optimized
 from t2i_rl.errors import UserError
 from t2i_rl.methods.grpo import GRPO
+from t2i_rl.methods.trainable import own_part
 from t2i_rl.models.janus import Janus
 from t2i_rl.provenance import record
 from t2i_rl.resume import COMPARED, continue_in_place
@@ -61,6 +63,23 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="a bug"):
         call(monkeypatch, tmp_path, FAKE_TASK, "seed=1", "hydra.run.dir=out")
     assert '"status": "failed"' in (tmp_path / "out" / "provenance.json").read_text()
+
+
+def test_a_sweep_optimises_what_the_headline_is_about():
+    stages = {name: {"metrics": {"overall": {"mean": value}}} for name, value in (("base_plan", 1), ("trained_turn2", 2), ("trained_stopped", 3))}  # fmt: skip
+    headline = {"a": "base_plan", "b": "trained_turn2"}
+    assert optimized({"stages": stages, "headline": headline}, "headline") == 2
+    assert optimized({"stages": stages, "headline": None}, "overall") == 3
+    assert optimized({"stages": {}}, "overall") is None and optimized({"stages": stages}, None) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "checkpoint", "said"),
+    [("grpo", {"irg": {}}, "take method=irg"), ("irg", {"grpo": {}}, "take method=iris"), ("pairs", {}, "give one of this method's")],
+)  # fmt: skip
+def test_a_checkpoint_of_another_method_is_named(kind, checkpoint, said):
+    with pytest.raises(UserError, match=said):
+        own_part(checkpoint, kind)
 
 
 @pytest.mark.parametrize(

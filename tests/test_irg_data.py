@@ -124,6 +124,8 @@ def test_text_of_the_assistant_is_learnt_unless_it_is_said_not_to_be():
         (lambda segments: [*segments[:2], Segment("draw", image=PICTURE, loss=True), *segments[3:]], "segment 2 (draw): loss is True"),
         (lambda segments: [*segments[:2], Segment("draw", image=PICTURE, seen_by=frozenset(["generation"])), *segments[3:]], "seen by both encoders"),
         (lambda segments: [*segments[:2], Segment("draw", text="a"), *segments[3:]], "segment 2 (draw): kind is text"),
+        (lambda segments: [Segment("prompt", text=" "), *segments[1:]], "segment 0 (prompt): the text is empty"),
+        (lambda segments: [*segments[:3], Segment("reflect", text="", loss=True), *segments[4:]], "segment 3 (reflect): the text is empty"),
     ],
 )  # fmt: skip
 def test_a_sample_that_is_not_of_its_mode_is_named(change, said):
@@ -141,6 +143,11 @@ def test_folders_and_files_that_are_not_of_the_format(tmp_path):
         list(read_toy(tmp_path))
     (place / "0.parquet").write_bytes(b"not parquet")
     with pytest.raises(UserError, match="not a parquet file"):
+        list(read_toy(tmp_path))
+    write_shard(place / "0.parquet", [Trajectory(made("initial_full_learning"))] * 40)
+    whole = (place / "0.parquet").read_bytes()
+    (place / "0.parquet").write_bytes(whole[:40] + bytes(200) + whole[240:])  # the footer is whole
+    with pytest.raises(UserError, match="0.parquet: the file is damaged"):
         list(read_toy(tmp_path))
     pq.write_table(pa.table({"other": ["a"]}), place / "0.parquet")
     with pytest.raises(UserError, match="no column 'conversation'"):

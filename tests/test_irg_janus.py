@@ -10,6 +10,7 @@ from t2i_rl.errors import UserError
 from t2i_rl.irg.interleave import Interleave, says_stop, windowed, without_images, without_reflection
 from t2i_rl.irg.janus import NO_LABEL, InterleavedJanus
 from t2i_rl.irg.trajectory import BOTH, MODES, Segment, Written
+from t2i_rl.models.janus import Chat
 from t2i_rl.pretrain.vq import nearest_codes
 from t2i_rl.rollout.decode import decode_image
 from t2i_rl.rollout.rows import guided
@@ -271,6 +272,11 @@ def test_a_systems_text_is_learnt_in_the_wording_that_the_docs_draw_with(inter):
     assert inter._ids(prompt, [prompt]) != learnt
 
 
+def test_a_wording_that_cannot_be_filled_in_is_refused():
+    with pytest.raises(UserError, match="model.chat.instruction may hold {prompt}"):
+        Chat("", "draw {foo}")
+
+
 def test_texts_survive_being_decoded_and_read_again(inter):
     for number in range(4):
         for segment in conversation("improving_full_learning", number):
@@ -424,8 +430,12 @@ def test_a_reflection_may_end_the_trajectory(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options", [{"policy": "none"}, {"rounds": 0}, {"retries": -1}, {"image_scale": []}, {"text_temperature": -0.1}]
-)
+    "options",
+    [
+        {"policy": "none"}, {"rounds": 0}, {"retries": -1}, {"image_scale": []}, {"text_temperature": -0.1}, {"reflection_scale": "abc"}, {"image_scale": None},
+        {"prompt_scale": [2, float("nan")]}, {"stop": ""}, {"stop": " ."}, {"stop": True},
+    ],
+)  # fmt: skip
 def test_options_of_the_loop_are_checked(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Interleave(**options)
@@ -435,3 +445,7 @@ def test_stopping_is_read_whatever_its_case_and_punctuation():
     assert all(says_stop(text, "No change needed.") for text in ("No change needed.", "It is fine. no change needed", "No change needed!\n"))  # fmt: skip
     assert not any(says_stop(text, "No change needed.") for text in ("", "No change needed? Draw a circle.", "change"))
     assert not says_stop("stop.", None)
+    assert not says_stop(
+        "Move the cat: with the dog there is no change needed.", "No change needed."
+    )  # no sentence of its own
+    assert says_stop("one cat.\nNo change needed.", "No change needed.")

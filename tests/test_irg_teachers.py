@@ -24,7 +24,7 @@ PROMPTS = [Prompt("0", "a red circle"), Prompt("1", "a blue square")]
 class Server:
     """Answers like OpenAI's; the first `failures` requests fail."""
 
-    def __init__(self, failures: int = 0, reply=None, finish: str = "stop"):
+    def __init__(self, failures: int = 0, reply=None, finish: str = "stop", answer: dict | None = None):
         self.asked, self.failures, self.keys = [], failures, []
         outer, reply = self, reply or (lambda text: "yes" if "yes or no" in text else f"about {text.split()[-1]}")
 
@@ -39,11 +39,11 @@ class Server:
                 outer.asked.append(body)
                 text = reply(body["messages"][0]["content"][-1]["text"])
                 choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
-                answer = json.dumps({"id": "0", "created": 0, "model": "m", "object": "chat.completion", "system_fingerprint": "", "usage": {"completion_tokens": 1, "prompt_tokens": 1, "total_tokens": 2}, "choices": [choice]}).encode()  # fmt: skip
+                body = json.dumps(answer or {"id": "0", "created": 0, "model": "m", "object": "chat.completion", "system_fingerprint": "", "usage": {"completion_tokens": 1, "prompt_tokens": 1, "total_tokens": 2}, "choices": [choice]}).encode()  # fmt: skip
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.end_headers()
-                self.wfile.write(answer)
+                self.wfile.write(body)
 
             def log_message(self, *args):
                 pass
@@ -75,6 +75,9 @@ def test_a_server_that_fails_for_good_says_so_without_the_key(key):
     with pytest.raises(UserError, match="did not answer in 3 tries .*goes on from there") as error:
         ChatWriter(server.url, "m", retries=2).answer([("first", [RED])])
     assert "secret" not in str(error.value)
+    for choices in ([], None):
+        with pytest.raises(UserError, match="did not answer in 2 tries"):
+            ChatWriter(Server(answer={"choices": choices}).url, "m", retries=1).answer([("first", [RED])])
     with pytest.raises(UserError, match="was cut at 1024 tokens"):
         ChatWriter(Server(finish="length").url, "m").answer([("first", [RED])])
 
@@ -143,7 +146,7 @@ def test_a_picture_that_needs_no_change_is_its_own_better_one(key, given, janus,
         return "Yes." if "yes or no" in text else "No change needed." if "better" in text else "a plan of words"
 
     teacher = Teacher(given, ChatWriter(Server(reply=reply).url, "m", workers=1))
-    Maker(teacher, words=(4, 9)).make(tmp_path, janus, PROMPTS)
+    Maker(teacher, words=(4, 40)).make(tmp_path, janus, PROMPTS)
     rows = [row for mode, row in read_toy(tmp_path) if mode == "improving_full_learning"]
     assert len(rows) == 2
     for row in rows:

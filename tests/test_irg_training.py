@@ -400,14 +400,26 @@ def test_a_row_that_stands_on_the_models_own_empty_thought_is_left_out(world, tm
     model.generate = lambda *given, **named: replaced(drawn(*given, **named), ["", *["one object."] * (len(prompts) - 1)])  # fmt: skip
     manifest = Maker(World()).make(tmp_path, model, prompts)
     for mode in ("improving_full_learning", "improving_thinking_generation_learning"):
-        assert manifest["left_out"][f"{mode}: length of the text"] == 1
+        assert manifest["left_out"][f"{mode}: length of the text that the model thought itself"] == 1
     assert "initial_full_learning: length of the text" not in manifest["left_out"]
-    assert "improving_thinking_understanding_learning: length of the text" not in manifest["left_out"]  # has no R1
+    assert len(manifest["left_out"]) == 2  # the third has no R1
 
 
 def replaced(drawn, plans: list[str]):
     drawn.plans = plans
     return drawn
+
+
+@pytest.mark.parametrize("options", [{"shard_size": 2.5}, {"shard_size": "abc"}, {"right_share": "abc"}, {"words": 5}, {"words": [0, 9]}, {"ascii_share": 2}])  # fmt: skip
+def test_options_of_the_maker_are_checked(options):
+    with pytest.raises(UserError, match=next(iter(options))):
+        Maker(World(), **options)
+
+
+@pytest.mark.parametrize("weights", [[1, 2], {"initial_full_learning": "abc"}])
+def test_shares_of_modes_are_numbers_by_name(data_folder, weights):
+    with pytest.raises(UserError, match="data.weights must be shares by mode"):
+        Trajectories(str(data_folder), weights=weights)
 
 
 def test_the_world_teaches_its_own_prompts_only(world, tmp_path):

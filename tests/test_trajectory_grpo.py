@@ -59,7 +59,7 @@ def fit(module, steps: int, ranks: int = 1) -> TrajectoryGRPO:
 def test_each_round_is_a_conversation_of_its_mode(folder):
     module = method(folder)
     drawn = module.roll_out([(0, PROMPTS[0])])[0]
-    drawn.unfinished = [False, True]
+    drawn.text_tokens = [len(text.drawn_as) + ends for text, ends in zip(drawn.segments[1::2], (True, False), strict=True)]  # fmt: skip
     first, second = actions(drawn, module.interleave.seen)
     for segments, mode in ((first, "initial_full_learning"), (second, "improving_full_learning")):
         assert [each.role for each in segments] == [part.role for part in MODES[mode]]
@@ -100,7 +100,7 @@ def test_texts_are_read_and_scored_in_the_tokens_that_they_were_written_in(folde
     inter.write = lambda *given: [replace(found, text="words of another tokenizer") for found in write(*given)]
     drawn = module.roll_out([(0, PROMPTS[0]), (1, PROMPTS[1])])
     for row in drawn:
-        row.unfinished = [False] * len(row.unfinished)
+        row.text_tokens = [len(text.drawn_as) + 1 for text in row.segments[1::2]]
         for segments in actions(row, module.interleave.seen):
             laid, text = inter.lay_out(segments), segments[-2]
             labelled = (laid.text != NO_LABEL).nonzero().flatten()
@@ -110,6 +110,18 @@ def test_texts_are_read_and_scored_in_the_tokens_that_they_were_written_in(folde
             assert len(text.drawn_as) > 3 and logits.argmax(dim=-1).tolist() == text.drawn_as
             scored = module.scores([segments])[0]["text"][:-1]
             torch.testing.assert_close(scored, logits.log_softmax(dim=-1).max(dim=-1).values, rtol=1e-4, atol=1e-4)
+
+
+def test_an_end_at_once_is_an_action_and_a_step_without_any_moves_nothing(folder):
+    module = method(folder, image_loss_weight=0.0)
+    inter, write = module.interleaved, module.interleaved.write
+    inter.write = lambda *given: [replace(found, text="", drawn_as=[], tokens=1) for found in write(*given)]
+    for segments in actions(module.roll_out([(0, PROMPTS[0])])[0], module.interleave.seen):
+        assert len(module.scores([segments])[0]["text"]) == 1
+    inter.write = lambda *given: [replace(found, finished=False, tokens=len(found.drawn_as)) for found in write(*given)]
+    start = {name: value.detach().clone() for name, value in module.learning()}
+    fit(module, 1)
+    assert all(torch.equal(value, start[name]) for name, value in module.learning())
 
 
 def test_one_update_follows_the_gradient_of_the_written_objective(folder):

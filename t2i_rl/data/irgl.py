@@ -1,6 +1,7 @@
 """Trajectories of the six modes from a folder in the published format, in the mixture of a stage, in an order that a resumed run continues."""
 
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
@@ -79,6 +80,10 @@ class Trajectories(L.LightningDataModule):
         super().__init__()
         if stage not in STAGES:
             raise UserError(f"stage must be one of {', '.join(map(str, STAGES))}, not {stage!r}")
+        if weights is not None and not (isinstance(weights, Mapping) and all(type(share) in (int, float) for share in weights.values())):  # fmt: skip
+            raise UserError(
+                f"data.weights must be shares by mode, like {{improving_full_learning: 1.0}}, not {weights}"
+            )
         self.weights = {mode: share for mode, share in dict(weights or STAGES[stage]).items() if share}
         if any(share < 0 for share in self.weights.values()):
             raise UserError(f"data.weights must be 0 or more, not {min(self.weights.values())}")

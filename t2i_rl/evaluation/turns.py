@@ -27,7 +27,7 @@ class TurnsEvaluator(Evaluator):
     """
 
     def __init__(self, interleaved: torch.nn.Module, interleave: Interleave, judge, benchmark, folder: Path, seed: int, batch_size: int):  # fmt: skip
-        super().__init__(interleaved.janus, benchmark, "turns", folder, seed, batch_size)
+        super().__init__(interleaved.adapter, benchmark, "turns", folder, seed, batch_size)
         self.interleaved, self.judge, self.stop = interleaved, judge, interleave.stop
         self.interleave = interleave.every_round()
         self.side = self.folder.name.split("_")[0]

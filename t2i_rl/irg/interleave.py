@@ -1,5 +1,6 @@
 """The inference loop: think, draw, look, reflect, draw better, for any number of rounds (IRG section 3; specification sections 1.1 to 1.6)."""
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -36,8 +37,11 @@ def windowed(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def says_stop(text: str, stop: str | None) -> bool:
-    """Whether a reflection ends with `stop`, in whatever case and punctuation: it finds nothing wrong."""
-    return stop is not None and _plain(text).endswith(_plain(stop))
+    """Whether a reflection ends with `stop` as a sentence of its own, in whatever case and punctuation: it finds nothing wrong."""
+    if stop is None or not _plain(text).endswith(_plain(stop)):
+        return False
+    before = _plain(text).removesuffix(_plain(stop)).rstrip(" ")
+    return not before or before[-1] in ".!?:;\n"
 
 
 def _plain(text: str) -> str:
@@ -81,16 +85,18 @@ class Interleave:
 
     def __post_init__(self):
         if self.policy not in POLICIES:
-            raise UserError(f"policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
+            raise UserError(f"method.interleave.policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
         for name, least in (("rounds", 1), ("max_tokens", 1), ("retries", 0), ("text_temperature", 0), ("image_temperature", 0)):  # fmt: skip
             if getattr(self, name) < least:
-                raise UserError(f"{name} must be {least} or more, not {getattr(self, name)}")
+                raise UserError(f"method.interleave.{name} must be {least} or more, not {getattr(self, name)}")
         for name in ("reflection_scale", "image_scale", "prompt_scale"):
             value = getattr(self, name)
-            scales = [float(each) for each in value] if isinstance(value, Sequence) else [float(value)]
-            if not scales:
-                raise UserError(f"{name} must be a number, or one for each later round, not an empty list")
-            setattr(self, name, scales)
+            scales = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            if not scales or not all(type(each) in (int, float) and math.isfinite(each) for each in scales):
+                raise UserError(f"method.interleave.{name} must be a number, or one for each later round, not {value!r}")  # fmt: skip
+            setattr(self, name, [float(each) for each in scales])
+        if self.stop is not None and not (isinstance(self.stop, str) and _plain(self.stop).strip()):
+            raise UserError(f'method.interleave.stop must be the words that a reflection ends with, like "stop.", or null, not {self.stop!r}')  # fmt: skip
 
     def every_round(self) -> "Interleave":
         """The same without stop and choice: what a round would draw is then known of every prompt."""

@@ -278,7 +278,7 @@ class InterleavedJanus(nn.Module):
         longest, room = max(map(len, laid)) + more, self.model.config.text_config.max_position_embeddings
         if longest > room:
             raise UserError(
-                f"a conversation of {longest} tokens, and the model has {room} positions: set method.interleave.policy=window, or lower method.interleave.rounds or max_tokens"
+                f"a conversation of {longest} tokens, and the model has {room} positions: shorten the prompt, set method.interleave.policy=window, or lower method.interleave.rounds or max_tokens"
             )
         return laid
 

@@ -20,7 +20,7 @@ from t2i_rl.irg.trajectory import MODES, Segment, Trajectory
 from t2i_rl.prompts import Prompt
 from t2i_rl.seeding import derive_seed
 
-RULES = 3  # of what is made; 2: no held-out pair of objects is learnt; 3: a picture with nothing wrong is its own better one
+RULES = 4  # of what is made; 2: no held-out pair of objects is learnt; 3: a picture with nothing wrong is its own better one; 4: the model's own thought is checked too
 
 
 @dataclass
@@ -50,16 +50,18 @@ class Maker:
     seed: int = 0
 
     def __post_init__(self):
-        if min(self.shard_size, self.batch_size) < 1:
-            raise UserError("shard_size and batch_size must be 1 or more")
+        for name in ("shard_size", "batch_size"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise UserError(f"{name} must be a whole number of 1 or more, not {getattr(self, name)!r}")
         for name in ("right_share", "ascii_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
-        self.words = tuple(self.words)
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not 0 <= value <= 1:
+                raise UserError(f"{name} must be a number from 0 to 1, not {value!r}")
+        self.words = tuple(self.words) if isinstance(self.words, Sequence) else (self.words,)
         if (
             len(self.words) != 2
             or not all(type(each) is int for each in self.words)
-            or not 0 <= self.words[0] <= self.words[1]
+            or not 1 <= self.words[0] <= self.words[1]
         ):
             raise UserError(f"words must be the shortest and the longest text, like [1, 600], not {list(self.words)}")
 
@@ -133,7 +135,8 @@ class Maker:
                     digest, why = digest_of(mode, segments), refused[mode.split("_")[0]][number]
                     own = next((each.text for each in segments if each.role == "think" and not each.loss), None)
                     if why is None and own is not None:  # the model's own, which the row stands on
-                        why = self._unfit(own, None)
+                        wrong = self._unfit(own, None)
+                        why = wrong and f"{wrong} that the model thought itself"
                     if why is None and digest in seen:
                         why = "duplicate"
                     if why is None and fits is not None and not fits(segments):

@@ -59,8 +59,11 @@ def raw_rows(shard: Path) -> Iterator[str]:
     Raises:
         UserError: it is no parquet file with a column of conversations.
     """
-    for batch in _opened(shard).iter_batches(batch_size=16, columns=[COLUMN]):
-        yield from batch[COLUMN].to_pylist()
+    try:
+        for batch in _opened(shard).iter_batches(batch_size=16, columns=[COLUMN]):
+            yield from batch[COLUMN].to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{shard}: the file is damaged ({str(error).splitlines()[0]}): delete it and make or fetch it anew") from error  # fmt: skip
 
 
 def parsed(text: str, mode: str, shard: Path, row: int) -> Trajectory:

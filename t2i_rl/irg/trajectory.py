@@ -128,6 +128,8 @@ def in_mode(segments: Sequence[Segment], mode: str, where: str) -> tuple[Segment
                 raise UserError(
                     f"{where}: segment {number} ({part.role}): {name} is {getattr(segment, name)}, and {mode} asks for {getattr(part, name)}"
                 )
+        if part.kind == "text" and (part.loss or part.role == "prompt") and not segment.text.strip():
+            raise UserError(f"{where}: segment {number} ({part.role}): the text is empty")
         if part.kind == "image" and not part.loss and segment.seen_by != BOTH:
             raise UserError(f"{where}: segment {number} ({part.role}): a picture in the context is seen by both encoders (need_vae, need_vit)")  # fmt: skip
     return tuple(replace(segment, role=part.role) for segment, part in zip(segments, parts, strict=True))

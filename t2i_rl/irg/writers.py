@@ -76,7 +76,13 @@ class ChatWriter:
                 time.sleep(min(2.0 ** (attempt - 1), 30))
             try:
                 return self.client.chat_completion(messages, model=self.model, max_tokens=self.max_tokens, temperature=self.temperature).choices[0]  # fmt: skip
-            except (httpx.HTTPError, OSError, ValueError) as error:  # ValueError: an answer that is no JSON
+            except (
+                httpx.HTTPError,
+                OSError,
+                ValueError,
+                LookupError,
+                TypeError,
+            ) as error:  # an answer that is no JSON, or none
                 failed = error
         raise UserError(f"{self.url} did not answer in {self.retries + 1} tries ({loading.first_line(failed)}); what is finished stays, the same command goes on from there") from failed  # fmt: skip
 

@@ -13,7 +13,14 @@ from t2i_rl.fsdp import mesh_of, shard
 from t2i_rl.hashing import gathered
 from t2i_rl.methods.grpo_loss import REDUCTIONS, group_advantages, k3, policy_loss, token_weights
 from t2i_rl.methods.grpo_metrics import rollout_metrics, update_metrics
-from t2i_rl.methods.trainable import Reference, check_lora, check_optimizer, refuse_rounded_updates, select_trainable
+from t2i_rl.methods.trainable import (
+    Reference,
+    check_lora,
+    check_optimizer,
+    own_part,
+    refuse_rounded_updates,
+    select_trainable,
+)
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import RewardOutput, checked
 from t2i_rl.rollout.buffer import Rollout
@@ -283,7 +290,7 @@ class GRPO(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        saved = checkpoint["grpo"]
+        saved = own_part(checkpoint, "grpo")
         if self.reference is not None and saved["reference_sha256"] not in (None, self.reference.sha256):
             raise UserError(
                 "this checkpoint was trained from other weights than model.path holds: give the model that its run started from"

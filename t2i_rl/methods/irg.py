@@ -18,7 +18,7 @@ from t2i_rl.fsdp import mesh_of, shard, sharded_like
 from t2i_rl.hashing import gathered, weights_sha256
 from t2i_rl.irg.interleave import Interleave
 from t2i_rl.irg.trajectory import Segment
-from t2i_rl.methods.trainable import check_lora, check_optimizer, refuse_rounded_updates, select_trainable
+from t2i_rl.methods.trainable import check_lora, check_optimizer, own_part, refuse_rounded_updates, select_trainable
 from t2i_rl.seeding import derive_seed
 
 
@@ -188,9 +188,11 @@ class IRG(L.LightningModule):
         Raises:
             UserError: on every rank, where one has a conversation longer than the model's positions.
         """
-        longest = self._most(max(self.interleaved.lengths(conversations)))
+        lengths = self.interleaved.lengths(conversations)
+        longest = self._most(max(lengths))
         if longest > self.interleaved.positions:
-            raise UserError(f"a trajectory of {longest} tokens, and the model has {self.interleaved.positions - 1} positions: make the data with shorter texts (task.words); drawn ones: method.interleave.max_tokens, or policy=window")  # fmt: skip
+            asked = next(each.text for each in conversations[int(np.argmax(lengths))] if each.role == "prompt")
+            raise UserError(f"a trajectory of {longest} tokens (of this process the longest is that of {asked[:60]!r}), and the model has {self.interleaved.positions - 1} positions: make the data with shorter texts (task.words); drawn ones: method.interleave.max_tokens, or policy=window")  # fmt: skip
         return self.interleaved.passes(conversations, self.tokens_per_pass)
 
     def dropped(self, number: int, segments: tuple[Segment, ...]) -> tuple[tuple[Segment, ...], bool]:
@@ -292,7 +294,7 @@ class IRG(L.LightningModule):
         checkpoint["irg"] = {"batches_done": self.batches_done, "start_sha256": self.start_sha256, "average": average}
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        saved = checkpoint["irg"]
+        saved = own_part(checkpoint, "irg")
         if saved["start_sha256"] != self.start_sha256:
             raise UserError(
                 "this checkpoint was trained from other weights than model.path holds: give the model (and method.start_from) that its run started from"

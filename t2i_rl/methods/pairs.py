@@ -15,7 +15,7 @@ from torch import nn
 
 from t2i_rl.errors import UserError
 from t2i_rl.hashing import weights_sha256
-from t2i_rl.methods.trainable import check_optimizer
+from t2i_rl.methods.trainable import check_optimizer, own_part
 from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding, attention_for_training
 from t2i_rl.models.soft_tokens import SoftTokens, spec_for
 from t2i_rl.seeding import derive_seed, row_normals
@@ -254,7 +254,7 @@ class PairMethod(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        saved = checkpoint["pairs"]
+        saved = own_part(checkpoint, "pairs")
         if saved["backbone_sha256"] != self.backbone_sha256:
             raise UserError(
                 "this checkpoint was trained on another model than model.path holds: give the model that its run started from "

@@ -1,7 +1,7 @@
 """Which parameters learn, and the frozen model that the KL is taken to."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
@@ -43,6 +43,22 @@ def check_optimizer(optimizer: partial, scheduler: partial | None) -> None:
             scheduler(made)
     except (TypeError, ValueError) as error:
         raise UserError(f"method.optimizer or method.scheduler: {error}") from error
+
+
+METHODS = {"grpo": "iris", "pairs": "softrepa, or agsm", "irg": "irg, or irg_grpo"}  # by what they keep in a checkpoint
+
+
+def own_part(checkpoint: Mapping, kind: str) -> dict:
+    """What methods of this kind keep in a checkpoint.
+
+    Raises:
+        UserError: it is another kind's.
+    """
+    if kind not in checkpoint:
+        found = next((name for other, name in METHODS.items() if other in checkpoint), None)
+        fix = f"take method={found}" if found else "give one of this method's"
+        raise UserError(f"this checkpoint was trained by another method than method={METHODS[kind]}: {fix}")
+    return checkpoint[kind]
 
 
 def select_trainable(model: nn.Module, patterns: list[str], lora: dict | None) -> None:

@@ -90,7 +90,7 @@ class TrajectoryGRPO(IRG):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if not self.begun_at:
-            rank_zero_only(print)(f"no method.start_from: training begins at {self.model.path} as it is, and no model that is published has learnt to reflect; method=irg teaches it")  # fmt: skip
+            rank_zero_only(print)(f"no method.start_from: training begins at {self.model.path} as it is; Janus and janus_tiny have not learnt to reflect, which method=irg teaches")  # fmt: skip
 
     @staticmethod
     def check(options: Mapping) -> None:
@@ -204,7 +204,7 @@ class TrajectoryGRPO(IRG):
                 before = torch.cat([old[i][kind] for i in order])
                 ratio_loss = policy_loss(logprobs[:, None], before[:, None], advantages[order][owner], self.clip_range)[:, 0]  # fmt: skip
                 kl = torch.zeros_like(logprobs) if reference is None else k3(logprobs, torch.cat([reference[i][kind] for i in order]))  # fmt: skip
-                share = self.loss_weights[kind] / weight
+                share = self.loss_weights[kind] / (weight or 1.0)
                 objective = objective + once * share * (ratio_loss + self.kl_coef * kl).sum()
                 sums["loss"] += once * share * float(ratio_loss.detach().sum())
                 sums["kl"] += once * share * float(kl.detach().sum())
@@ -238,13 +238,13 @@ def begin_at(model: torch.nn.Module, path: Path) -> None:
 def actions(drawn: Trajectory, seen: Callable) -> list[list[Segment]]:
     """A conversation a round, its text and picture to be learnt and the rounds before as context, as far as they were `seen`.
 
-    A text that did not end is context too: a text is learnt with its end.
+    A text that did not end is context too: a text is learnt with its end, be it empty.
     """
     head, found, texts = [each for each in drawn.segments if each.role == "prompt"], [], 0
     past: list[Segment] = []
     for segment in drawn.segments[len(head) :]:
         if segment.kind == "text":
-            said = replace(segment, loss=not drawn.unfinished[texts])
+            said = replace(segment, loss=drawn.text_tokens[texts] > len(segment.drawn_as))  # the end is a token
             texts += 1
             continue
         found.append([*seen([*head, *past]), said, replace(segment, loss=True, seen_by=frozenset())])

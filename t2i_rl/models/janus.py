@@ -31,6 +31,12 @@ class Chat:
     redraw: str = ""
     stop: str | None = None
 
+    def __post_init__(self):
+        try:
+            self.instruction.format(prompt="")
+        except (LookupError, ValueError) as error:
+            raise UserError(f"model.chat.instruction may hold {{prompt}} and no other braces, not {self.instruction!r}") from error  # fmt: skip
+
     def plan(self, prompt: str) -> str:
         """Phase 1: ask for a semantic plan."""
         system = f"{self.system.strip()}\n\n" if self.system else ""
@@ -71,13 +77,12 @@ class Janus(nn.Module):
         rollout: EngineOptions | None = None,
     ):
         super().__init__()
-        self.engine = Engine(rollout)
+        self.chat, self.engine = Chat(**chat), Engine(rollout)
         self.path, self.revision = str(path), revision
         self.model, self.tokenizer = load_pretrained(
             path, dtype=dtype, revision=revision, attn_implementation=attn_implementation, device=device
         )
         self.model.eval()
-        self.chat = Chat(**chat)
         self.guidance_scale, self.temperature, self.max_plan_tokens = guidance_scale, temperature, max_plan_tokens
         self.special = special_ids(self.tokenizer)
 

@@ -26,7 +26,7 @@ def run(cfg, model, judge, prompts: list[Prompt]) -> dict:
     if cfg.ckpt_path:
         method.load(cfg.ckpt_path)
     else:
-        console.print(f"no ckpt_path: {model.path} draws as it is, and no model that is published has learnt to reflect; method=irg teaches it", soft_wrap=True)  # fmt: skip
+        console.print(f"no ckpt_path: {model.path} draws as it is; Janus and janus_tiny have not learnt to reflect, which method=irg teaches", soft_wrap=True)  # fmt: skip
     method.interleaved.to(model.device).prepare()
     work = [(prompt, sample) for prompt in prompts for sample in range(cfg.num_images)]
     rows, shown, size = [], [], cfg.evaluation.batch_size

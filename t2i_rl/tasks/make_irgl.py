@@ -27,6 +27,8 @@ def run(cfg) -> dict:
     task = cfg.task
     if type(task.count) is not int or task.count < 1:
         raise UserError(f"task.count must be a whole number of 1 or more, not {task.count!r}")
+    if Path(task.out).is_file():
+        raise UserError(f"task.out={task.out} is a file: name a folder")
     maker = Maker(
         instantiate(task.teacher), task.shard_size, cfg.evaluation.batch_size, task.right_share, task.words, task.ascii_share, cfg.seed
     )  # fmt: skip
