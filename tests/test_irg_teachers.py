@@ -78,8 +78,7 @@ def test_a_server_that_fails_for_good_says_so_without_the_key(key):
     for choices in ([], None):
         with pytest.raises(UserError, match="did not answer in 2 tries"):
             ChatWriter(Server(answer={"choices": choices}).url, "m", retries=1).answer([("first", [RED])])
-    with pytest.raises(UserError, match="was cut at 1024 tokens"):
-        ChatWriter(Server(finish="length").url, "m").answer([("first", [RED])])
+    assert ChatWriter(Server(finish="length").url, "m").answer([("first", [RED])]) == [None]
 
 
 def test_no_key_is_one_line(monkeypatch):
@@ -102,10 +101,13 @@ def test_given_pictures_are_found_by_prompt_and_lacking_ones_named(given, tmp_pa
     assert [image[0, 0, 0] for image in given.pictures(PROMPTS, [0, 1])] == [200, 0]
     with pytest.raises(UserError, match="has no picture of 'a dog'"):
         given.check([Prompt("2", "a dog")])
+    (tmp_path / "0.png").rename(tmp_path / "away.png")
+    with pytest.raises(UserError, match="0.png is named in images.jsonl and does not exist"):
+        given.check(PROMPTS)
     (tmp_path / "0.png").write_bytes(b"no picture")
     with pytest.raises(UserError, match="0.png is no picture"):
         given.pictures(PROMPTS[:1], [0])
-    (tmp_path / "images.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "images.jsonl").write_text('{"prompt": "a", "image": 5}\n')
     with pytest.raises(UserError, match="images.jsonl:1"):
         GivenPictures(str(tmp_path))
     with pytest.raises(UserError, match="does not exist"):
@@ -137,8 +139,11 @@ def test_data_by_a_teacher_has_its_texts_and_leaves_out_what_is_inconsistent(key
     asked = [body["messages"][0]["content"][-1]["text"] for body in server.asked]
     assert sum("yes or no" in text for text in asked) == 2  # once a picture
     assert "secret" not in (tmp_path / "irgl" / "settings.json").read_text()
-    longer = Teacher(given, ChatWriter(server.url, "m", max_tokens=2048))  # what a cut answer asks for
+    longer = Teacher(given, ChatWriter(server.url, "m", max_tokens=2048))  # what cut answers ask for
     assert Maker(longer).make(tmp_path / "irgl", janus, PROMPTS) == manifest
+    cut = Teacher(given, ChatWriter(Server(finish="length").url, "m"), consistency=False)
+    manifest = Maker(cut).make(tmp_path / "cut", janus, PROMPTS)
+    assert sum(manifest["counts"].values()) == 0 and manifest["left_out"]["improving_full_learning: the writer was cut (max_tokens)"] == 2  # fmt: skip
 
 
 def test_a_picture_that_needs_no_change_is_its_own_better_one(key, given, janus, tmp_path):
@@ -200,8 +205,7 @@ def test_a_local_model_answers_alone_as_in_a_batch(tmp_path):
     together = LocalWriter(folder, dtype="float32", device=None, max_tokens=64).answer(asked)
     single = LocalWriter(folder, dtype="float32", device=None, max_tokens=64, batch_size=1)
     assert single.answer(asked) == together and len(together) == 3
-    with pytest.raises(UserError, match="was cut at 1 tokens"):
-        LocalWriter(folder, dtype="float32", device=None, max_tokens=1).answer(asked)
+    assert LocalWriter(folder, dtype="float32", device=None, max_tokens=1).answer(asked) == [None if text else "" for text in together]
     assert len(set(together)) > 1
 
 

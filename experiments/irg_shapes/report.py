@@ -309,7 +309,7 @@ def write_table() -> None:
         "",
         "`mends`: of the wrong pictures before, the share that is right after. `breaks`: of the right ones, the share that is wrong after. `names_defect`: of the wrong "
         "ones, the share whose reflection has one of the oracle's own phrases for what is wrong, place included; `flags`: any, true or not; `mends, flagged` and `mends, passed`: the wrong ones with and without a flag apart. `false_alarms`: of the right ones, the share whose reflection names a "
-        "fault. Seconds: a picture with its text, in batches of 64 on one thread, two jobs side by side.",
+        "fault. Seconds: a picture with its text, in batches of 64 on one thread, beside other work of the machine (`none twice`: on the GPU): no benchmark.",
         "",
         *table(["", *DID, "text_tokens", "seconds"], [[name, *found.values()] for name, found in reflected.items()]),
         "## What the second picture is drawn from, in nats a token",

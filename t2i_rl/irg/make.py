@@ -132,12 +132,12 @@ class Maker:
             for number, material in enumerate(made):
                 for mode in MODES:
                     segments = row_of(mode, material, self.teacher.questions)
-                    digest, why = digest_of(mode, segments), refused[mode.split("_")[0]][number]
-                    own = next((each.text for each in segments if each.role == "think" and not each.loss), None)
-                    if why is None and own is not None:  # the model's own, which the row stands on
+                    why = refused[mode.split("_")[0]][number]
+                    for own in (each.text for each in segments if each.role == "think" and not each.loss and why is None):  # fmt: skip
                         wrong = self._unfit(own, None)
                         why = wrong and f"{wrong} that the model thought itself"
-                    if why is None and digest in seen:
+                    digest = digest_of(mode, segments) if why is None else ""
+                    if digest in seen:
                         why = "duplicate"
                     if why is None and fits is not None and not fits(segments):
                         why = "longer than the model's positions"
@@ -176,8 +176,10 @@ class Maker:
             why[number] = asked[id(pictures[number])]
         return why
 
-    def _unfit(self, text: str, seed: int | None) -> str | None:
-        """Why a thought, or with a `seed` a reflection, is not to be learnt."""
+    def _unfit(self, text: str | None, seed: int | None) -> str | None:
+        """Why a thought, or with a `seed` a reflection, is not to be learnt; None is one whose writer was cut."""
+        if text is None:
+            return "the writer was cut (max_tokens)"
         if seed is not None and says_stop(text, self.teacher.stop):
             if np.random.default_rng(derive_seed(seed, "right")).random() >= self.right_share:
                 return "nothing wrong with the weak picture"

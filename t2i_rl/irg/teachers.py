@@ -58,17 +58,17 @@ class Teacher:
         parts = {"pictures": self.pictures.settings(), "writer": self.writer.settings()}
         return {"name": "teacher", **parts, "stop": self.stop, "words": self.words, "consistency": self.consistency}
 
-    def initial(self, prompts: list[Prompt], seeds: list[int]) -> list[tuple[str, np.ndarray]]:
-        """A plan and a good picture for each prompt."""
+    def initial(self, prompts: list[Prompt], seeds: list[int]) -> list[tuple[str | None, np.ndarray]]:
+        """A plan and a good picture for each prompt; None where the writer was cut."""
         good = self.pictures.pictures(prompts, seeds)
         asked = [(THINK.format(prompt=prompt.text, words=self.words), [image]) for prompt, image in zip(prompts, good, strict=True)]  # fmt: skip
         return list(zip(self.writer.answer(asked), good, strict=True))
 
-    def improve(self, prompts: list[Prompt], weak: np.ndarray, good: Sequence[np.ndarray], seeds: list[int]) -> list[tuple[str, np.ndarray]]:  # fmt: skip
+    def improve(self, prompts: list[Prompt], weak: np.ndarray, good: Sequence[np.ndarray], seeds: list[int]) -> list[tuple[str | None, np.ndarray]]:  # fmt: skip
         """A reflection on each weak picture, and the good one; the weak one itself where it needs no change."""
         asked = [(REFLECT.format(prompt=prompt.text, words=self.words, stop=self.stop), [bad, image]) for prompt, bad, image in zip(prompts, weak, good, strict=True)]  # fmt: skip
         texts = self.writer.answer(asked)
-        return [(text, bad if says_stop(text, self.stop) else image) for text, bad, image in zip(texts, weak, good, strict=True)]  # fmt: skip
+        return [(text, bad if text is not None and says_stop(text, self.stop) else image) for text, bad, image in zip(texts, weak, good, strict=True)]  # fmt: skip
 
     def inconsistent(self, prompts: list[Prompt], pictures: list[np.ndarray]) -> list[str | None]:
         """What speaks against each picture: the writer does not find in it what its prompt asks for, or does not say."""
@@ -76,7 +76,7 @@ class Teacher:
             return [None] * len(prompts)
         asked = [(CONSISTENT.format(prompt=prompt.text), [image]) for prompt, image in zip(prompts, pictures, strict=True)]  # fmt: skip
         why = {"yes": None, "no": "picture and prompt disagree"}
-        answers = [re.match(r"\W*(yes|no)\b", answer.lower()) for answer in self.writer.answer(asked)]
+        answers = [re.match(r"\W*(yes|no)\b", (answer or "").lower()) for answer in self.writer.answer(asked)]
         return [why[each[1]] if each else "asked whether it shows its prompt, the writer said neither yes nor no" for each in answers]  # fmt: skip
 
 
@@ -95,7 +95,7 @@ class GivenPictures:
         for number, line in enumerate(text_of(file).splitlines(), start=1):
             try:
                 row = json.loads(line)
-                self.files.setdefault(row["prompt"].casefold(), row["image"])
+                self.files.setdefault(row["prompt"].casefold(), row["image"] + "")
             except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
                 raise UserError(f"{file}:{number}: not an object with 'prompt' and 'image' ({error})") from error
 
@@ -106,6 +106,10 @@ class GivenPictures:
         lacking = next((prompt for prompt in prompts if prompt.text.casefold() not in self.files), None)
         if lacking:
             raise UserError(f"{self.path} has no picture of {lacking.text!r}")
+        files = (self.path / self.files[prompt.text.casefold()] for prompt in prompts)
+        absent = next((file for file in files if not file.is_file()), None)
+        if absent:
+            raise UserError(f"{absent} is named in images.jsonl and does not exist")
 
     def pictures(self, prompts: list[Prompt], seeds: list[int]) -> list[np.ndarray]:
         """One uint8 `(H, W, 3)` a prompt.

@@ -17,6 +17,7 @@ from t2i_rl.errors import UserError
 from t2i_rl.irg.toy_format import png
 
 Asked = tuple[str, list[np.ndarray]]
+FAILURES = (httpx.HTTPError, OSError, ValueError, LookupError, TypeError)  # no connection, no JSON, no choice in it
 
 
 class ChatWriter:
@@ -57,18 +58,16 @@ class ChatWriter:
     def settings(self) -> dict:
         return {"name": "chat", "url": self.url, "model": self.model, "temperature": self.temperature}  # fmt: skip
 
-    def answer(self, asked: Sequence[Asked]) -> list[str]:
-        """One text a question with its pictures uint8 `(H, W, 3)`, in order."""
+    def answer(self, asked: Sequence[Asked]) -> list[str | None]:
+        """One text a question with its pictures uint8 `(H, W, 3)`, in order; None where it was cut at `max_tokens`."""
         with ThreadPoolExecutor(self.workers) as pool:
             return list(pool.map(self._one, asked))
 
-    def _one(self, asked: Asked) -> str:
+    def _one(self, asked: Asked) -> str | None:
         question, images = asked
         shown = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"}} for image in images]  # fmt: skip
         reply = self._reply([{"role": "user", "content": [*shown, {"type": "text", "text": question}]}])
-        if reply.finish_reason == "length":
-            raise UserError(f"an answer of {self.url} was cut at {self.max_tokens} tokens: raise max_tokens")
-        return (reply.message.content or "").strip()
+        return None if reply.finish_reason == "length" else (reply.message.content or "").strip()
 
     def _reply(self, messages: list[dict]):
         for attempt in range(self.retries + 1):
@@ -76,13 +75,7 @@ class ChatWriter:
                 time.sleep(min(2.0 ** (attempt - 1), 30))
             try:
                 return self.client.chat_completion(messages, model=self.model, max_tokens=self.max_tokens, temperature=self.temperature).choices[0]  # fmt: skip
-            except (
-                httpx.HTTPError,
-                OSError,
-                ValueError,
-                LookupError,
-                TypeError,
-            ) as error:  # an answer that is no JSON, or none
+            except FAILURES as error:
                 failed = error
         raise UserError(f"{self.url} did not answer in {self.retries + 1} tries ({loading.first_line(failed)}); what is finished stays, the same command goes on from there") from failed  # fmt: skip
 
@@ -95,7 +88,7 @@ class LocalWriter:
         batch_size: questions answered together.
 
     Raises:
-        UserError: it cannot be loaded, has no chat template, or an answer was cut.
+        UserError: it cannot be loaded, or has no chat template.
     """
 
     def __init__(
@@ -126,8 +119,8 @@ class LocalWriter:
         return {"name": "local", "path": self.path}
 
     @torch.no_grad()
-    def answer(self, asked: Sequence[Asked]) -> list[str]:
-        """One text a question with its pictures uint8 `(H, W, 3)`, in order."""
+    def answer(self, asked: Sequence[Asked]) -> list[str | None]:
+        """One text a question with its pictures uint8 `(H, W, 3)`, in order; None where it was cut at `max_tokens`."""
         answers = []
         for first in range(0, len(asked), self.batch_size):
             chats = [
@@ -140,7 +133,6 @@ class LocalWriter:
             written = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]  # fmt: skip
             ends = self.model.generation_config.eos_token_id
             ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=written.device)
-            if not torch.isin(written, ends).any(dim=1).all():
-                raise UserError(f"an answer of {self.path} was cut at {self.max_tokens} tokens: raise max_tokens")
-            answers += [text.strip() for text in self.processor.batch_decode(written, skip_special_tokens=True)]
+            ended, texts = torch.isin(written, ends).any(dim=1).tolist(), self.processor.batch_decode(written, skip_special_tokens=True)  # fmt: skip
+            answers += [text.strip() if end else None for text, end in zip(texts, ended, strict=True)]
         return answers
