@@ -48,14 +48,14 @@ def check(cfg: DictConfig) -> None:
         raise UserError(
             f"evaluation.stages holds {turns[0]}, and only a method that interleaves draws turns: take method=irg"
         )
-    if task == "generate" and bool((cfg.prompt or "").strip()) == bool(cfg.prompts_file):
+    if task == "generate" and bool(str(cfg.prompt or "").strip()) == bool(cfg.prompts_file):
         raise UserError('task=generate takes one of prompt="three red circles" or prompts_file=<file>')
     if task == "gaussianity" and not cfg.latents:
         raise UserError("task=gaussianity takes latents=<file>.safetensors")
     for key, file in (
         ("prompts_file", cfg.prompts_file),
         ("latents", cfg.latents),
-        ("data.path", None if cfg.data.get("maker") else OmegaConf.select(cfg, "data.path")),
+        ("data.path", None if "data" not in read or cfg.data.get("maker") else OmegaConf.select(cfg, "data.path")),
     ):
         if file and not Path(file).exists():
             raise UserError(f"{key}={file}: there is no such file")

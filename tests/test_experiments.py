@@ -276,6 +276,9 @@ def test_a_job_goes_on_where_it_stopped_and_refuses_what_another_checkpoint_made
     source.write_bytes(b"other weights")
     with pytest.raises(SystemExit, match="delete it"):
         arms.run_job(("six", 0))
+    source.unlink()
+    arms.run_job(("six", 0))
+    assert len(ran) == 2  # it is done, whatever became of what it took
 
 
 def test_arms_are_asked_for_by_name_and_wait_for_what_they_take(irg, monkeypatch):
@@ -289,6 +292,11 @@ def test_arms_are_asked_for_by_name_and_wait_for_what_they_take(irg, monkeypatch
     for seed in arms.SEEDS:
         arms.folder("long", seed).mkdir(parents=True)
         (arms.folder("long", seed) / "results.json").touch()
+    with pytest.raises(SystemExit, match="long_contexts takes what long makes"):  # the weights are gone
+        arms.run_all(["long_contexts"], 1)
+    for seed in arms.SEEDS:
+        (arms.folder("long", seed) / "checkpoints").mkdir()
+        (arms.folder("long", seed) / "checkpoints" / "last.ckpt").touch()
     arms.run_all(["long_contexts"], 1)
     assert ran[-1] == ("long_contexts", 2)
 

@@ -66,13 +66,15 @@ def test_both_ways_through_parquet(tmp_path):
 
 def test_a_stream_decodes_the_rows_that_it_gives(tmp_path, monkeypatch):
     mode = "improving_full_learning"
-    write_shard(tmp_path / mode / "0.parquet", [Trajectory(made(mode))] * 5)
+    texts = [f"a picture of {number} dogs" for number in range(5)]
+    write_shard(tmp_path / mode / "0.parquet", [Trajectory((Segment("prompt", text=text), *made(mode)[1:])) for text in texts])  # fmt: skip
     read = []
     monkeypatch.setattr(irgl, "parsed", lambda *given: read.append(given[-1]) or parsed(*given))
     stream = irgl.TrajectoryStream(irgl.Trajectories(tmp_path, weights={mode: 1}).shards(), {mode: 1.0}, 2, 0, 0)
     batches = [next(rows) for rows in [iter(stream)] for _ in range(2)]
-    assert all(segments == made(mode) for batch in batches for _, _, segments in batch)
-    assert len(read) == 4 == len(set(read))
+    given = [segments for batch in batches for _, _, segments in batch]
+    assert [segments[0].text for segments in given] == [texts[row] for row in read] and len(set(read)) == 4
+    assert all(segments[1:] == made(mode)[1:] for segments in given)
 
 
 def test_the_system_text_may_be_the_first_turn():

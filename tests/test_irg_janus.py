@@ -273,8 +273,9 @@ def test_a_systems_text_is_learnt_in_the_wording_that_the_docs_draw_with(inter):
 
 
 def test_a_wording_that_cannot_be_filled_in_is_refused():
-    with pytest.raises(UserError, match="model.chat.instruction may hold {prompt}"):
-        Chat("", "draw {foo}")
+    for wording in ("draw {foo}", "draw {prompt.x}", "draw {", "draw {}"):
+        with pytest.raises(UserError, match="model.chat.instruction may hold {prompt}"):
+            Chat("", wording)
 
 
 def test_texts_survive_being_decoded_and_read_again(inter):
@@ -448,4 +449,4 @@ def test_stopping_is_read_whatever_its_case_and_punctuation():
     assert not says_stop(
         "Move the cat: with the dog there is no change needed.", "No change needed."
     )  # no sentence of its own
-    assert says_stop("one cat.\nNo change needed.", "No change needed.")
+    assert all(says_stop(text, "No change needed.") for text in ("one cat\nNo change needed.", "- No change needed.", "It fits, no change needed"))  # fmt: skip

@@ -139,11 +139,11 @@ def test_data_by_a_teacher_has_its_texts_and_leaves_out_what_is_inconsistent(key
     asked = [body["messages"][0]["content"][-1]["text"] for body in server.asked]
     assert sum("yes or no" in text for text in asked) == 2  # once a picture
     assert "secret" not in (tmp_path / "irgl" / "settings.json").read_text()
-    longer = Teacher(given, ChatWriter(server.url, "m", max_tokens=2048))  # what cut answers ask for
+    longer = Teacher(given, ChatWriter(server.url, "m", max_tokens=2048))  # changes nothing of what is finished
     assert Maker(longer).make(tmp_path / "irgl", janus, PROMPTS) == manifest
     cut = Teacher(given, ChatWriter(Server(finish="length").url, "m"), consistency=False)
     manifest = Maker(cut).make(tmp_path / "cut", janus, PROMPTS)
-    assert sum(manifest["counts"].values()) == 0 and manifest["left_out"]["improving_full_learning: the writer was cut (max_tokens)"] == 2  # fmt: skip
+    assert sum(manifest["counts"].values()) == 0 and manifest["left_out"]["improving_full_learning: the writer was cut: raise max_tokens and name another folder to have them"] == 2  # fmt: skip
 
 
 def test_a_picture_that_needs_no_change_is_its_own_better_one(key, given, janus, tmp_path):
@@ -205,7 +205,9 @@ def test_a_local_model_answers_alone_as_in_a_batch(tmp_path):
     together = LocalWriter(folder, dtype="float32", device=None, max_tokens=64).answer(asked)
     single = LocalWriter(folder, dtype="float32", device=None, max_tokens=64, batch_size=1)
     assert single.answer(asked) == together and len(together) == 3
-    assert LocalWriter(folder, dtype="float32", device=None, max_tokens=1).answer(asked) == [None if text else "" for text in together]
+    assert LocalWriter(folder, dtype="float32", device=None, max_tokens=1).answer(asked) == [
+        None if text else "" for text in together
+    ]
     assert len(set(together)) > 1
 
 

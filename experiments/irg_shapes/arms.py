@@ -74,6 +74,9 @@ def run_job(job: tuple[str, int]) -> None:
     """
     arm, seed = job
     out = folder(arm, seed)
+    if (out / "results.json").exists() and not has_weights(needed_by(arm, seed)):
+        print(f"{arm} seed {seed}: done before, by weights that are not here any more", flush=True)
+        return
     command, made_by = command_of(arm, seed), out / "job.json"
     facts = {"command": shlex.join(command).replace(f"{ROOT}/", ""), "source": source_of(arm, seed)}
     if made_by.exists() and (kept := read_json(made_by)) | facts != kept:
@@ -123,6 +126,11 @@ def needed_by(arm: str, seed: int) -> tuple[str, int] | None:
     return None if trained is None else (trained, seed)
 
 
+def has_weights(job: tuple[str, int] | None) -> bool:
+    """Whether what a job takes is there."""
+    return job is None or job[0] == "good" or (folder(*job) / "checkpoints" / "last.ckpt").exists()
+
+
 def source_of(arm: str, seed: int) -> str | None:
     """The hash of the checkpoint that this job takes."""
     needed = needed_by(arm, seed)
@@ -152,8 +160,8 @@ def run_all(arms: Sequence[str], workers: int) -> None:
 
     wanted = [(arm, seed) for arm in (*LADDER, *LONGER) if arm in arms for seed in SEEDS]
     for job in wanted:
-        for other in needed(job):
-            if other not in wanted and not (folder(*other) / "results.json").exists():
+        for other in needed(job) if not (folder(*job) / "results.json").exists() else []:
+            if other not in wanted and not ((folder(*other) / "results.json").exists() and has_weights(other)):
                 raise SystemExit(f"{job[0]} takes what {other[0]} makes, which is not done: add {other[0]} to --arms")
     with ThreadPoolExecutor(workers) as pool:
         for job in wanted:

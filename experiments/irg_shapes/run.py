@@ -24,7 +24,7 @@ if __name__ == "__main__":
     if not options.only_table:
         run_all(options.arms, options.workers)
     if not done("good", "six"):
-        raise SystemExit("the table begins with the arms good and six, which are not done: leave out --only-table")
+        raise SystemExit("no table yet: it begins with the arms good and six, which are not done")
     write_table()
     write_figure()
     write_strips()

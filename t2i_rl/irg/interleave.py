@@ -37,11 +37,11 @@ def windowed(segments: Sequence[Segment]) -> list[Segment]:
 
 
 def says_stop(text: str, stop: str | None) -> bool:
-    """Whether a reflection ends with `stop` as a sentence of its own, in whatever case and punctuation: it finds nothing wrong."""
+    """Whether a reflection ends with `stop` after a mark, in whatever case and punctuation: it finds nothing wrong."""
     if stop is None or not _plain(text).endswith(_plain(stop)):
         return False
-    before = _plain(text).removesuffix(_plain(stop)).rstrip(" ")
-    return not before or before[-1] in ".!?:;\n"
+    before = _plain(text).removesuffix(_plain(stop)).rstrip(" \t")
+    return not before or not before[-1].isalnum()
 
 
 def _plain(text: str) -> str:

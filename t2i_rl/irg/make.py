@@ -179,7 +179,7 @@ class Maker:
     def _unfit(self, text: str | None, seed: int | None) -> str | None:
         """Why a thought, or with a `seed` a reflection, is not to be learnt; None is one whose writer was cut."""
         if text is None:
-            return "the writer was cut (max_tokens)"
+            return "the writer was cut: raise max_tokens and name another folder to have them"
         if seed is not None and says_stop(text, self.teacher.stop):
             if np.random.default_rng(derive_seed(seed, "right")).random() >= self.right_share:
                 return "nothing wrong with the weak picture"

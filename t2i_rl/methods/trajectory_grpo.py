@@ -142,7 +142,7 @@ class TrajectoryGRPO(IRG):
             **{f"reward/{name}": float(np.mean(values)) for name, values in rewards.items()},
             **{f"watch/{name}": float(np.mean(values)) for name, values in watched.items()},
             "reward/zero_std_ratio": float((spread == 0).double().mean()),
-            "text/unfinished": float(np.mean([flag for row in drawn for flag in row.unfinished])),
+            "text/unfinished": float(np.mean([not text.loss for *_, text, _ in conversations])),
             **{f"text/length_turn{turn + 1}": float(np.mean([row.text_tokens[turn] for row in drawn])) for turn in range(self.interleave.rounds)},
             **updates[-1],
             "train/lr": self.optimizers().param_groups[0]["lr"],

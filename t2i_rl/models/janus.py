@@ -34,7 +34,7 @@ class Chat:
     def __post_init__(self):
         try:
             self.instruction.format(prompt="")
-        except (LookupError, ValueError) as error:
+        except (LookupError, ValueError, AttributeError) as error:
             raise UserError(f"model.chat.instruction may hold {{prompt}} and no other braces, not {self.instruction!r}") from error  # fmt: skip
 
     def plan(self, prompt: str) -> str:

@@ -20,7 +20,7 @@ from t2i_rl.tasks.evaluate import load_trained
 
 def run(cfg) -> dict:
     """Draw `cfg.num_images` images a prompt into the run's folder: PNGs, `images.jsonl`, and one captioned grid."""
-    prompts = [Prompt("prompt", cfg.prompt)] if cfg.prompt else read_prompts(cfg.prompts_file)
+    prompts = [Prompt("prompt", str(cfg.prompt))] if str(cfg.prompt or "").strip() else read_prompts(cfg.prompts_file)
     judge = made_judge(cfg, prompts, judged_by=None)
     model = instantiate(cfg.model)
     if cfg.mode == "turns":

@@ -25,7 +25,7 @@ def run(cfg, model, judge, prompts: list[Prompt]) -> dict:
     method, out, console = build_method(cfg, model, judge), Path(cfg.paths.output_dir), Console()
     if cfg.ckpt_path:
         method.load(cfg.ckpt_path)
-    else:
+    elif not cfg.method.get("start_from"):
         console.print(f"no ckpt_path: {model.path} draws as it is; Janus and janus_tiny have not learnt to reflect, which method=irg teaches", soft_wrap=True)  # fmt: skip
     method.interleaved.to(model.device).prepare()
     work = [(prompt, sample) for prompt in prompts for sample in range(cfg.num_images)]

@@ -45,5 +45,7 @@ def run(cfg) -> dict:
     console.print(table)
     for why, count in manifest["left_out"].items():
         console.print(f"left out, {why}: {count}", soft_wrap=True)
+    if not any(manifest["counts"].values()):
+        raise UserError(f"no row of {task.out} is fit to be learnt: what was left out, and why, is above and in its manifest.json")  # fmt: skip
     console.print(f"method=irg data=irgl data.path={task.out} learns from it", soft_wrap=True)
     return manifest
