@@ -52,12 +52,8 @@ MEASURED = {"rounds": ROUNDS} | {
 }  # fmt: skip
 TOLD = {f"told_{kind}": ("six", kind) for kind in KINDS} | {f"long_told_{kind}": ("long", kind) for kind in ("world", "another")}  # fmt: skip
 CONTEXTS = {"contexts": "six", "long_contexts": "long"}
-LONGER = (
-    "long",
-    "long_told_world",
-    "long_told_another",
-    "long_contexts",
-)  # a quarter of an hour on an H200, its data included; hours on two cores
+# a quarter of an hour on an H200, its data included; hours on two cores
+LONGER = ("long", "long_told_world", "long_told_another", "long_contexts")
 TRAINED_LAST = ("grpo", "grpo_random")
 LADDER = (*(arm for arm in (*ARMS, *TOLD, *CONTEXTS) if arm not in (*LONGER, *TRAINED_LAST)), *MEASURED, *TRAINED_LAST)
 

@@ -289,7 +289,7 @@ def write_table() -> None:
         f"`python experiments/irg_shapes/run.py` at {commits}, {device}, one thread a job: seeds {', '.join(map(str, SEEDS))}, {STEPS} optimizer steps of 16 "
         f"trajectories on the data of 4,096 prompts (six modes: {FIRST_STAGE} of stage 1, then {STEPS - FIRST_STAGE} of stage 2), GRPO {GRPO_STEPS} steps of 64; "
         f"{results['benchmark']['n_prompts']} test prompts x {results['benchmark']['samples_per_prompt']} trajectories, strict accuracy in percent.",
-        *([f"\"none twice\": {LONG:,} steps of {LONG_BATCH} on the data of {arms.PROMPTS:,} prompts, {read_json(folder('long', 0) / 'provenance.json')['device']}."] if done("long") else []),
+        *([f"\"none twice\" (`--arms {' '.join(arm for arm in LONGER if done(arm))}`): {LONG:,} steps of {LONG_BATCH} on the data of {arms.PROMPTS:,} prompts, {read_json(folder('long', 0) / 'provenance.json')['device']}."] if done("long") else []),
         *([f"Not run yet, and left out: {', '.join(lacking)}."] if lacking else []),
         f"Data of seed 0: {', '.join(f'{count} rows of {mode}' for mode, count in manifest['counts'].items())}.",
         "",

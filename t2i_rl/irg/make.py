@@ -132,10 +132,7 @@ class Maker:
             for number, material in enumerate(made):
                 for mode in MODES:
                     segments = row_of(mode, material, self.teacher.questions)
-                    why = refused[mode.split("_")[0]][number]
-                    for own in (each.text for each in segments if each.role == "think" and not each.loss and why is None):  # fmt: skip
-                        wrong = self._unfit(own, None)
-                        why = wrong and f"{wrong} that the model thought itself"
+                    why = refused[mode.split("_")[0]][number] or self._stands_on_unfit(segments)
                     digest = digest_of(mode, segments) if why is None else ""
                     if digest in seen:
                         why = "duplicate"
@@ -175,6 +172,12 @@ class Maker:
         for number in fit:
             why[number] = asked[id(pictures[number])]
         return why
+
+    def _stands_on_unfit(self, segments: Sequence[Segment]) -> str | None:
+        """Why a row cannot stand on the thought that is its context, the model's own, if it cannot."""
+        own = [each.text for each in segments if each.role == "think" and not each.loss]
+        wrong = self._unfit(own[0], None) if own else None
+        return wrong and f"{wrong} that the model thought itself"
 
     def _unfit(self, text: str | None, seed: int | None) -> str | None:
         """Why a thought, or with a `seed` a reflection, is not to be learnt; None is one whose writer was cut."""
