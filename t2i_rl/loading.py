@@ -1,6 +1,5 @@
 """Loading transformers' checkpoints: straight into their dtype and device, and one clear line for whatever is wrong with them."""
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -8,7 +7,10 @@ from pathlib import Path
 
 import torch
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.finite import check_weights
+from t2i_rl.core.ranks import own_gpu
+from t2i_rl.core.tokenizing import check_tokenizer
+from t2i_rl.errors import UserError, first_line
 
 WEIGHTLESS: ContextVar[bool] = ContextVar("weightless", default=False)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -22,11 +24,6 @@ def without_weights() -> Iterator[None]:
         yield
     finally:
         WEIGHTLESS.reset(token)
-
-
-def own_gpu() -> str:
-    """The GPU of this process, which Lightning's launchers number in LOCAL_RANK; the CPU where there is none."""
-    return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
 def load_config(path: str, kind: str, revision: str | None = None):
@@ -52,7 +49,8 @@ def load_model(
     """A model in eval mode, read straight into `dtype` on `device` (`auto`: this process's GPU if there is one; None: the CPU).
 
     Raises:
-        UserError: the checkpoint is missing, gated, of another kind, truncated or not whole; the line names what to do.
+        UserError: the checkpoint is missing, gated, of another kind, truncated, not whole or not finite; the line names
+            what to do.
     """
     from transformers.utils import logging
 
@@ -86,6 +84,7 @@ def load_model(
         raise UserError(
             f"{path} lacks {len(info['missing_keys'])} weights, first {sorted(info['missing_keys'])[0]}; the checkpoint is not whole"
         )
+    check_weights(model.named_parameters(), path)
     return model.eval()
 
 
@@ -97,16 +96,35 @@ def load_part(auto_class, path: str, revision: str | None = None, **settings):
     """
     try:
         part = auto_class.from_pretrained(path, revision=revision, **settings)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises the bare class for a file that its class cannot read
         raise cannot_load(path, error) from error
     if hasattr(part, "get_vocab") and set(part.get_vocab()) <= set(part.all_special_tokens):
         raise UserError(f"cannot load {path}: its tokenizer knows no words; check that tokenizer.json is there")
     return part
 
 
-def first_line(error: Exception) -> str:
-    """What an error says first; its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def load_tokenizer(path: str, revision: str | None = None, *, kind=None, subfolder: str = "", **model):
+    """A tokenizer for a text encoder, checked against its model; special tokens that are spelt in a text are read as
+    text.
+
+    Args:
+        kind: its class; None: whichever the checkpoint names.
+        model: what `check_tokenizer` takes: `rows`, `begin`, `end`, `needs`.
+
+    Raises:
+        UserError: see `load_part` and `check_tokenizer`.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = load_part(kind or AutoTokenizer, path, revision, **({"subfolder": subfolder} if subfolder else {}))
+    check_tokenizer(tokenizer, f"{path}/{subfolder}" if subfolder else path, **model)
+    return reads_as_text(tokenizer)
+
+
+def reads_as_text(tokenizer):
+    """The tokenizer, which from now on splits special tokens that a text spells like any other letters."""
+    tokenizer.split_special_tokens = True
+    return tokenizer
 
 
 def cannot_load(path: str, error: Exception) -> UserError:
