@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save
+from safetensors.torch import load, save
 
+from t2i_rl.core.files import read_object, write_atomic
+from t2i_rl.core.finite import check_finite
+from t2i_rl.core.pixels import OVERFLOW
 from t2i_rl.errors import UserError
-from t2i_rl.evaluation.results import read_json, write_atomic
 from t2i_rl.hashing import weights_sha256
 from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
 from t2i_rl.seeding import row_normals
@@ -60,8 +62,17 @@ def about(model: LatentDiffusion, size: int, images: int, texts: int) -> dict:
 
 
 def write_shard(folder: Path, kind: str, number: int, keys: list[str], rows: dict[str, torch.Tensor]) -> int:
-    """Write one shard, then the record that makes it count; returns its bytes."""
-    content = save({name: part.to("cpu", torch.bfloat16).contiguous() for name, part in rows.items()})
+    """Write one shard, then the record that makes it count; returns its bytes.
+
+    Raises:
+        UserError: a row is not finite; the line names it, and nothing is written.
+    """
+    tensors = {name: part.to("cpu", torch.bfloat16).contiguous() for name, part in rows.items()}
+    for name, part in tensors.items():
+        finite = torch.isfinite(part).flatten(1).all(dim=1)
+        if not finite.all():
+            raise UserError(f"the {name} of {keys[int((~finite).nonzero()[0])]!r} ({kind}) is not finite: {OVERFLOW}")
+    content = save(tensors)
     write_atomic(folder / f"{kind}-{number:05d}.safetensors", content)
     record = {"keys": keys, "sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     write_atomic(folder / f"{kind}-{number:05d}.json", json.dumps(record))
@@ -69,13 +80,17 @@ def write_shard(folder: Path, kind: str, number: int, keys: list[str], rows: dic
 
 
 def finished(folder: Path, kind: str, number: int, keys: list[str]) -> int | None:
-    """The bytes of a shard that is there already, whole and of these keys; None if it has to be written."""
+    """The bytes of a shard that is there already, whole, finite and of these keys; None if it has to be written."""
     file, record = folder / f"{kind}-{number:05d}.safetensors", folder / f"{kind}-{number:05d}.json"
     if not (file.is_file() and record.is_file()):
         return None
-    known = read_json(record)
+    known = read_object(record, "keys", "bytes", "sha256")
     whole = known["keys"] == keys and file.stat().st_size == known["bytes"]
-    return known["bytes"] if whole and hashlib.sha256(file.read_bytes()).hexdigest() == known["sha256"] else None
+    if not whole:
+        return None
+    content = file.read_bytes()
+    whole = hashlib.sha256(content).hexdigest() == known["sha256"]
+    return known["bytes"] if whole and all(torch.isfinite(part).all() for part in load(content).values()) else None
 
 
 class Encodings:
@@ -95,14 +110,16 @@ class Encodings:
         folder = Path(path)
         if not (folder / "about.json").is_file():
             raise UserError(f"data.encodings={path}: no about.json there; make the folder with task=encode")
-        known = read_json(folder / "about.json")
-        if known.get("format") != FORMAT:
+        known = read_object(folder / "about.json", "format", *KINDS)
+        if known["format"] != FORMAT:
             raise UserError(f"data.encodings={path}: about.json does not say {FORMAT!r}")
         places: dict[str, dict[str, tuple[int, int]]] = {kind: {} for kind in KINDS}
         sums = {}
         for kind in KINDS:
             for record in sorted(folder.glob(f"{kind}-*.json")):
-                number, shard = int(record.stem.split("-")[1]), read_json(record)
+                if not record.stem.removeprefix(f"{kind}-").isdecimal():
+                    raise UserError(f"{record} is no record of a shard, whose name ends in a number: delete it")
+                number, shard = int(record.stem.split("-")[1]), read_object(record, "keys", "sha256")
                 sums[f"{kind}-{number:05d}"] = shard["sha256"]
                 places[kind] |= {key: (number, row) for row, key in enumerate(shard["keys"])}
             if len(places[kind]) < known[kind]:
@@ -140,7 +157,7 @@ class Encodings:
         """A batch.
 
         Raises:
-            UserError: an image or caption was not encoded, or a shard has changed since.
+            UserError: an image or caption was not encoded, a shard has changed since, or a row is not finite.
         """
         images = self._rows("images", names)
         text = self._rows("texts", captions) if self.about["texts"] else None
@@ -157,14 +174,21 @@ class Encodings:
             number, row = self.places[kind][key]
             shard = self._shard(f"{kind}-{number:05d}")
             rows.append({name: shard.get_slice(name)[row] for name in shard.keys()})  # noqa: SIM118
-        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        joined = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+        for name, part in joined.items():
+            check_finite(part, f"data.encodings={self.folder}: {name} of {kind}", "encode this data set again")
+        return joined
 
     def _shard(self, name: str) -> safe_open:
         """A shard, mapped and not read, after its checksum was compared once."""
         if name not in self._shards:
             file = self.folder / f"{name}.safetensors"
-            with file.open("rb") as content:
-                if hashlib.file_digest(content, "sha256").hexdigest() != self.sums[name]:
-                    raise UserError(f"{file} has changed since it was written: delete it and run task=encode again")
+            try:
+                with file.open("rb") as content:
+                    digest = hashlib.file_digest(content, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(f"{file} cannot be read ({error.strerror}): run task=encode again") from error
+            if digest != self.sums[name]:
+                raise UserError(f"{file} has changed since it was written: delete it and run task=encode again")
             self._shards[name] = safe_open(file, "pt")
         return self._shards[name]

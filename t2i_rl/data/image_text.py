@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
+from t2i_rl.core.numbers import Count, Pixels, Seed, Whole, check_arguments
 from t2i_rl.data.encodings import Encodings
 from t2i_rl.data.pairs import PixelPairs, share_of
 from t2i_rl.data.sources import Source, find_source
@@ -15,14 +16,26 @@ from t2i_rl.prompts import Prompt
 from t2i_rl.seeding import derive_seed
 from t2i_rl.shapes.render import to_pixels
 
+MOST_OBLONG = 16
+
 
 def square(image: Image.Image, size: int) -> np.ndarray:
     """uint8 `(size, size, 3)`: the shorter side resized to `size` (bicubic), the middle cut out."""
+    if max(image.size) > MOST_OBLONG * min(image.size):
+        image = _shortened(image)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _shortened(image: Image.Image) -> Image.Image:
+    """The middle of a sliver: enlarged whole, one of 1 x 10,000 pixels would fill the memory before it is cut."""
+    length = MOST_OBLONG * min(image.size)
+    width, height = (min(side, length) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 class ImageTextStream(IterableDataset):
@@ -103,13 +116,14 @@ class ImageText(L.LightningDataModule):
         path: str,
         layout: str = "auto",
         split: str = "train2017",
-        size: int = 512,
-        batch_size: int = 4,
-        held_out: int = 50,
+        size: Pixels = 512,
+        batch_size: Count = 4,
+        held_out: Whole = 50,
         encodings: str | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
         super().__init__()
+        check_arguments(ImageText, locals(), "data")
         self.source, self.size, self.batch_size, self.seed = find_source(path, layout, split), size, batch_size, seed
         order = np.random.default_rng((seed, 7)).permutation(len(self.source)).tolist()
         held, self.items = order[:held_out], sorted(order[held_out:])

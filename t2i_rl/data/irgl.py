@@ -1,7 +1,6 @@
 """Trajectories of the six modes from a folder in the published format, in the mixture of a stage, in an order that a resumed run continues."""
 
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 
 import lightning as L
@@ -9,8 +8,10 @@ import numpy as np
 from rich.console import Console
 from torch.utils.data import DataLoader, IterableDataset
 
+from t2i_rl.core.numbers import Count, Seed, Weight, check_arguments
 from t2i_rl.data.pairs import share_of
 from t2i_rl.errors import UserError
+from t2i_rl.folders import in_turn
 from t2i_rl.irg.make import Maker
 from t2i_rl.irg.toy_format import count_rows, parsed, raw_rows
 from t2i_rl.irg.trajectory import MODES, STAGES, Segment
@@ -61,7 +62,7 @@ class TrajectoryStream(IterableDataset):
 
 
 class Trajectories(L.LightningDataModule):
-    """IRGL data (arXiv 2509.06945): a folder of `task=make_irgl`, or one in the layout of `Osilly/IRG-Toy-Dataset`.
+    """IRGL data (arXiv 2509.06945): a folder of `task=make_irgl`, or one in the layout that the released parser reads.
 
     Args:
         path: the folder.
@@ -76,24 +77,17 @@ class Trajectories(L.LightningDataModule):
 
     gives = "trajectories"
 
-    def __init__(self, path: str, stage: int = 1, weights: dict[str, float] | None = None, batch_size: int = 16, maker: Maker | None = None, count: int = 4096, seed: int = 0):  # fmt: skip
+    def __init__(self, path: str, stage: Count = 1, weights: dict[str, Weight] | None = None, batch_size: Count = 16, maker: Maker | None = None, count: Count = 4096, seed: Seed = 0):  # fmt: skip
         super().__init__()
+        check_arguments(Trajectories, locals(), "data")
         if stage not in STAGES:
             raise UserError(f"stage must be one of {', '.join(map(str, STAGES))}, not {stage!r}")
-        if weights is not None and not (isinstance(weights, Mapping) and all(type(share) in (int, float) for share in weights.values())):  # fmt: skip
-            raise UserError(
-                f"data.weights must be shares by mode, like {{improving_full_learning: 1.0}}, not {weights}"
-            )
         self.weights = {mode: share for mode, share in dict(weights or STAGES[stage]).items() if share}
-        if any(share < 0 for share in self.weights.values()):
-            raise UserError(f"data.weights must be 0 or more, not {min(self.weights.values())}")
         unknown = [mode for mode in self.weights if mode not in MODES]
         if unknown or not self.weights:
             raise UserError(
                 f"data.weights: there is no mode {unknown[0] if unknown else ''!r}; the modes are {', '.join(MODES)}"
             )
-        if batch_size < 1 or count < 1:
-            raise UserError(f"data.batch_size and data.count must be 1 or more, not {batch_size} and {count}")
         self.path, self.batch_size, self.maker, self.count, self.seed = Path(path), batch_size, maker, count, seed
         self.prompts = world_prompts(count, seed) if maker is not None else []
         if maker is None:
@@ -115,10 +109,14 @@ class Trajectories(L.LightningDataModule):
         """Make the folder where it is not there; Lightning calls this on one process of a machine, before the first step."""
         if self.maker is None or self.trainer.state.fn != "fit":  # a trainer that goes on to test calls this again
             return
-        if not (self.path / "manifest.json").exists():
-            Console().print(f"making trajectories of {len(self.prompts)} prompts in {self.path} (once)", soft_wrap=True)
         module = self.trainer.lightning_module
-        self.maker.make(self.path, module.model.to(self.trainer.strategy.root_device), self.prompts, module.interleaved.fits)  # fmt: skip
+        with in_turn(self.path):  # a run that wants the same data waits for the one that makes them
+            if not (self.path / "manifest.json").exists():
+                Console().print(
+                    f"making trajectories of {len(self.prompts)} prompts in {self.path} (once)", soft_wrap=True
+                )
+            model = module.model.to(self.trainer.strategy.root_device)
+            self.maker.make(self.path, model, self.prompts, module.interleaved.fits)
 
     def train_dataloader(self) -> DataLoader:
         first = self.trainer.lightning_module.batches_done

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
+from t2i_rl.core.numbers import Count, Seed, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
 from t2i_rl.prompts import Prompt
@@ -116,8 +117,9 @@ class ShapesPairs(L.LightningDataModule):
 
     gives = "pairs"
 
-    def __init__(self, batch_size: int = 8, tasks: tuple[str, ...] = tuple(TASK_WEIGHTS)[:6], seed: int = 0):
+    def __init__(self, batch_size: Count = 8, tasks: tuple[str, ...] = tuple(TASK_WEIGHTS)[:6], seed: Seed = 0):
         super().__init__()
+        check_arguments(ShapesPairs, locals(), "data")
         unknown = [task for task in tasks if task not in TASK_WEIGHTS]
         if unknown or not tasks:
             raise UserError(f"data.tasks must be some of {', '.join(TASK_WEIGHTS)}, not {unknown or list(tasks)}")

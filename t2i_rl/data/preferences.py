@@ -1,15 +1,18 @@
 """Preferences on `shapes`: several pictures a training prompt, drawn by the model itself and ranked by the exact judge."""
 
-import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
+from t2i_rl.core.files import read_json_lines
+from t2i_rl.core.numbers import Count, Seed, check_arguments
+from t2i_rl.core.pixels import read_image
+from t2i_rl.core.text import fault_of_text
 from t2i_rl.data.pairs import sampled_latents, share_of
 from t2i_rl.errors import UserError
 from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
@@ -46,7 +49,12 @@ class PreferenceStream(IterableDataset):
             places = range(self.position * self.batch_size + first, self.position * self.batch_size + first + share)
             chosen = [self.rows[self._item(place)] for place in places]
             self.position += 1
-            images = [self._read(row["preferred"]) for row in chosen] + [self._read(row["other"]) for row in chosen]
+            names = [row["preferred"] for row in chosen] + [row["other"] for row in chosen]
+            images = [self._read(name) for name in names]
+            odd = next((number for number, image in enumerate(images) if image.shape != images[0].shape), None)
+            if odd is not None:
+                sizes = " and ".join(f"{names[i]} has {images[i].shape[1]}x{images[i].shape[0]}" for i in (0, odd))
+                raise UserError(f"{self.folder}: pictures of preferences must be of one size, but {sizes}")
             numbers = list(range(first, first + share))
             yield Preferred(numbers + numbers, [row["prompt"] for row in chosen], to_pixels(np.stack(images)))
 
@@ -57,27 +65,28 @@ class PreferenceStream(IterableDataset):
         )
 
     def _read(self, name: str) -> np.ndarray:
-        return np.asarray(Image.open(self.folder / name).convert("RGB"))
+        return np.asarray(read_image(self.folder / name))
 
 
 class Preferences(L.LightningDataModule):
-    """Pairs that task=make_preferences has written.
+    """Pairs that task=make_preferences has written, or anybody in its form: rows of `prompt`, `preferred` and `other`.
 
     Raises:
-        UserError: there are none, or fewer than a batch.
+        UserError: there are none, or fewer than a batch; or a row is broken or names a file that is not there.
     """
 
     gives = "preferences"
 
-    def __init__(self, path: str, batch_size: int = 16, seed: int = 0):
+    def __init__(self, path: str, batch_size: Count = 16, seed: Seed = 0):
         super().__init__()
+        check_arguments(Preferences, locals(), "data")
         self.folder, self.batch_size, self.seed = Path(path), batch_size, seed
         file = self.folder / "preferences.jsonl"
         if not file.is_file():
             raise UserError(
                 f"data.path={path}: there is no preferences.jsonl; make the folder with task=make_preferences"
             )
-        self.rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        self.rows = [_checked(row, place, self.folder) for _, place, row in read_json_lines(file)]
         if len(self.rows) < batch_size:
             raise UserError(f"data.batch_size={batch_size}, but there are only {len(self.rows)} preferences")
         self.prompts = [Prompt(str(number), row["prompt"]) for number, row in enumerate(self.rows)]
@@ -85,3 +94,13 @@ class Preferences(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         first = self.trainer.lightning_module.batches_done
         return DataLoader(PreferenceStream(self.folder, self.rows, self.batch_size, self.seed, first), batch_size=None)
+
+
+def _checked(row: dict, place: str, folder: Path) -> dict:
+    for key in ("prompt", "preferred", "other"):
+        if fault := fault_of_text(row.get(key)):
+            raise UserError(f"{place}: {key} {fault}")
+    for key in ("preferred", "other"):
+        if not os.path.isfile(folder / row[key]):
+            raise UserError(f"{place}: {key} names {row[key]}, which is not there")
+    return row

@@ -4,6 +4,7 @@ import lightning as L
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
+from t2i_rl.core.numbers import Count, Seed, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt, read_prompts
 from t2i_rl.seeding import derive_seed
@@ -58,19 +59,18 @@ class PromptData(L.LightningDataModule):
     def __init__(
         self,
         path: str | None = None,
-        batch_size: int = 8,
-        prompts_per_task: int = 400,
+        batch_size: Count = 8,
+        prompts_per_task: Count = 400,
         tasks: tuple[str, ...] = GENEVAL_TASKS,
-        seed: int = 0,
+        seed: Seed = 0,
         prompts: list[Prompt] | None = None,
         split: str = "train",
     ):
         super().__init__()
         self.prompts = prompts
-        if prompts is None and not path and (prompts_per_task < 1 or not tasks):
-            raise UserError(
-                f"data.prompts_per_task must be 1 or more, not {prompts_per_task}, and data.tasks must not be empty"
-            )
+        check_arguments(PromptData, locals(), "data")
+        if prompts is None and not path and not tasks:
+            raise UserError("data.tasks must not be empty")
         if prompts is None:
             self.prompts = read_prompts(path) if path else select_prompts(split, prompts_per_task, tuple(tasks))
         self.batch_size, self.seed = batch_size, seed

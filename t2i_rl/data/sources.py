@@ -1,49 +1,59 @@
 """Where images and their captions lie on a disk: COCO's layout, a folder, a webdataset, parquet files. Nothing is decoded before it is asked for."""
 
-import io
-import json
+import os
 import tarfile
+from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from t2i_rl.core.files import decoded, lines_of, parse_json, read_bytes, read_json, read_json_lines
+from t2i_rl.core.pixels import read_image
+from t2i_rl.core.ranks import is_main_process
+from t2i_rl.core.text import fault_of_text
+from t2i_rl.data.members import is_image, matched
 from t2i_rl.errors import UserError
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+TEXT_COLUMNS = ("text", "caption", "captions", "prompt")
 
 
 class Source:
-    """`captions[i]` are the texts of item `i`, one or more; `names[i]` tells it from the others; `open(i)` reads its image's bytes."""
+    """`captions[i]` are the texts of item `i`, one or more; `names[i]` tells it from the others; `open(i)` reads its
+    image's bytes. `ignored` names what lies there and is not taken up.
+    """
 
-    def __init__(self, names: list[str], captions: list[list[str]]):
-        self.names, self.captions = names, captions
+    def __init__(self, names: list[str], captions: list[list[str]], ignored: Iterable[str] = ()):
+        self.names, self.captions, self.ignored = names, captions, list(ignored)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def open(self, item: int) -> bytes:
+        """The bytes of an image's file.
+
+        Raises:
+            UserError: they cannot be read.
+        """
         raise NotImplementedError
 
     def image(self, item: int) -> Image.Image:
-        """The picture, RGB.
+        """The picture as `core.pixels.read_image` gives it.
 
         Raises:
             UserError: it cannot be read; the line names it.
         """
-        try:
-            return Image.open(io.BytesIO(self.open(item))).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise UserError(f"image {self.names[item]} cannot be read: {error}") from error
+        return read_image(self.open(item), self.names[item])
 
 
 class Files(Source):
     """Images that are files of their own."""
 
-    def __init__(self, files: list[Path], captions: list[list[str]]):
-        super().__init__([str(file) for file in files], captions)
+    def __init__(self, files: list[Path], captions: list[list[str]], ignored: Iterable[str] = ()):
+        super().__init__([str(file) for file in files], captions, ignored)
 
     def open(self, item: int) -> bytes:
-        return Path(self.names[item]).read_bytes()
+        return read_bytes(self.names[item])
 
 
 def coco(path: Path, split: str) -> Source:
@@ -53,124 +63,198 @@ def coco(path: Path, split: str) -> Source:
         raise UserError(
             f"data.path={path}: there is no {annotations.relative_to(path)}; COCO's layout is annotations/captions_{split}.json and {split}/*.jpg"
         )
-    table = _json(annotations)
-    captions: dict[int, list[str]] = {}
-    for row in sorted(table["annotations"], key=lambda row: row["id"]):
-        captions.setdefault(row["image_id"], []).append(" ".join(row["caption"].split()))
-    rows = [(path / split / row["file_name"], captions[row["id"]]) for row in table["images"] if row["id"] in captions]
-    return _present(Files([file for file, _ in rows], [texts for _, texts in rows]))
+    table = read_json(annotations)
+    rows = {key: _rows_by_id(table, key, annotations) for key in ("images", "annotations")}
+    names: dict[str, object] = {}
+    for number, row in rows["images"].items():
+        name = _text_in(row, "file_name", f"{annotations}: images: id {number!r}")
+        if name in names:
+            raise UserError(f"{annotations}: images: id {number!r} has the file of id {names[name]!r}, {name}")
+        names[name] = number
+    captions: dict[object, list[str]] = {}
+    strays = []
+    for number, row in sorted(rows["annotations"].items(), key=lambda item: (isinstance(item[0], str), item[0])):
+        place = f"{annotations}: annotations: id {number!r}"
+        if row.get("image_id") not in rows["images"]:
+            strays.append(f"{place}, of an image that is not in the table")
+            continue
+        captions.setdefault(row["image_id"], []).extend(_captions_in(row, ("caption",), place))
+    taken = {name: captions[number] for name, number in names.items() if number in captions}
+    unnamed = _images_but(path / split, {path / split / name for name in taken})
+    return _present(Files([path / split / name for name in taken], list(taken.values()), strays + unnamed))
+
+
+def _rows_by_id(table: object, key: str, file: Path) -> dict:
+    rows = table.get(key) if isinstance(table, dict) else None
+    if not isinstance(rows, list):
+        raise UserError(f"{file}: there is no list {key!r}: is this one of COCO's caption files?")
+    by_id = {}
+    for number, row in enumerate(rows):
+        place = f"{file}: {key}: row {number}"
+        name = row.get("id") if isinstance(row, dict) else None
+        if type(name) not in (int, str):
+            raise UserError(f"{place}: not an object with an id")
+        if name in by_id:
+            raise UserError(f"{place}: the id {name!r} stands twice")
+        by_id[name] = row
+    return by_id
 
 
 def folder(path: Path, split: str) -> Source:
-    """Images with `<name>.txt` beside them, a caption a line; or a `metadata.jsonl` of `file_name` and `text` (or `caption`), a line or several an image."""
+    """Images with `<name>.txt` beside them, a caption a line, or `<name>.json` (see `members.matched`); or a
+    `metadata.jsonl` of `file_name` and `text` (or `caption`), a line or several an image."""
     table = path / "metadata.jsonl"
     if table.is_file():
         captions: dict[Path, list[str]] = {}
-        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                captions.setdefault(path / row["file_name"], []).extend(_texts(row.get("text", row.get("caption"))))
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise UserError(f"{table}:{number}: expected an object with file_name and text") from error
-        return _present(Files(list(captions), list(captions.values())))
-    files = sorted(file for file in path.rglob("*") if file.suffix.lower() in PICTURES)
-    lacking = next((file for file in files if not file.with_suffix(".txt").is_file()), None)
-    if lacking:
+        for _, place, row in read_json_lines(table):
+            file = path / _text_in(row, "file_name", place)
+            captions.setdefault(file, []).extend(_captions_in(row, ("text", "caption"), place))
+        return _present(Files(list(captions), list(captions.values()), _images_but(path, captions)))
+    members = matched(sorted(str(file) for file in path.rglob("*") if file.is_file()))
+    if members.lacking:
+        lacking = Path(members.lacking[0])
         raise UserError(
             f"{lacking} has no caption: write {lacking.with_suffix('.txt').name} beside it, or a metadata.jsonl in {path}"
         )
-    return Files(files, [_texts(file.with_suffix(".txt").read_text(encoding="utf-8").splitlines()) for file in files])
+    captions = [_captions_of_file(read_bytes(text), text) for _, text in members.pairs]
+    return Files([Path(image) for image, _ in members.pairs], captions, members.ignored)
 
 
 class WebDataset(Source):
-    """Tar shards whose members share a key: `<key>.jpg` with `<key>.txt`, or `<key>.json` with `caption` or `text`. Read in place, in any order."""
+    """Tar shards whose members share a name: `<key>.jpg` with `<key>.txt`, or `<key>.json` with `caption` or `text`
+    (see `members.matched`). Read in place, in any order."""
 
     def __init__(self, shards: list[Path]):
         self.places: list[tuple[Path, int, int]] = []
-        names, captions = [], []
+        names, captions, ignored = [], [], []
         for shard in shards:
-            for key, (place, texts) in _members(shard).items():
+            samples, others = _members(shard)
+            ignored += others
+            for key, (place, texts) in samples.items():
                 names.append(f"{shard}:{key}")
                 captions.append(texts)
                 self.places.append((shard, *place))
-        super().__init__(names, captions)
+        super().__init__(names, captions, ignored)
 
     def open(self, item: int) -> bytes:
         shard, offset, size = self.places[item]
-        with shard.open("rb") as file:
-            file.seek(offset)
-            return file.read(size)
+        try:
+            with shard.open("rb") as file:
+                file.seek(offset)
+                return file.read(size)
+        except OSError as error:
+            raise UserError(f"{shard} cannot be read: {error.strerror}") from error
 
 
-def _members(shard: Path) -> dict[str, tuple[tuple[int, int], list[str]]]:
-    images, texts = {}, {}
+def _members(shard: Path) -> tuple[dict[str, tuple[tuple[int, int], list[str]]], list[str]]:
+    """By key: where an image lies and its captions; and what is ignored."""
     try:
         with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                folder_name, _, base = member.name.rpartition("/")
-                key, _, suffix = base.partition(".")
-                key = f"{folder_name}/{key}"
-                if f".{suffix.lower()}" in PICTURES:
-                    images[key] = (member.offset_data, member.size)
-                elif suffix == "txt":
-                    texts[key] = _texts(archive.extractfile(member).read().decode().splitlines())
-                elif suffix == "json" and key not in texts:
-                    row = json.loads(archive.extractfile(member).read())
-                    texts[key] = _texts(row.get("caption", row.get("text")))
+            files = _files_of(archive, shard)
+            members = matched(files)
+            if members.lacking:
+                raise UserError(f"{shard}: {members.lacking[0]} has no caption (.txt, or .json with caption)")
+            samples = {}
+            for image, text in members.pairs:
+                key = image[: -len(Path(image).suffix)]
+                if key in samples:
+                    raise UserError(f"{shard}: {key} has two images, {image} and another: leave one")
+                texts = _captions_of_file(archive.extractfile(files[text]).read(), f"{shard}: {text}")
+                samples[key] = (files[image].offset_data, files[image].size), texts
     except tarfile.TarError as error:
         raise UserError(f"{shard}: not a plain tar file ({error})") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{shard}: a caption cannot be read ({error})") from error
-    lacking = next((key for key in images if not texts.get(key)), None)
-    if lacking:
-        raise UserError(f"{shard}: {lacking.lstrip('/')} has no caption (.txt, or .json with caption)")
-    return {key: (place, texts[key]) for key, place in images.items()}
+    except OSError as error:
+        raise UserError(f"{shard} cannot be read: {error.strerror or error}") from error
+    keyed = {key if "/" in key else f"/{key}": sample for key, sample in samples.items()}
+    return keyed, [f"{shard}: {name}" for name in members.ignored]
+
+
+def _files_of(archive: tarfile.TarFile, shard: Path) -> dict[str, tarfile.TarInfo]:
+    """The members that are files, by name.
+
+    Raises:
+        UserError: a name stands twice, or the shard is not whole.
+    """
+    files: dict[str, tarfile.TarInfo] = {}
+    for member in archive:
+        if not member.isfile() or member.issparse():
+            continue
+        if member.name in files:
+            raise UserError(f"{shard}: the member {member.name} stands twice")
+        files[member.name] = member
+    _check_end(archive, shard)
+    return files
+
+
+def _check_end(archive: tarfile.TarFile, shard: Path) -> None:
+    """A tar ends with zeros. Python takes any broken header for the end, and silently loses what follows."""
+    archive.fileobj.seek(archive.offset)
+    zeros = 0
+    for block in iter(partial(archive.fileobj.read, 1 << 20), b""):
+        if any(block):
+            raise UserError(
+                f"{shard}: what follows its last member is no tar: it is damaged, or another tar was joined to it"
+            )
+        zeros += len(block)
+    if zeros < tarfile.BLOCKSIZE:
+        raise UserError(f"{shard}: there is no end of a tar: it was cut short; fetch or make it anew")
 
 
 class Parquet(Source):
     """Parquet files with a column of images (bytes, or structs with `bytes` or `path`, as datasets writes them) and one of texts."""
 
     def __init__(self, files: list[Path]):
+        import pyarrow as pa
         import pyarrow.parquet as pq
-        from pyarrow.lib import ArrowInvalid
 
         names, captions, self.rows = [], [], []
         for file in files:
             try:
                 columns = pq.read_schema(file).names
-            except ArrowInvalid as error:
+                texts = next((name for name in TEXT_COLUMNS if name in columns), None)
+                if "image" not in columns or texts is None:
+                    raise UserError(
+                        f"{file} has the columns {', '.join(columns)}; needed are image and text "
+                        "(or caption, captions, prompt)"
+                    )
+                values = pq.read_table(file, columns=[texts])[texts].to_pylist()
+            except (pa.ArrowException, OSError) as error:
                 raise UserError(f"{file}: not a parquet file ({str(error).splitlines()[0]})") from error
-            texts = next((name for name in ("text", "caption", "captions", "prompt") if name in columns), None)
-            if "image" not in columns or texts is None:
-                raise UserError(
-                    f"{file} has the columns {', '.join(columns)}; needed are image and text (or caption, captions, prompt)"
-                )
-            for row, value in enumerate(pq.read_table(file, columns=[texts])[texts].to_pylist()):
+            for row, value in enumerate(values):
                 names.append(f"{file}:{row}")
-                captions.append(_texts(value))
+                captions.append(_captions(value, f"{file}: row {row}: {texts}"))
                 self.rows.append((file, row))
         super().__init__(names, captions)
         self._file, self._group, self._table = None, None, None
 
     def open(self, item: int) -> bytes:
         file, row = self.rows[item]
-        image = self._row_group(file, row)
+        image = self._value(file, row)
         if isinstance(image, dict):
-            if image.get("bytes") is None:
-                return (file.parent / image["path"]).read_bytes()
-            return image["bytes"]
+            place = image.get("path")
+            image = image.get("bytes")
+            if image is None and isinstance(place, str):
+                return read_bytes(file.parent / place)
+        if not isinstance(image, bytes):
+            raise UserError(f"{file}: row {row}: its image is {type(image).__name__}, not bytes or a path")
         return image
 
-    def _row_group(self, file: Path, row: int):
+    def _value(self, file: Path, row: int):
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        if self._file != file:
-            self._file, self._group, self._reader = file, None, pq.ParquetFile(file)
-            counts = [self._reader.metadata.row_group(i).num_rows for i in range(self._reader.metadata.num_row_groups)]
-            self._starts = [sum(counts[:i]) for i in range(len(counts) + 1)]
-        group = next(i for i, start in enumerate(self._starts[1:]) if row < start)
-        if self._group != group:
-            self._group, self._table = group, self._reader.read_row_group(group, columns=["image"])["image"]
+        try:
+            if self._file != file:
+                self._reader = pq.ParquetFile(file)
+                self._file, self._group, parts = file, None, self._reader.metadata
+                counts = [parts.row_group(number).num_rows for number in range(parts.num_row_groups)]
+                self._starts = [sum(counts[:number]) for number in range(len(counts) + 1)]
+            group = next(number for number, start in enumerate(self._starts[1:]) if row < start)
+            if self._group != group:
+                self._table = self._reader.read_row_group(group, columns=["image"])["image"]
+                self._group = group
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{file}: row {row}: the file is damaged ({str(error).splitlines()[0]})") from error
         return self._table[row - self._starts[group]].as_py()
 
 
@@ -181,10 +265,9 @@ def find_source(path: str, layout: str, split: str) -> Source:
         UserError: there is nothing of the kind, or a file is broken; the line names it.
     """
     root = Path(path)
-    if not root.exists():
+    if not os.path.exists(root):  # pathlib's own raises where a name is too long
         raise UserError(f"data.path={path}: there is no such folder")
-    shards = [root] if root.suffix == ".tar" else sorted(root.glob("*.tar"))
-    tables = [root] if root.suffix == ".parquet" else sorted(root.glob("*.parquet"))
+    shards, tables = _ending(root, ".tar"), _ending(root, ".parquet")
     if layout == "auto":
         layout = (
             "coco" if (root / "annotations").is_dir() else "webdataset" if shards else "parquet" if tables else "folder"
@@ -198,28 +281,72 @@ def find_source(path: str, layout: str, split: str) -> Source:
     if layout not in makers:
         raise UserError(f"data.layout must be auto, {', '.join(makers)}, not {layout!r}")
     source = makers[layout]()
+    if layout in ("webdataset", "parquet") and root.is_dir():
+        source.ignored += sorted(str(file) for file in root.iterdir() if is_image(file.name))
+    if source.ignored and is_main_process():
+        count = len(source.ignored)
+        print(f"{path}: {count} member{'s' * (count > 1)} ignored (first: {source.ignored[0]})", flush=True)
     if not len(source):
         raise UserError(f"data.path={path}: no images with captions in the layout {layout!r}")
-    empty = next((name for name, texts in zip(source.names, source.captions, strict=True) if not texts), None)
-    if empty:
-        raise UserError(f"{empty} has an empty caption")
     return source
 
 
+def _ending(root: Path, suffix: str) -> list[Path]:
+    """The file itself, or the files in the folder, whose names end so, in capitals or not."""
+    files = sorted(root.iterdir()) if root.is_dir() else [root]
+    return [file for file in files if file.suffix.lower() == suffix and not file.name.startswith(".")]
+
+
 def _present(source: Files) -> Files:
-    missing = next((name for name in source.names if not Path(name).is_file()), None)
+    missing = next((name for name in source.names if not os.path.isfile(name)), None)
     if missing:
         raise UserError(f"{missing} is named among the captions and is not there")
     return source
 
 
-def _texts(value) -> list[str]:
-    values = [value] if isinstance(value, str) else value
-    return [" ".join(text.split()) for text in values if text.strip()]
+def _images_but(path: Path, taken: Iterable[Path]) -> list[str]:
+    """The images below a folder that its table of captions does not name."""
+    known = {os.path.normpath(file) for file in taken}
+    files = (os.path.normpath(file) for file in path.rglob("*"))
+    return sorted(file for file in files if is_image(file) and file not in known)
 
 
-def _json(path: Path):
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
+def _captions_of_file(content: bytes, name: str) -> list[str]:
+    """The captions of a text, one a line, or of a JSON object with `caption` or `text`."""
+    text = decoded(content, name)
+    if not name.lower().endswith(".json"):
+        return _captions([line for _, line in lines_of(text)], name)
+    row = parse_json(text, name)
+    if not isinstance(row, dict):
+        raise UserError(f"{name}: expected a JSON object with caption or text")
+    return _captions_in(row, ("caption", "text"), name)
+
+
+def _captions_in(row: dict, keys: tuple[str, ...], place: str) -> list[str]:
+    key = next((key for key in keys if key in row), None)
+    if key is None:
+        raise UserError(f"{place}: there is no {' or '.join(keys)}")
+    return _captions(row[key], f"{place}: {key}")
+
+
+def _captions(value: object, place: str) -> list[str]:
+    """A text, or a list of them, without line breaks and doubled spaces.
+
+    Raises:
+        UserError: it is neither, or one is empty.
+    """
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list):
+        raise UserError(f"{place}: the caption {fault_of_text(texts)}")
+    if not texts:
+        raise UserError(f"{place}: the caption is empty")
+    fault = next(filter(None, map(fault_of_text, texts)), None)
+    if fault:
+        raise UserError(f"{place}: the caption {fault}")
+    return [" ".join(text.split()) for text in texts]
+
+
+def _text_in(row: dict, key: str, place: str) -> str:
+    if fault := fault_of_text(row.get(key)):
+        raise UserError(f"{place}: {key} {fault}")
+    return row[key]

@@ -1,12 +1,14 @@
 """T2I-R1's training prompts: JSON lines with what its scorers need to know, every row checked (arXiv 2505.00703 section 4.1)."""
 
-import json
 from pathlib import Path
 
+from t2i_rl.core.files import read_json_lines
+from t2i_rl.core.numbers import Count, Seed, check_arguments
+from t2i_rl.core.ranks import is_main_process
+from t2i_rl.core.text import fault_of_text, is_text
 from t2i_rl.data.prompt_stream import PromptData
 from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt, read_prompts, text_of
-from t2i_rl.provenance import is_main_process
+from t2i_rl.prompts import Prompt, fault_of_clauses, read_prompts, row_id, with_distinct_ids
 
 NEEDED = {  # task_type -> the annotation that its scorers read
     "spatial": "spatial_info",
@@ -36,13 +38,12 @@ class T2IR1Data(PromptData):
     def __init__(
         self,
         path: str,
-        batch_size: int = 8,
+        batch_size: Count = 8,
         task_types: tuple[str, ...] | None = None,
         exclude: str | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
-        if isinstance(task_types, str):
-            raise UserError(f"data.task_types must be a list, as in data.task_types=[{task_types}]")
+        check_arguments(T2IR1Data, locals(), "data")
         unknown = [kind for kind in task_types or () if kind not in NEEDED]
         if unknown:
             raise UserError(f"data.task_types holds {unknown[0]!r}; choose from {', '.join(NEEDED)}")
@@ -64,27 +65,21 @@ def read_t2i_r1(path: str) -> list[Prompt]:
     """The checked rows of a file; `meta` is the whole row but its prompt.
 
     Raises:
-        UserError: a row is no JSON, lacks what its task type needs, or repeats a prompt; file and line are named.
+        UserError: a row is no JSON, lacks what its task type needs, or repeats a prompt or an id; its place is named.
     """
-    if not Path(path).is_file():
-        raise UserError(f"data.path={path}: there is no such file")
-    prompts: dict[str, Prompt] = {}
-    for number, line in enumerate(text_of(Path(path)).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: not JSON ({error})") from error
-        fault = fault_of(row) if isinstance(row, dict) else "is not a JSON object"
-        if fault or row["prompt"] in prompts:
-            raise UserError(f"{path}:{number}: the row {fault or 'has the prompt of an earlier one'}")
+    placed: list[tuple[str, Prompt]] = []
+    texts: set[str] = set()
+    for number, place, row in read_json_lines(path):
+        fault = fault_of(row)
+        if fault or row["prompt"] in texts:
+            raise UserError(f"{place}: the row {fault or 'has the prompt of an earlier one'}")
+        texts.add(row["prompt"])
+        name = row_id(row.get("id", f"{Path(path).stem}/{number:05d}"), place)
         meta = {key: value for key, value in row.items() if key not in ("id", "prompt")}
-        name = str(row.get("id", f"{Path(path).stem}/{number:05d}"))
-        prompts[row["prompt"]] = Prompt(name, row["prompt"], row["task_type"], meta)
-    if not prompts:
+        placed.append((place, Prompt(name, row["prompt"], row["task_type"], meta)))
+    if not placed:
         raise UserError(f"{path} holds no prompt")
-    return list(prompts.values())
+    return with_distinct_ids(placed)
 
 
 def fault_of(row: dict) -> str | None:
@@ -95,8 +90,8 @@ def fault_of(row: dict) -> str | None:
     for key in ("prompt", "nouns", NEEDED[kind]):
         if not row.get(key):
             return f"has task_type {kind!r} but no {key!r}"
-    if not is_text(row["prompt"]):
-        return f"has a prompt that is no text: {row['prompt']!r}"
+    if fault := fault_of_text(row["prompt"]):
+        return f"has a prompt that {fault}"
     for key in ("nouns", "attr_nouns"):
         words = row.get(key, [])
         if not isinstance(words, list) or not all(map(is_text, words)):
@@ -115,8 +110,7 @@ def fault_of(row: dict) -> str | None:
             return f"has a numeracy_info without obj_name and a num of 1 or more: {item!r}"
     named = [relation[key] for key in ("obj1", "obj2") if relation] + [item["obj_name"] for item in counted]
     strange = [name for name in named if name not in row["nouns"]]
-    return f"names {strange[0]!r}, which is not among its nouns" if strange else None
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    if strange:
+        return f"names {strange[0]!r}, which is not among its nouns"
+    fault = fault_of_clauses(row)
+    return f"is not to be judged: {fault}" if fault else None

@@ -5,10 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from t2i_rl.core.files import read_json, write_atomic
+from t2i_rl.core.pixels import read_image
 from t2i_rl.errors import UserError
-from t2i_rl.evaluation.results import read_json, require, write_atomic
+from t2i_rl.evaluation.results import require
 from t2i_rl.irg.strips import strips
 from t2i_rl.irg.toy_format import png
 from t2i_rl.irg.trajectory import Segment, Trajectory
@@ -41,14 +42,24 @@ def load_trajectory(folder: Path) -> Trajectory:
     path = Path(folder) / "trajectory.json"
     content = read_json(path)
     require(content, [field.name for field in fields(Trajectory)], str(path))
+    unknown = set(content) - {field.name for field in fields(Trajectory)}
+    if unknown or not isinstance(content["segments"], list):
+        raise UserError(
+            f"{path}: not what a trajectory is written as: {', '.join(sorted(unknown)) or 'segments is no list'}"
+        )
     segments = []
     for number, row in enumerate(content.pop("segments")):
         require(row, KEYS, f"{path}: segment {number}")
+        if (
+            not isinstance(row["text"], str | None)
+            or not isinstance(row["image"], str | None)
+            or not isinstance(row["seen_by"], list)
+        ):
+            raise UserError(
+                f"{path}: segment {number}: text, image and seen_by must be a text, a file's name and a list"
+            )
         image = None
         if row["image"] is not None:
-            try:
-                image = np.asarray(Image.open(path.with_name(row["image"])).convert("RGB"))
-            except (OSError, UnidentifiedImageError) as error:
-                raise UserError(f"{path}: segment {number}: {row['image']} is no picture ({error})") from error
+            image = np.asarray(read_image(path.parent / row["image"], f"{path}: segment {number}: {row['image']}"))
         segments.append(Segment(row["role"], row["text"], image, row["loss"], frozenset(row["seen_by"])))
     return Trajectory(tuple(segments), **content)

@@ -1,13 +1,12 @@
 """The inference loop: think, draw, look, reflect, draw better, for any number of rounds (IRG section 3; specification sections 1.1 to 1.6)."""
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
+from t2i_rl.core.numbers import Count, Finite, Guidance, Guidances, Temperature, Whole, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.irg.trajectory import BOTH, Segment, Trajectory, Written
 from t2i_rl.seeding import derive_seed
@@ -69,32 +68,30 @@ class Interleave:
         UserError: an option outside its range.
     """
 
-    rounds: int = 2
+    rounds: Count = 2
     policy: str = "append"
-    guidance_scale: float = 5.0
-    reflection_scale: Any = 2.0  # Hydra knows no union of a number and a list
-    image_scale: Any = 2.0
-    prompt_scale: Any = 1.0
-    text_temperature: float = 0.3
-    image_temperature: float = 1.0
-    max_tokens: int = 128
-    retries: int = 3
+    guidance_scale: Guidance = 5.0
+    reflection_scale: Guidances = 2.0  # Hydra knows no union of a number and a list
+    image_scale: Guidances = 2.0
+    prompt_scale: Guidances = 1.0
+    text_temperature: Temperature = 0.3
+    image_temperature: Temperature = 1.0
+    max_tokens: Count = 128
+    retries: Whole = 3
     stop: str | None = None
-    stop_above: float | None = None
+    stop_above: Finite | None = None
     choose: bool = False
 
     def __post_init__(self):
         if self.policy not in POLICIES:
             raise UserError(f"method.interleave.policy must be one of {', '.join(POLICIES)}, not {self.policy!r}")
-        for name, least in (("rounds", 1), ("max_tokens", 1), ("retries", 0), ("text_temperature", 0), ("image_temperature", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise UserError(f"method.interleave.{name} must be {least} or more, not {getattr(self, name)}")
+        check_arguments(Interleave, vars(self), "method.interleave")
         for name in ("reflection_scale", "image_scale", "prompt_scale"):
             value = getattr(self, name)
-            scales = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-            if not scales or not all(type(each) in (int, float) and math.isfinite(each) for each in scales):
-                raise UserError(f"method.interleave.{name} must be a number, or one for each later round, not {value!r}")  # fmt: skip
-            setattr(self, name, [float(each) for each in scales])
+            scales = list(value) if isinstance(value, Sequence) else [value]
+            if not scales:
+                raise UserError(f"method.interleave.{name} must be a number, or one for each later round, not []")
+            setattr(self, name, [float(scale) for scale in scales])
         if self.stop is not None and not (isinstance(self.stop, str) and _plain(self.stop).strip()):
             raise UserError(f'method.interleave.stop must be the words that a reflection ends with, like "stop.", or null, not {self.stop!r}')  # fmt: skip
 

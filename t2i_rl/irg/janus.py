@@ -17,6 +17,7 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import pad_sequence
 
+from t2i_rl.core.tokenizing import ids_of
 from t2i_rl.data.image_text import square
 from t2i_rl.errors import UserError
 from t2i_rl.hashing import gathered
@@ -105,6 +106,7 @@ class InterleavedJanus(nn.Module):
 
     def write(self, contexts: Sequence[Sequence[Segment]], role: str, seeds: list[int], max_tokens: int, temperature: float) -> list[Written]:  # fmt: skip
         """A text of `role` after each context, at most `max_tokens` long; row `i` depends on `seeds[i]` alone."""
+        self.janus.reader.check(segment.text for context in contexts for segment in context if segment.role == "prompt")
         embeds, mask = self._left(self._prefixes(contexts, role, max_tokens))
         tokens, token_mask = decode_text(
             self.janus.engine,
@@ -327,14 +329,13 @@ class InterleavedJanus(nn.Module):
             return segment.drawn_as
         if segment.role == "prompt":
             system = next((other.text for other in segments if other.role == "system"), None)
-            chat = self.janus.chat if system is None else Chat(system, "{prompt}")
-            return self.janus.tokenizer(chat.plan(segment.text)).input_ids
-        if segment.role == "question":
-            return self._tokens(f"\n\n<|User|>: {segment.text}\n\n<|Assistant|>:")
-        return self._tokens(segment.text)
+            chat = self.janus.chat if system is None else Chat(self.janus.as_text(system), "{prompt}")
+            return self.janus.ids_of(chat.plan(self.janus.as_text(segment.text)))
+        text = self.janus.as_text(segment.text)
+        return self._tokens(f"\n\n<|User|>: {text}\n\n<|Assistant|>:" if segment.role == "question" else text)
 
     def _tokens(self, text: str) -> list[int]:
-        return self.janus.tokenizer(text, add_special_tokens=False).input_ids
+        return ids_of(self.janus.tokenizer, text)
 
     def _words(self, ids: list[int]) -> torch.Tensor:
         ids = torch.tensor(ids, dtype=torch.long, device=self.janus.device)

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from rich.progress import track
 
+from t2i_rl.core.files import read_object, write_atomic
+from t2i_rl.core.numbers import Count, Seed, Share, check_arguments
+from t2i_rl.core.progress import Progress
 from t2i_rl.errors import UserError
-from t2i_rl.evaluation.results import read_json, write_atomic
 from t2i_rl.hashing import weights_sha256
 from t2i_rl.irg.interleave import says_stop
 from t2i_rl.irg.rows import Material, row_of
@@ -42,27 +43,17 @@ class Maker:
     """
 
     teacher: object
-    shard_size: int = 256
-    batch_size: int = 64
-    right_share: float = 1.0
-    words: tuple[int, int] = (1, 600)
-    ascii_share: float = 0.9
-    seed: int = 0
+    shard_size: Count = 256
+    batch_size: Count = 64
+    right_share: Share = 1.0
+    words: tuple[Count, Count] = (1, 600)
+    ascii_share: Share = 0.9
+    seed: Seed = 0
 
     def __post_init__(self):
-        for name in ("shard_size", "batch_size"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise UserError(f"{name} must be a whole number of 1 or more, not {getattr(self, name)!r}")
-        for name in ("right_share", "ascii_share"):
-            value = getattr(self, name)
-            if type(value) not in (int, float) or not 0 <= value <= 1:
-                raise UserError(f"{name} must be a number from 0 to 1, not {value!r}")
-        self.words = tuple(self.words) if isinstance(self.words, Sequence) else (self.words,)
-        if (
-            len(self.words) != 2
-            or not all(type(each) is int for each in self.words)
-            or not 1 <= self.words[0] <= self.words[1]
-        ):
+        check_arguments(Maker, vars(self), "maker")
+        self.words = tuple(self.words)
+        if self.words[0] > self.words[1]:
             raise UserError(f"words must be the shortest and the longest text, like [1, 600], not {list(self.words)}")
 
     def make(self, folder: Path, model, prompts: Sequence[Prompt], fits: Callable | None = None) -> dict:
@@ -79,12 +70,16 @@ class Maker:
         model.prepare()
         seen: set[str] = set()
         starts, seeds = range(0, len(prompts), self.shard_size), self.seeds(prompts)
-        for number, first in enumerate(track(starts, description="making IRGL", disable=len(starts) < 2)):
-            place = folder / "shards" / f"{number:05d}.json"
-            if not place.exists():
-                part = slice(first, first + self.shard_size)
-                self._shard(folder, f"{number:05d}", model, prompts[part], seeds[part], seen, place, fits)
-            seen |= set(read_json(place)["hashes"])
+        places = [folder / "shards" / f"{number:05d}.json" for number in range(len(starts))]
+        ready = sum(
+            len(prompts[first : first + self.shard_size]) for first, place in zip(starts, places) if place.exists()
+        )
+        with Progress("making trajectories", len(prompts), "prompt", ready) as progress:
+            for number, (first, place) in enumerate(zip(starts, places, strict=True)):
+                if not place.exists():
+                    part = slice(first, first + self.shard_size)
+                    self._shard(folder, f"{number:05d}", model, prompts[part], seeds[part], seen, place, fits, progress)
+                seen |= set(read_object(place, "hashes")["hashes"])
         manifest = self._manifest(folder, settings, len(starts))
         write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1))
         return manifest
@@ -121,6 +116,7 @@ class Maker:
         seen: set[str],
         place: Path,
         fits: Callable | None,
+        progress: Progress,
     ) -> None:
         rows: dict[str, list[Trajectory]] = {mode: [] for mode in MODES}
         left_out, hashes = Counter(), []
@@ -144,6 +140,7 @@ class Maker:
                     seen.add(digest)
                     hashes.append(digest)
                     rows[mode].append(Trajectory(segments))
+            progress.advance(len(made))
         for mode, trajectories in rows.items():
             if trajectories:
                 write_shard(folder / mode / f"{name}.parquet", trajectories)
@@ -194,7 +191,9 @@ class Maker:
         return None
 
     def _manifest(self, folder: Path, settings: dict, shards: int) -> dict:
-        parts = [read_json(folder / "shards" / f"{number:05d}.json") for number in range(shards)]
+        parts = [
+            read_object(folder / "shards" / f"{number:05d}.json", "counts", "left_out") for number in range(shards)
+        ]
         counts, left_out = Counter(), Counter()
         for part in parts:
             counts.update(part["counts"])
@@ -213,7 +212,7 @@ def digest_of(mode: str, segments: Sequence[Segment]) -> str:
 def _check_same(folder: Path, settings: dict) -> None:
     if not (folder / "settings.json").exists():
         return
-    before = read_json(folder / "settings.json")
+    before = read_object(folder / "settings.json")
     differing = [key for key in settings if before.get(key) != settings[key]]
     if differing:
         raise UserError(

@@ -1,17 +1,20 @@
 """The teacher outside `shapes`: good pictures that are given or drawn by another model, and a writer that looks at them."""
 
-import json
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image, UnidentifiedImageError
 
+from t2i_rl.core.files import read_json_lines
+from t2i_rl.core.numbers import Count
+from t2i_rl.core.pixels import read_image
+from t2i_rl.core.ranks import own_gpu
+from t2i_rl.core.text import fault_of_text
 from t2i_rl.errors import UserError
 from t2i_rl.irg.interleave import says_stop
-from t2i_rl.prompts import Prompt, text_of
+from t2i_rl.prompts import Prompt
 
 THINK = (
     "This picture was drawn for the request below. Write the plan that somebody has in mind before drawing it: every object with its number, colour, "
@@ -43,16 +46,17 @@ class Teacher:
 
     questions = QUESTIONS
 
-    def __init__(self, pictures, writer, stop: str = "No change needed.", words: int = 200, consistency: bool = True):
+    def __init__(self, pictures, writer, stop: str = "No change needed.", words: Count = 200, consistency: bool = True):
         self.pictures, self.writer, self.stop, self.words, self.consistency = pictures, writer, stop, words, consistency
 
     def check(self, prompts: list[Prompt]) -> None:
-        """Refuse prompts that there is no picture of.
+        """Refuse prompts that there is no picture of, and those that the writer cannot read as they stand.
 
         Raises:
             UserError: one line that names the first.
         """
         self.pictures.check(prompts)
+        self.writer.check([prompt.text for prompt in prompts])
 
     def settings(self) -> dict:
         parts = {"pictures": self.pictures.settings(), "writer": self.writer.settings()}
@@ -92,12 +96,11 @@ class GivenPictures:
         file = self.path / "images.jsonl"
         if not file.is_file():
             raise UserError(f"{file} does not exist: good pictures come with a line of prompt and image each")
-        for number, line in enumerate(text_of(file).splitlines(), start=1):
-            try:
-                row = json.loads(line)
-                self.files.setdefault(row["prompt"].casefold(), row["image"] + "")
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(f"{file}:{number}: not an object with 'prompt' and 'image' ({error})") from error
+        for _, place, row in read_json_lines(file):
+            for key in ("prompt", "image"):
+                if fault := fault_of_text(row.get(key)):
+                    raise UserError(f"{place}: not an object with 'prompt' and 'image': {key} {fault}")
+            self.files.setdefault(row["prompt"].casefold(), row["image"])
 
     def settings(self) -> dict:
         return {"name": "given", "path": str(self.path.resolve())}
@@ -107,7 +110,7 @@ class GivenPictures:
         if lacking:
             raise UserError(f"{self.path} has no picture of {lacking.text!r}")
         files = (self.path / self.files[prompt.text.casefold()] for prompt in prompts)
-        absent = next((file for file in files if not file.is_file()), None)
+        absent = next((file for file in files if not os.path.isfile(file)), None)
         if absent:
             raise UserError(f"{absent} is named in images.jsonl and does not exist")
 
@@ -117,21 +120,15 @@ class GivenPictures:
         Raises:
             UserError: a file is no picture.
         """
-        found = []
-        for prompt in prompts:
-            file = self.path / self.files[prompt.text.casefold()]
-            try:
-                found.append(np.asarray(Image.open(file).convert("RGB")))
-            except (OSError, UnidentifiedImageError) as error:
-                raise UserError(f"{file} is no picture ({error})") from error
-        return found
+        files = [self.path / self.files[prompt.text.casefold()] for prompt in prompts]
+        return [np.asarray(read_image(file)) for file in files]
 
 
 class DrawnPictures:
     """Pictures that a better model draws, with the same seeds every time."""
 
     def __init__(self, model, mode: str = "direct"):
-        self.model, self.mode = model.to("cuda" if torch.cuda.is_available() else "cpu"), mode
+        self.model, self.mode = model.to(own_gpu()), mode
         self.model.prepare()
 
     def settings(self) -> dict:

@@ -14,8 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from t2i_rl.core.files import parse_json, write_atomic
+from t2i_rl.core.pixels import read_image
+from t2i_rl.core.text import fault_of_text
 from t2i_rl.errors import UserError
-from t2i_rl.evaluation.results import write_atomic
 from t2i_rl.irg.trajectory import GENERATION, MODES, UNDERSTANDING, Segment, Trajectory, in_mode
 
 COLUMN = "conversation"
@@ -101,10 +103,7 @@ def segments_of(text: str, where: str) -> list[Segment]:
     Raises:
         UserError: `where`, the turn, the part and the field that is wrong.
     """
-    try:
-        turns = json.loads(text)
-    except (json.JSONDecodeError, TypeError) as error:
-        raise UserError(f"{where}: {COLUMN} is not JSON ({error})") from error
+    turns = parse_json(text, f"{where}: {COLUMN}")
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: {COLUMN} is no list of turns")
     found = []
@@ -118,6 +117,7 @@ def segments_of(text: str, where: str) -> list[Segment]:
             content = turn.get("content")
             if not isinstance(content, str):
                 raise UserError(f"{place}: a user's content must be a text, not {type(content).__name__}")
+            _check_letters(content, place)
             found.append(Segment("", text=content, loss=_flag(turn, "need_loss", False, place)))
             continue
         if not isinstance(turn.get("content"), list):
@@ -134,6 +134,7 @@ def _part(part: dict, where: str) -> Segment:
     if not isinstance(part.get("content"), str):
         raise UserError(f"{where}: content must be a text")
     if kind == "text":
+        _check_letters(part["content"], where)
         return Segment("", text=part["content"], loss=_flag(part, "need_loss", True, where))
     loss, vae, vit = (_flag(part, name, False, where) for name in ("need_loss", "need_vae", "need_vit"))
     if not (loss or vae or vit):
@@ -141,11 +142,17 @@ def _part(part: dict, where: str) -> Segment:
             f"{where}: a picture that is neither learnt nor seen: say need_loss, or need_vae and need_vit (they default to false)"
         )
     try:
-        picture = Image.open(io.BytesIO(base64.b64decode(part["content"], validate=True))).convert("RGB")
-    except (ValueError, SyntaxError, OSError, Image.DecompressionBombError) as error:  # what Pillow and base64 raise
+        content = base64.b64decode(part["content"], validate=True)
+    except ValueError as error:
         raise UserError(f"{where}: content is no picture in base64 ({error})") from error
+    picture = read_image(content, f"{where}: content")
     seen = frozenset(name for name, flag in ((GENERATION, vae), (UNDERSTANDING, vit)) if flag)
     return Segment("", image=np.asarray(picture), loss=loss, seen_by=seen)
+
+
+def _check_letters(text: str, where: str) -> None:
+    if text.strip() and (fault := fault_of_text(text)):
+        raise UserError(f"{where}: content {fault}")
 
 
 def _known(node: dict, keys: set[str], where: str) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from t2i_rl.core.numbers import Pixels
 from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt
 from t2i_rl.seeding import derive_seed
@@ -27,7 +28,7 @@ class World:
     stop = NO_CHANGE
     questions = {"think": "describe the picture.", "reflect": "draw the right picture."}  # words of janus_tiny
 
-    def __init__(self, size: int = 32):
+    def __init__(self, size: Pixels = 32):
         self.size, self.image_sizes = size, (size,)
 
     def check(self, prompts: list[Prompt]) -> None:

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 from t2i_rl import loading
+from t2i_rl.core.numbers import Count, Device, Dtype, Positive, Temperature, Whole
+from t2i_rl.core.tokenizing import check_tokenizer, special_texts
 from t2i_rl.errors import UserError
 from t2i_rl.irg.toy_format import png
 
@@ -38,11 +40,11 @@ class ChatWriter:
         url: str,
         model: str,
         key_env: str = "T2I_RL_WRITER_KEY",
-        workers: int = 8,
-        retries: int = 4,
-        timeout: float = 120.0,
-        max_tokens: int = 1024,
-        temperature: float = 0.0,
+        workers: Count = 8,
+        retries: Whole = 4,
+        timeout: Positive = 120.0,
+        max_tokens: Count = 1024,
+        temperature: Temperature = 0.0,
     ):
         from huggingface_hub import InferenceClient
 
@@ -54,6 +56,9 @@ class ChatWriter:
         self.url, self.model, self.workers, self.retries = url, model, workers, retries
         self.max_tokens, self.temperature = max_tokens, temperature
         self.client = InferenceClient(base_url=url, api_key=key, timeout=timeout)
+
+    def check(self, texts: Sequence[str]) -> None:
+        """Any text: what it is turned into is the server's affair."""
 
     def settings(self) -> dict:
         return {"name": "chat", "url": self.url, "model": self.model, "temperature": self.temperature}  # fmt: skip
@@ -88,32 +93,47 @@ class LocalWriter:
         batch_size: questions answered together.
 
     Raises:
-        UserError: it cannot be loaded, or has no chat template.
+        UserError: it cannot be loaded, has no chat template, or a tokenizer that does not fit it.
     """
 
     def __init__(
         self,
         path: str,
-        dtype: str = "bfloat16",
-        device: str | None = "auto",
+        dtype: Dtype = "bfloat16",
+        device: Device | None = "auto",
         revision: str | None = None,
-        batch_size: int = 8,
-        max_tokens: int = 1024,
+        batch_size: Count = 8,
+        max_tokens: Count = 1024,
     ):
         from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
-        kind = loading.load_part(AutoConfig, path, revision).model_type
+        config = loading.load_part(AutoConfig, path, revision)
         self.path, self.batch_size, self.max_tokens = str(path), batch_size, max_tokens
         self.processor = loading.load_part(AutoProcessor, path, revision)
         if not getattr(self.processor, "chat_template", None):
             raise UserError(f"{path} has no chat template: take a model that is tuned to follow instructions")
+        check_tokenizer(self.processor.tokenizer, path, rows=config.get_text_config().vocab_size, needs=("pad",))
         self.processor.tokenizer.padding_side = "left"
-        self._load = partial(loading.load_model, AutoModelForImageTextToText, path, kind=kind, dtype=dtype, revision=revision, device=device)  # fmt: skip
+        self._load = partial(loading.load_model, AutoModelForImageTextToText, path, kind=config.model_type, dtype=dtype, revision=revision, device=device)  # fmt: skip
 
     @cached_property
     def model(self) -> torch.nn.Module:
         """Loaded for the first question: everything else is checked before."""
         return self._load()
+
+    def check(self, texts: Sequence[str]) -> None:
+        """Refuse texts that the chat template would put as special tokens into the conversation.
+
+        Raises:
+            UserError: one line that names the first, and the token.
+        """
+        special = special_texts(self.processor.tokenizer)
+        for text in texts:
+            if token := next((token for token in special if token in text), None):
+                raise UserError(
+                    f"the writer {self.path} reads {token!r} as a special token, and the prompt {text!r} holds it: "
+                    "reword it"
+                )
 
     def settings(self) -> dict:
         return {"name": "local", "path": self.path}
