@@ -1,40 +1,27 @@
 """What text-to-image denoisers of diffusers have in common: texts, latents, noise, prediction, and pictures from the stock pipeline."""
 
+from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from functools import cached_property
+from inspect import signature
 
 import numpy as np
 import torch
-from diffusers import ConfigMixin
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from t2i_rl import loading
+from t2i_rl.core.finite import check_finite
+from t2i_rl.core.pixels import OVERFLOW, to_bytes
+from t2i_rl.core.texts import Reader, Reading, ReadsTexts
 from t2i_rl.errors import UserError
 from t2i_rl.hashing import weights_sha256
+from t2i_rl.models.pipelines import INDEX, read_config
+from t2i_rl.models.pipelines import load_pipeline as load_pipeline
+from t2i_rl.models.schedulers import read_scheduler
 from t2i_rl.models.soft_tokens import Attached, SoftTokens
-from t2i_rl.models.splice import KEY, carrier
-
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
-
-
-@dataclass(frozen=True)
-class TextEncoding:
-    """What the denoiser reads of `B` prompts: `embeds` `(B, N, D)` and, for SDXL and SD3, `pooled` `(B, P)`."""
-
-    embeds: torch.Tensor
-    pooled: torch.Tensor | None = None
-
-    def __len__(self) -> int:
-        return len(self.embeds)
-
-    def __getitem__(self, rows) -> "TextEncoding":
-        return self.map(lambda part: part[rows])
-
-    def map(self, change) -> "TextEncoding":
-        """`change` of every tensor."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TextEncoding(**{name: None if part is None else change(part) for name, part in parts.items()})
+from t2i_rl.models.splice import EMPTY, KEY, carrier
+from t2i_rl.models.text_encoders import TEXT_ENCODERS, TextEncoding, tokenizers_of
 
 
 @dataclass
@@ -46,7 +33,7 @@ class Drawing:
     plan_lengths: list[int]
 
 
-class LatentDiffusion(nn.Module):
+class LatentDiffusion(nn.Module, ReadsTexts):
     """A stock pipeline as a module: the parts that learn or encode are submodules, `pipe` is how pictures are drawn.
 
     A subclass names the name of its denoiser there, how noise is added and what is predicted. `tokens` is the bank at work in the
@@ -56,6 +43,7 @@ class LatentDiffusion(nn.Module):
     family = "diffusion"
     kind = ""  # which of a method's presets are meant
     denoiser_name = "unet"
+    encoders = {"tokenizer": "CLIP"}  # what each of the pipeline's tokenizers is for
     embeds_guidance = False  # told to the denoiser, rather than taken from two predictions
 
     def __init__(self, pipe, guidance_scale: float, steps: int, size: int | None, soft_tokens: str | None):
@@ -64,6 +52,7 @@ class LatentDiffusion(nn.Module):
         self.guidance_scale, self.steps = guidance_scale, steps
         self.denoiser = getattr(pipe, self.denoiser_name)
         self.vae = pipe.vae
+        self.vae.decoder.register_forward_hook(check_decoded)
         self.text_encoders = nn.ModuleList(
             part for name in TEXT_ENCODERS if (part := getattr(pipe, name, None)) is not None
         )
@@ -74,20 +63,91 @@ class LatentDiffusion(nn.Module):
             self.attach(SoftTokens.load(soft_tokens).requires_grad_(False))
 
     @classmethod
+    def text_reader(cls, settings: dict) -> Reader:
+        """How a config's checkpoint reads prompts; its tokenizers and config files are read, no weights.
+
+        Raises:
+            UserError: they can be neither found nor downloaded, or do not fit each other; the line names what to do.
+        """
+        path, revision = settings["path"], settings.get("revision")
+        defaults = {name: argument.default for name, argument in signature(cls.__init__).parameters.items()}
+        tokenizers = tokenizers_of(path, revision, read_config(path, None, revision, INDEX))
+        return cls.reader_of(tokenizers, defaults | dict(settings))
+
+    @classmethod
+    def reader_of(cls, tokenizers: dict, settings: dict) -> Reader:
+        """How prompts are read with these tokenizers, by name."""
+        readings = [cls.reading_of(cls.encoders[name], tokenizer, settings) for name, tokenizer in tokenizers.items()]
+        return Reader(cls.__name__, str(settings["path"]), readings)
+
+    @classmethod
+    def reading_of(cls, encoder: str, tokenizer, settings: dict) -> Reading:
+        """CLIP's window is its tokenizer's, any other's is `max_sequence_length`, as the pipelines have it."""
+        limit = tokenizer.model_max_length if encoder == "CLIP" else settings["max_sequence_length"]
+        return Reading(encoder, tokenizer, limit)
+
+    @cached_property
+    def reader(self) -> Reader:
+        """See `text_reader`; of the pipeline as it is loaded."""
+        tokenizers = {name: getattr(self.pipe, name) for name in self.encoders}
+        present = {name: tokenizer for name, tokenizer in tokenizers.items() if tokenizer is not None}
+        return self.reader_of(present, vars(self))
+
+    @classmethod
     def image_size(cls, settings: dict) -> int:
         """The side in pixels of what a config's checkpoint draws; reads its config files, no weights.
 
         Raises:
-            UserError: they can be neither found nor downloaded; the line names what to do.
+            UserError: they can be neither found nor downloaded, or are of a kind that nothing trains (`check_files`).
         """
-        path, where = settings["path"], {"revision": settings.get("revision")}
-        try:
-            denoiser = _Config.load_config(path, subfolder=cls.denoiser_name, **where)
-            vae = _Config.load_config(path, subfolder="vae", **where)
-        except (OSError, ValueError) as error:
-            raise loading.cannot_load(path, error) from error
+        cls.check_files(settings)
+        path, revision = settings["path"], settings.get("revision")
+        denoiser, vae = (read_config(path, part, revision) for part in (cls.denoiser_name, "vae"))
         stages = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
         return settings.get("size") or denoiser["sample_size"] * 2 ** (len(stages) - 1)
+
+    @classmethod
+    def check_files(cls, settings: Mapping) -> None:
+        """Refuse a config's checkpoint of another process than this class trains; no weights are read.
+
+        Raises:
+            UserError: its scheduler is of another process, its autoencoder's latents are normalised channel by channel,
+                or its files can be neither found nor downloaded.
+        """
+        path, where = settings["path"], {"revision": settings.get("revision")}
+        cls.check_scheduler(path, read_scheduler(path, **where), settings)
+        vae = settings.get("vae")
+        config = read_config(vae) if vae else read_config(path, "vae", **where)
+        if config.get("latents_mean") is not None:
+            raise UserError(
+                f"{vae or path}: this autoencoder's config has latents_mean, a shift of each channel that training and "
+                "noise optimisation here do not know; take another model.vae"
+            )
+
+    @classmethod
+    def check_scheduler(cls, path: str, config: Mapping, settings: Mapping) -> None:
+        """Refuse a scheduler's config, as `schedulers.read_scheduler` reads it.
+
+        Raises:
+            UserError: it is of another process than this class trains.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def check_soft_tokens(cls, settings: dict) -> None:
+        """Whether `soft_tokens` is a file of this architecture; reads config files, no weights.
+
+        Raises:
+            UserError: it is no such file, or was made for another class of denoisers.
+        """
+        bank = SoftTokens.load(settings["soft_tokens"])
+        denoiser = read_config(settings["path"], cls.denoiser_name, settings.get("revision"))
+        if denoiser["_class_name"] != bank.spec.architecture:
+            raise UserError(
+                f"model.soft_tokens={settings['soft_tokens']} are for {bank.spec.architecture}, not for "
+                f"{denoiser['_class_name']}: "
+                "take the model that they were trained on"
+            )
 
     def attach(self, bank: SoftTokens, branch: int = 0, null_branch: int | None = None) -> Attached:
         """Put soft tokens to work in the denoiser.
@@ -97,7 +157,7 @@ class LatentDiffusion(nn.Module):
         """
         if self.tokens is not None:
             raise UserError("this model has soft tokens already (model.soft_tokens): take them out before others go in")
-        self.tokens = Attached(self.denoiser, bank, branch, null_branch)
+        self.tokens = Attached(self.denoiser, bank, branch, null_branch, self.pipe)
         return self.tokens
 
     @property
@@ -109,7 +169,15 @@ class LatentDiffusion(nn.Module):
         return next(self.denoiser.parameters()).dtype
 
     def encode_prompts(self, prompts: list[str]) -> TextEncoding:
-        """Texts as the pipeline itself encodes them; differentiable in the text encoders."""
+        """Texts as the pipeline itself encodes them; differentiable in the text encoders.
+
+        Raises:
+            UserError: a prompt spells a special token that its tokenizer cannot read as text.
+        """
+        self.reader.check(prompts)
+        return self._encoded(list(prompts))
+
+    def _encoded(self, prompts: list[str]) -> TextEncoding:
         raise NotImplementedError
 
     def compact(self, text: TextEncoding) -> dict[str, torch.Tensor]:
@@ -121,9 +189,15 @@ class LatentDiffusion(nn.Module):
         return TextEncoding(kept["embeds"], kept.get("pooled"))
 
     def posterior(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation `(B, C, h, w)`, float32, of the autoencoder's latents of pixels `(B, 3, H, W)` in [-1, 1]."""
+        """Mean and deviation `(B, C, h, w)`, float32, of the autoencoder's latents of pixels `(B, 3, H, W)` in [-1, 1].
+
+        Raises:
+            UserError: they are not finite.
+        """
         latents = self.vae.encode(pixels.to(self.vae.device, self.vae.dtype)).latent_dist
-        return latents.mean.float(), latents.std.float()
+        mean, std = latents.mean.float(), latents.std.float()
+        check_finite(mean + std, "the autoencoder's latents of these images", OVERFLOW)
+        return mean, std
 
     def scaled(self, latents: torch.Tensor) -> torch.Tensor:
         """The autoencoder's latents as the denoiser knows them: shifted, then scaled."""
@@ -147,21 +221,41 @@ class LatentDiffusion(nn.Module):
         """Noised latents of the training process at times `t` `(B,)`, in units of 0 to 1000."""
         raise NotImplementedError
 
-    def target(self, x0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
-        """What `predict` ought to give."""
+    def target(self, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """What `predict` ought to give at times `t` `(B,)`, in the denoiser's own parametrisation."""
         raise NotImplementedError
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, soft_tokens=None) -> torch.Tensor:
+    def predict(
+        self,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        text: TextEncoding,
+        soft_tokens: torch.Tensor | None = None,
+        empty: bool | torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """The denoiser's own output, float32, for latents `(B, C, h, w)` at times `t` `(B,)` under texts `(B, ...)`.
 
-        `soft_tokens` `(B, layers, K, D)` are read in place of the attached bank's own.
+        Args:
+            soft_tokens: `(B, layers, K, D)`, read in place of the attached bank's own.
+            empty: whose texts stand for guidance's empty prompt: none, all, or a mask `(B,)`. An attached bank with a
+                branch for the empty prompt has to be told; no other asks.
+
+        Raises:
+            UserError: the attached bank has a branch for the empty prompt, and `empty` does not say who reads it.
         """
         raise NotImplementedError
 
-    def _carried(self, soft_tokens: torch.Tensor | None) -> dict:
-        """Soft tokens as an argument of the denoiser's call."""
+    def _carried(self, soft_tokens: torch.Tensor | None, empty: bool | torch.Tensor | None = None) -> dict:
+        """Soft tokens, or whose texts are the empty prompt's, as an argument of the denoiser's call."""
         if soft_tokens is None:
-            return {}
+            if self.tokens is None or not self.tokens.enabled or not self.tokens.tells_empty_apart:
+                return {}
+            if empty is None:
+                raise UserError(
+                    "these soft tokens have a branch for the empty prompt: predict(..., empty=False) for prompts, True "
+                    "for the empty one, or a mask of the rows"
+                )
+            return {carrier(self.denoiser): {EMPTY: empty}}
         if self.tokens is None:
             raise ValueError(
                 "predict(soft_tokens=...) needs the hooks that attach() installs: without them diffusers drops the tokens"
@@ -186,9 +280,11 @@ class LatentDiffusion(nn.Module):
         """What guidance reads in place of a prompt."""
         return self.encode_prompts([""] * count)
 
-    def denoise(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding) -> torch.Tensor:
+    def denoise(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, empty: bool | torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`predict` with the conditions that the pipeline names while it draws."""
-        return self.predict(x_t, t, text)
+        return self.predict(x_t, t, text, empty=empty)
 
     def scheduled(self, steps: int):
         """A scheduler of the checkpoint's own kind and settings, its timesteps set; a used one would raise."""
@@ -196,14 +292,19 @@ class LatentDiffusion(nn.Module):
         scheduler.set_timesteps(steps, device=self.device)
         return scheduler
 
-    def noise_to_latents(self, noise: torch.Tensor, denoise, steps: int, eta: float = 0.0) -> torch.Tensor:
+    def noise_to_latents(
+        self, noise: torch.Tensor, denoise, steps: int, eta: float = 0.0, last_step_noise: bool = True
+    ) -> torch.Tensor:
         """The sampler's latents from standard normal `noise` `(B, C, h, w)`, with gradients; `denoise(x_t, t)` gives the prediction.
 
         With `eta > 0` (DDIM) noise is `(B, 1 + steps, C, h, w)`: the first starts, the others are what each step adds.
+        Without `last_step_noise` the last step adds none and goes the whole way along its direction, as eta 0 does.
         """
         scheduler, later = self.scheduled(steps), [{}] * steps
         if eta > 0:
             later = [{"eta": eta, "variance_noise": each} for each in noise[:, 1:].unbind(1)]
+            if not last_step_noise:
+                later[-1] = {"eta": 0.0}
             noise = noise[:, 0]
         x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         for t, extra in zip(scheduler.timesteps, later, strict=True):
@@ -241,21 +342,28 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def sample(self, prompts: list[str], seeds: list[int], **settings) -> np.ndarray:
-        """One image a prompt, uint8 `(B, H, W, 3)`, by the stock pipeline; row `i` depends on `seeds[i]` alone."""
+        """One image a prompt, uint8 `(B, H, W, 3)`, by the stock pipeline; row `i` depends on `seeds[i]` alone.
+
+        Raises:
+            UserError: a latent or a pixel is not finite, or guidance is off and the soft tokens are made for it.
+        """
+        self.reader.check(prompts)
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         chosen = (
             {"guidance_scale": self.guidance_scale, "num_inference_steps": self.steps}
             | self._call_settings()
             | settings
         )
-        if self.tokens is not None and self.tokens.null_branch is not None and chosen["guidance_scale"] <= 1:
+        unasked = chosen["guidance_scale"] <= 1 or self.embeds_guidance
+        if self.tokens is not None and self.tokens.tells_empty_apart and unasked:
             raise UserError(
-                f"these soft tokens have a branch for the empty prompt, which model.guidance_scale={chosen['guidance_scale']} never asks: take one above 1"
+                "these soft tokens have a branch for the empty prompt, which this model never asks at "
+                f"model.guidance_scale={chosen['guidance_scale']}: take one above 1, or tokens without such a branch"
             )
         drawn = self.pipe(
             prompt=list(prompts), generator=generators, height=self.size, width=self.size, output_type="np", **chosen
         ).images  # fmt: skip
-        return np.rint(drawn * 255).astype(np.uint8)
+        return to_bytes(torch.from_numpy(drawn).permute(0, 3, 1, 2))
 
     def _call_settings(self) -> dict:
         return {}
@@ -275,60 +383,24 @@ class LatentDiffusion(nn.Module):
         raise NotImplementedError
 
 
+def check_decoded(decoder: nn.Module, latents: tuple, pixels: torch.Tensor) -> None:
+    """A hook of the autoencoder's decoder, through which every picture comes: a later clamp makes infinity white.
+
+    Raises:
+        UserError: its pixels are not finite; the line says whether its latents were.
+    """
+    if pixels.device.type == "meta" or torch.isfinite(pixels).all():
+        return
+    check_finite(
+        latents[0],
+        "the latents that the denoiser drew",
+        "the usual cause is a denoiser or a text encoder in float16, which overflows (take model.dtype=bfloat16 or "
+        "float32), or a step over the noise that is too long (method.optimizer.lr); else the weights are broken",
+    )
+    check_finite(pixels, "the pixels that the model drew", OVERFLOW)
+
+
 def attention_for_training(model: LatentDiffusion):
     """Plain matrix products in bfloat16 on a CPU, where the fused kernel's backward pass doubles a step's time; else torch's own choice."""
     half = model.dtype == torch.bfloat16 or torch.is_autocast_enabled(model.device.type)
     return sdpa_kernel(SDPBackend.MATH) if half and model.device.type == "cpu" else nullcontext()
-
-
-class _Config(ConfigMixin):
-    """Reads a part's config.json, whatever class it is for."""
-
-    config_name = "config.json"
-
-
-def load_pipeline(stock_class, path: str, dtype: str, revision: str | None = None, device: str | None = None, **parts):
-    """A stock pipeline (or part of one) from a folder or a hub id, frozen, in eval mode, on `device` (`auto`: this process's GPU).
-
-    Raises:
-        UserError: it can be neither found nor downloaded, or is not whole; the line names what to do.
-    """
-    from diffusers.utils import logging
-    from transformers.utils import logging as transformers_logging
-
-    for each in (logging, transformers_logging):
-        each.set_verbosity_error()
-        each.disable_progress_bar()
-    if dtype not in loading.DTYPES:
-        raise UserError(f"dtype must be one of {', '.join(loading.DTYPES)}, not {dtype!r}")
-    try:
-        index = stock_class.load_config(path, revision=revision)
-        absent = {name: None for name, part in index.items() if part == [None, None]}  # SD3 without T5
-        if loading.WEIGHTLESS.get():
-            if issubclass(stock_class, nn.Module):
-                return on_meta(stock_class, index, getattr(torch, dtype))
-            parts = shapes_of(path, revision, index, getattr(torch, dtype)) | parts
-        made = stock_class.from_pretrained(path, revision=revision, dtype=getattr(torch, dtype), **(absent | parts))
-    except (OSError, ValueError) as error:
-        raise loading.cannot_load(path, error) from error
-    return made if loading.WEIGHTLESS.get() else made.to(loading.own_gpu() if device == "auto" else device or "cpu")
-
-
-def shapes_of(path: str, revision: str | None, index: dict, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The modules that a pipeline's index names, built from their config files on torch's meta device."""
-    import diffusers
-    import transformers
-
-    libraries, made = {"diffusers": diffusers, "transformers": transformers}, {}
-    for name, entry in index.items():
-        kind = getattr(libraries.get(entry[0]), entry[1] or "", None) if isinstance(entry, (list, tuple)) else None
-        if isinstance(kind, type) and issubclass(kind, nn.Module):
-            read = kind.load_config if entry[0] == "diffusers" else kind.config_class.from_pretrained
-            made[name] = on_meta(kind, read(path, subfolder=name, revision=revision), dtype)
-    return made
-
-
-def on_meta(kind: type[nn.Module], config, dtype: torch.dtype) -> nn.Module:
-    """A module of diffusers or transformers without values."""
-    with torch.device("meta"):
-        return (kind.from_config(config) if hasattr(kind, "load_config") else kind(config)).to(dtype)

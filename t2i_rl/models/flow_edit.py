@@ -49,7 +49,7 @@ def flow_edit(
         average: noise draws a step; row `i` draws from `seeds[i]` alone.
         convention: of the target's guidance, see `guided`.
 
-    All four predictions of a step read the model's soft tokens, if it has some.
+    All four predictions of a step read the model's soft tokens, if it has some, empty prompts those of their branch.
 
     Raises:
         UserError: `start`, `average` or `convention` outside its range.
@@ -60,9 +60,8 @@ def flow_edit(
     sigmas = torch.cat([scheduler.timesteps / 1000, scheduler.timesteps.new_zeros(1)]).to(x_source)
     texts = [model.encode_prompts(words) for words in ([""] * rows, source, target)]
     null, told, wanted = texts
-    text = _stack(
-        [null, null, told, wanted]
-    )  # empty prompts first, as in the pipeline: soft tokens may have a branch for them
+    text = _stack([null, null, told, wanted])
+    empty = torch.arange(4 * rows, device=x_source.device) < 2 * rows
     edited = x_source.clone()
     for step in range(steps - start, steps):
         t, ahead = sigmas[step], sigmas[step + 1]
@@ -74,7 +73,7 @@ def flow_edit(
             noised = (1 - t) * x_source + t * noise
             moved = edited + noised - x_source
             both = torch.cat([noised, moved, noised, moved])
-            velocity = model.predict(both, (t * 1000).expand(len(both)), text)
+            velocity = model.predict(both, (t * 1000).expand(len(both)), text, empty=empty)
             source_null, target_null, source_cond, target_cond = velocity.chunk(4)
             change += guided(target_cond, target_null, target_guidance, convention)
             change -= guided(source_cond, source_null, source_guidance)

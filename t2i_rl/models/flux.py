@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from t2i_rl.core.numbers import Count, Device, Dtype, Guidance, Pixels
 from t2i_rl.models.diffusion import TextEncoding, load_pipeline
 from t2i_rl.models.flow import FlowMatching
 
@@ -18,33 +19,37 @@ class Flux(FlowMatching):
 
     family = "diffusion"
     kind = "flux"
+    encoders = {"tokenizer": "CLIP", "tokenizer_2": "T5"}
     embeds_guidance = True
 
     def __init__(
         self,
         path: str,
-        size: int,
-        dtype: str = "float32",
+        size: Pixels,
+        dtype: Dtype = "float32",
         revision: str | None = None,
-        guidance_scale: float = 0.0,
-        steps: int = 1,
-        max_sequence_length: int = 256,
+        guidance_scale: Guidance = 0.0,
+        steps: Count = 1,
+        max_sequence_length: Count = 256,
         soft_tokens: str | None = None,
-        device: str | None = None,
+        device: Device | None = None,
     ):
         from diffusers import FluxPipeline
 
+        self.check_files({"path": path, "revision": revision})
         pipe = load_pipeline(FluxPipeline, path, dtype, revision, device)
         super().__init__(pipe, guidance_scale, steps, size, soft_tokens)
         self.path, self.revision, self.max_sequence_length = str(path), revision, max_sequence_length
 
-    def encode_prompts(self, prompts: list[str]) -> TextEncoding:
+    def _encoded(self, prompts: list[str]) -> TextEncoding:
         embeds, pooled, _ = self.pipe.encode_prompt(
-            list(prompts), device=self.device, max_sequence_length=self.max_sequence_length
+            prompts, device=self.device, max_sequence_length=self.max_sequence_length
         )
         return TextEncoding(embeds, pooled)
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, soft_tokens=None) -> torch.Tensor:
+    def predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, soft_tokens=None, empty=None
+    ) -> torch.Tensor:
         batch, channels, height, width = x_t.shape
         positions = {"device": x_t.device, "dtype": self.dtype}
         embedded = self.denoiser.config.guidance_embeds
@@ -57,7 +62,7 @@ class Flux(FlowMatching):
             txt_ids=torch.zeros(text.embeds.shape[1], 3, **positions),
             img_ids=self.pipe._prepare_latent_image_ids(batch, height // 2, width // 2, **positions),
             return_dict=False,
-            **self._carried(soft_tokens),
+            **self._carried(soft_tokens, empty),
         )[0]
         factor = self.pipe.vae_scale_factor
         return self.pipe._unpack_latents(velocity, height * factor, width * factor, factor).float()

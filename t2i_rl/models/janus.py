@@ -2,7 +2,8 @@
 
 import copy
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields
 from itertools import groupby
 
 import numpy as np
@@ -10,19 +11,33 @@ import torch
 from torch import nn
 
 from t2i_rl import loading
+from t2i_rl.core.numbers import Count, Device, Dtype, Guidance, Temperature, check_arguments
+from t2i_rl.core.pixels import to_bytes
+from t2i_rl.core.texts import Reader, Reading, ReadsTexts
+from t2i_rl.core.tokenizing import check_tokenizer, ids_of, marked, special_texts
 from t2i_rl.errors import UserError
 from t2i_rl.rollout.decode import DecodedImages, decode_image, decode_text
 from t2i_rl.rollout.engine import Engine, EngineOptions
 from t2i_rl.rollout.score import score_image, score_text
 from t2i_rl.rollout.stats import TokenStats
 
+TAGS = {
+    "boi": "<begin_of_image>",
+    "eoi": "<end_of_image>",
+    "image": "<image_placeholder>",
+    "user": "<|User|>",
+    "assistant": "<|Assistant|>",
+}
+
 
 @dataclass(frozen=True)
 class Chat:
     """The wording around a prompt. `{prompt}` in `instruction` is where the raw prompt goes (T2I-R1 section 3.2).
 
-    `reflect` and `redraw` are asked, where they are not empty, after a picture and after a reflection on it (`irg.janus`); `stop` is the reflection that
-    finds nothing wrong.
+    `reflect` and `redraw` are asked, where they are not empty, after a picture and after a reflection on it
+    (`irg.janus`); `stop` is the reflection that finds nothing wrong. `final_stop` says what becomes of the full stop of
+    a prompt that a plan follows: `strip` takes it away; `keep` leaves it, and "a cat." with its plan reads "a cat.. a
+    grey cat", as in the released code of T2I-R1 and IRIS.
     """
 
     system: str
@@ -30,12 +45,32 @@ class Chat:
     reflect: str = ""
     redraw: str = ""
     stop: str | None = None
+    final_stop: str = "strip"
 
     def __post_init__(self):
+        if self.final_stop not in ("strip", "keep"):
+            raise UserError(f"model.chat.final_stop must be strip or keep, not {self.final_stop!r}")
         try:
             self.instruction.format(prompt="")
         except (LookupError, ValueError, AttributeError) as error:
             raise UserError(f"model.chat.instruction may hold {{prompt}} and no other braces, not {self.instruction!r}") from error  # fmt: skip
+
+    @classmethod
+    def of(cls, settings: Mapping) -> "Chat":
+        """The wording that a config gives.
+
+        Raises:
+            UserError: a setting is unknown, missing or no text.
+        """
+        known = {field.name: field.default is MISSING for field in fields(cls)}
+        for name in settings:
+            if name not in known:
+                raise UserError(f"model.chat has no {name}; it has {', '.join(known)}")
+        lacking = [name for name, needed in known.items() if needed and name not in settings]
+        if lacking:
+            raise UserError(f"model.chat.{lacking[0]} must be given")
+        check_arguments(cls, settings, "model.chat")
+        return cls(**settings)
 
     def plan(self, prompt: str) -> str:
         """Phase 1: ask for a semantic plan."""
@@ -44,7 +79,10 @@ class Chat:
 
     def image(self, prompt: str, plan: str = "") -> str:
         """Phase 2, a fresh conversation: the raw prompt, then its plan if there is one."""
-        content = f"{prompt.strip().rstrip('.')}. {plan}".strip() if plan else prompt.strip()
+        content = prompt.strip()
+        if plan:
+            start = content.rstrip(".") if self.final_stop == "strip" else content
+            content = f"{start}. {plan}".strip()
         return f"<|User|>: {content}\n\n<|Assistant|>:"
 
 
@@ -58,7 +96,7 @@ class Generation:
     image_ids: torch.Tensor
 
 
-class Janus(nn.Module):
+class Janus(nn.Module, ReadsTexts):
     """Adapter over `transformers.JanusForConditionalGeneration`; knows the chat format, not the training method."""
 
     family = "autoregressive"
@@ -67,17 +105,18 @@ class Janus(nn.Module):
         self,
         path: str,
         chat: dict,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         revision: str | None = None,
         attn_implementation: str = "sdpa",
-        device: str | None = None,
-        guidance_scale: float = 5.0,
-        temperature: float = 1.0,
-        max_plan_tokens: int = 128,
+        device: Device | None = None,
+        guidance_scale: Guidance = 5.0,
+        temperature: Temperature = 1.0,
+        max_plan_tokens: Count = 128,
         rollout: EngineOptions | None = None,
     ):
         super().__init__()
-        self.chat, self.engine = Chat(**chat), Engine(rollout)
+        check_arguments(Janus, locals(), "model")
+        self.chat, self.engine = Chat.of(chat), Engine(rollout)
         self.path, self.revision = str(path), revision
         self.model, self.tokenizer = load_pretrained(
             path, dtype=dtype, revision=revision, attn_implementation=attn_implementation, device=device
@@ -85,6 +124,19 @@ class Janus(nn.Module):
         self.model.eval()
         self.guidance_scale, self.temperature, self.max_plan_tokens = guidance_scale, temperature, max_plan_tokens
         self.special = special_ids(self.tokenizer)
+        self.special_texts = special_texts(self.tokenizer, *TAGS.values())
+        self.reader = reader_of(self.tokenizer, self.model.config, self.chat, self.path)
+
+    @classmethod
+    def text_reader(cls, settings: dict) -> Reader:
+        """How a config's checkpoint reads prompts; its tokenizer is read, no weights.
+
+        Raises:
+            UserError: see `load_tokenizer`.
+        """
+        path, revision = str(settings["path"]), settings["revision"]
+        config = load_config(path, revision)
+        return reader_of(load_tokenizer(path, revision, config), config, Chat.of(settings["chat"]), path)
 
     @staticmethod
     def image_size(settings: dict) -> int:
@@ -103,7 +155,10 @@ class Janus(nn.Module):
 
     def sampling(self) -> dict:
         """The settings that a drawn image depends on besides weights, prompt and seed."""
+        # Runs of before `final_stop` was a choice name none, and stripped it: their settings stay equal to ours.
+        stop = {"final_stop": "keep"} if self.chat.final_stop == "keep" else {}
         return {
+            **stop,
             "guidance_scale": self.guidance_scale,
             "temperature": self.temperature,
             "max_plan_tokens": self.max_plan_tokens,
@@ -153,12 +208,33 @@ class Janus(nn.Module):
         return {parameter for name, parameter in named if not (name.startswith(trunk) or parameter.requires_grad)}
 
     def encode(self, texts: list[str], boi: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask `(B, L)`, left-padded, one BOS each; with `boi` the begin-of-image token is appended."""
-        rows = [self.tokenizer(text).input_ids + [self.special["boi"]] * boi for text in texts]
+        """Token ids and mask `(B, L)`, left-padded, one BOS each; with `boi` the begin-of-image token is appended.
+
+        What a user or a model wrote is put into `texts` by way of `as_text`.
+        """
+        rows = [self.ids_of(text) + [self.special["boi"]] * boi for text in texts]
         width = max(map(len, rows))
         ids = torch.tensor([[self.special["pad"]] * (width - len(row)) + row for row in rows], device=self.device)
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
         return ids, mask
+
+    def ids_of(self, conversation: str) -> list[int]:
+        """Token ids of a conversation, one BOS in front whatever the tokenizer's own settings say."""
+        return [self.special["bos"], *ids_of(self.tokenizer, conversation)]
+
+    def as_text(self, text: str) -> str:
+        """A prompt, a plan or a reflection for a conversation, where a special token that it spells is read as text."""
+        return marked(text, self.special_texts)
+
+    def _check_room(self, lengths: torch.Tensor) -> None:
+        """Refuse conversations that are longer `(B,)` than the model was made for: beyond, positions mean nothing to
+        it."""
+        longest, room = int(lengths.max()), self.model.config.text_config.max_position_embeddings
+        if longest > room:
+            raise UserError(
+                f"a conversation with what was drawn or is to be drawn has {longest} tokens, and the model has {room} "
+                "positions: shorten the prompt, or lower model.max_plan_tokens"
+            )
 
     def draw_plans(self, prompts: list[str], seeds: list[int]) -> tuple[tuple, tuple, list[str]]:
         """Phase 1: `(ids, mask)` of the conversations, `(tokens, mask)` of the plans, and the plans as text, a row for each seed.
@@ -167,7 +243,8 @@ class Janus(nn.Module):
         """
         runs = [(prompt, len(list(group))) for prompt, group in groupby(prompts)]
         group_size = runs[0][1] if len({size for _, size in runs}) == 1 else 1
-        ids, mask = self.encode([self.chat.plan(prompt) for prompt in prompts[::group_size]])
+        self.reader.check(prompts)
+        ids, mask = self.encode([self.chat.plan(self.as_text(prompt)) for prompt in prompts[::group_size]])
         tokens, token_mask = decode_text(
             self.engine,
             ids,
@@ -177,6 +254,7 @@ class Janus(nn.Module):
             eos=self.special["eos"],
             temperature=self.temperature,
         )
+        self._check_room(mask.sum(dim=1).repeat_interleave(group_size) + token_mask.sum(dim=1))
         plans = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
         ids, mask = ids.repeat_interleave(group_size, dim=0), mask.repeat_interleave(group_size, dim=0)
         return (ids, mask), (tokens, token_mask), plans
@@ -186,9 +264,10 @@ class Janus(nn.Module):
 
         Draws with the weights that `prepare` read.
         """
-        ids, mask = self.encode(
-            [self.chat.image(prompt, plan) for prompt, plan in zip(prompts, plans, strict=True)], boi=True
-        )
+        self.reader.check(prompts)
+        pairs = zip(map(self.as_text, prompts), map(self.as_text, plans), strict=True)
+        ids, mask = self.encode([self.chat.image(prompt, plan) for prompt, plan in pairs], boi=True)
+        self._check_room(mask.sum(dim=1) + self.model.config.vision_config.num_image_tokens)
         drawn = decode_image(
             self.engine,
             ids,
@@ -219,9 +298,13 @@ class Janus(nn.Module):
 
     @torch.no_grad()
     def decode(self, image_ids: torch.Tensor) -> np.ndarray:
-        """Image tokens `(B, N)` -> uint8 `(B, H, W, 3)`."""
+        """Image tokens `(B, N)` -> uint8 `(B, H, W, 3)`.
+
+        Raises:
+            UserError: a pixel is not finite.
+        """
         pixels = self.model.decode_image_tokens(image_ids).float()
-        return ((pixels + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).cpu().numpy()
+        return to_bytes(pixels.permute(0, 3, 1, 2), centred=True)
 
 
 def special_ids(tokenizer) -> dict[str, int]:
@@ -230,15 +313,8 @@ def special_ids(tokenizer) -> dict[str, int]:
     Raises:
         UserError: a tag is not one token of this tokenizer (Janus-Pro needs `<|User|>` and `<|Assistant|>` as single ids).
     """
-    names = {
-        "boi": "<begin_of_image>",
-        "eoi": "<end_of_image>",
-        "image": "<image_placeholder>",
-        "user": "<|User|>",
-        "assistant": "<|Assistant|>",
-    }
     found = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-    for name, text in names.items():
+    for name, text in TAGS.items():
         ids = tokenizer(text, add_special_tokens=False).input_ids
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise UserError(f"the tokenizer has no single token for {text!r}: this is not a Janus-Pro tokenizer")
@@ -262,13 +338,15 @@ def load_config(path: str, revision: str | None):
 def load_pretrained(
     path: str, *, dtype: str, revision: str | None, attn_implementation: str, device: str | None = None
 ):
-    """Model and tokenizer from a folder or a hub id, read straight into `dtype` on `device` (`auto`: this process's GPU; None: the CPU).
+    """Model and checked tokenizer from a folder or a hub id, read straight into `dtype` on `device` (`auto`: this
+    process's GPU; None: the CPU).
 
     Raises:
-        UserError: the weights can be neither found nor downloaded, or are not Janus's; the line names what to do.
+        UserError: the weights can be neither found nor downloaded, or are not Janus's; or see `load_tokenizer`.
     """
-    from transformers import AutoTokenizer, JanusForConditionalGeneration
+    from transformers import JanusForConditionalGeneration
 
+    tokenizer = load_tokenizer(path, revision, load_config(path, revision))
     model = loading.load_model(
         JanusForConditionalGeneration,
         path,
@@ -278,4 +356,25 @@ def load_pretrained(
         device=device,
         attn_implementation=attn_implementation,
     )
-    return model, loading.load_part(AutoTokenizer, path, revision)
+    return model, tokenizer
+
+
+def load_tokenizer(path: str, revision: str | None, config):
+    """The tokenizer of a Janus checkpoint, checked against its config.
+
+    Raises:
+        UserError: it can be neither found nor downloaded, is not a Janus's, or gives the model other tokens than its
+            own.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = loading.load_part(AutoTokenizer, path, revision)
+    special_ids(tokenizer)
+    check_tokenizer(tokenizer, path, rows=config.text_config.vocab_size, needs=("bos", "eos", "pad"))
+    return tokenizer
+
+
+def reader_of(tokenizer, config, chat: Chat, path: str) -> Reader:
+    """How a Janus reads prompts: whole, so long as a picture's tokens fit behind them."""
+    limit = config.text_config.max_position_embeddings - config.vision_config.num_image_tokens - 1  # begin-of-image
+    return Reader("Janus", path, [Reading("Janus", tokenizer, limit, worded=chat.image, conversation=True)])

@@ -21,11 +21,26 @@ USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 BOI, EOI, IMAGE = "<begin_of_image>", "<end_of_image>", "<image_placeholder>"
 SPECIAL = (BOS, EOS, PAD, USER, ASSISTANT, BOI, EOI, IMAGE)
 _WORDS = Regex(r"\n\n|\w+|[^\w\s]")
+# Content is a string, or a list of parts in transformers' form, laid out as Janus-Pro's own template does it: lines
+# around an image.
 CHAT_TEMPLATE = (
+    "{% macro worded(content) %}"
+    "{% if content is string %}{{ content.strip() }}"
+    "{% else %}{% for part in content %}"
+    "{% if part['type'] == 'image' %}"
+    "{{ ('' if loop.first else '\n') + '<image_placeholder>' + ('' if loop.last else '\n') }}"
+    "{% elif part['type'] == 'text' %}"
+    "{% set text = part['text'].lstrip() if loop.first else part['text'] %}"
+    "{% set text = text.rstrip() if loop.last else text %}"
+    "{{ (' ' if not loop.first and loop.previtem['type'] == 'text' else '') + text }}"
+    "{% else %}{{ raise_exception('a part of a message is of type text or image, not ' + part['type']) }}{% endif %}"
+    "{% endfor %}{% endif %}"
+    "{% endmacro %}"
     "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] + '\n\n' }}"
-    "{% elif message['role'] == 'user' %}{{ '<|User|>: ' + message['content'].strip() + '\n\n' }}"
-    "{% else %}{{ '<|Assistant|>: ' + message['content'].strip() + '<｜end▁of▁sentence｜>' }}{% endif %}"
+    "{% if message['role'] == 'system' %}"
+    "{{ (message['content'] if message['content'] is string else worded(message['content'])) + '\n\n' }}"
+    "{% elif message['role'] == 'user' %}{{ '<|User|>: ' + worded(message['content']) + '\n\n' }}"
+    "{% else %}{{ '<|Assistant|>: ' + worded(message['content']) + '<｜end▁of▁sentence｜>' }}{% endif %}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|Assistant|>:' }}{% endif %}"
 )

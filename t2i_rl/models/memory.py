@@ -61,7 +61,7 @@ def graphs(model) -> tuple[int, int]:
         noise, t = torch.empty(1, *model.latent_shape, requires_grad=True), torch.empty(1)
         text = model.encode_prompts([""])
         with counted(held) as of_denoiser:
-            drawn = model.denoise(noise, t, text)
+            drawn = model.denoise(noise, t, text, empty=False)
         with counted(held) as of_autoencoder:
             pixels = model.decode_latents(noise - drawn)
     del pixels

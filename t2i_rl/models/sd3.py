@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from t2i_rl.core.numbers import Count, Device, Dtype, Guidance, Pixels, Whole
 from t2i_rl.models.diffusion import TextEncoding, load_pipeline
 from t2i_rl.models.flow import FlowMatching
 
@@ -13,28 +14,30 @@ class SD3(FlowMatching):
 
     family = "diffusion"
     kind = "sd3"
+    encoders = {"tokenizer": "CLIP", "tokenizer_2": "CLIP", "tokenizer_3": "T5"}
 
     def __init__(
         self,
         path: str,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         revision: str | None = None,
-        guidance_scale: float = 4.0,
-        steps: int = 28,
-        size: int | None = None,
-        max_sequence_length: int = 256,
+        guidance_scale: Guidance = 4.0,
+        steps: Count = 28,
+        size: Pixels | None = None,
+        max_sequence_length: Whole = 256,
         soft_tokens: str | None = None,
-        device: str | None = None,
+        device: Device | None = None,
     ):
         from diffusers import StableDiffusion3Pipeline
 
+        self.check_files({"path": path, "revision": revision})
         pipe = load_pipeline(StableDiffusion3Pipeline, path, dtype, revision, device)
         super().__init__(pipe, guidance_scale, steps, size, soft_tokens)
         self.path, self.revision, self.max_sequence_length = str(path), revision, max_sequence_length
 
-    def encode_prompts(self, prompts: list[str]) -> TextEncoding:
+    def _encoded(self, prompts: list[str]) -> TextEncoding:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            list(prompts), None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
+            prompts, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
         )  # fmt: skip
         return TextEncoding(embeds, pooled)
 
@@ -54,14 +57,16 @@ class SD3(FlowMatching):
         encoders = (self.pipe.text_encoder, self.pipe.text_encoder_2)
         return sum(encoder.config.hidden_size for encoder in encoders if encoder is not None)
 
-    def predict(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, soft_tokens=None) -> torch.Tensor:
+    def predict(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, soft_tokens=None, empty=None
+    ) -> torch.Tensor:
         return self.denoiser(
             hidden_states=x_t.to(self.dtype),
             timestep=t.to(x_t.device),
             encoder_hidden_states=text.embeds.to(self.dtype),
             pooled_projections=text.pooled.to(self.dtype),
             return_dict=False,
-            **self._carried(soft_tokens),
+            **self._carried(soft_tokens, empty),
         )[0].float()
 
     def _call_settings(self) -> dict:

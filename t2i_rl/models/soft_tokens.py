@@ -11,11 +11,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from t2i_rl import loading
+from t2i_rl.core.files import write_atomic
+from t2i_rl.core.finite import check_weights
 from t2i_rl.errors import UserError
-from t2i_rl.evaluation.results import write_atomic
-from t2i_rl.models.splice import POSITIONS, Splice, layout_of, text_width
+from t2i_rl.models.splice import EMPTY, POSITIONS, Splice, latents_of, layout_of, text_width
 
 FORMAT = "t2i_rl.soft_tokens.1"
+GUIDED_IN_HALVES = frozenset(
+    f"StableDiffusion{version}{kind}Pipeline" for version in ("", "XL", "3") for kind in ("", "Img2Img", "Inpaint")
+)
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,11 @@ class TokenSpec:
         return max(self.layout.values()) + 1
 
     def __post_init__(self):
+        if min(self.dim, self.branches, len(self.layout)) < 1 or min(self.tokens, self.buckets) < 0:
+            raise UserError(
+                "soft tokens need dim, branches and layers of 1 or more, tokens and buckets of 0 or more, not "
+                f"{self.dim}, {self.branches}, {len(self.layout)}, {self.tokens} and {self.buckets}"
+            )
         if self.position not in POSITIONS:
             raise UserError(f"soft tokens go to {', '.join(POSITIONS)}, not {self.position!r}")
         if self.tables not in (1, self.branches):
@@ -85,7 +95,12 @@ class SoftTokens(nn.Module):
         return (1 - share) * table[rows, low] + share * table[rows, (low + 1).clamp(max=last)]
 
     def save(self, path: str | Path, **facts: str) -> Path:
-        """Write a safetensors file, atomically; its metadata hold the spec and `facts` (base model, method, ...)."""
+        """Write a safetensors file, atomically; its metadata hold the spec and `facts` (base model, method, ...).
+
+        Raises:
+            UserError: the tokens are not finite.
+        """
+        check_weights(self.named_parameters(), f"what would be written to {path}")
         tensors = {name: part.detach().cpu().contiguous() for name, part in self.state_dict().items()}
         about = {"format": FORMAT, "spec": json.dumps(asdict(self.spec)), **{k: str(v) for k, v in facts.items()}}
         write_atomic(Path(path), save(tensors, about))
@@ -96,8 +111,11 @@ class SoftTokens(nn.Module):
         """Read a file that `save` wrote.
 
         Raises:
-            UserError: there is no such file, it is broken, or it holds something else.
+            UserError: there is no such file, it is broken, it holds something else, its tokens are not finite, or its
+                `null_branch` is none of its branches.
         """
+        if Path(path).is_dir():
+            raise UserError(f"soft tokens {path} is a folder: give the file in it, soft_tokens.safetensors")
         if not Path(path).is_file():
             raise UserError(f"soft tokens {path}: there is no such file")
         try:
@@ -112,10 +130,23 @@ class SoftTokens(nn.Module):
             raise UserError(
                 f"soft tokens {path}: its metadata do not say {FORMAT!r}; convert the authors' files with task=import_soft_tokens"
             )
-        bank = cls(TokenSpec(**json.loads(about["spec"])))
-        bank.load_state_dict(tensors)
+        try:
+            bank = cls(TokenSpec(**json.loads(about["spec"])))
+            bank.load_state_dict(tensors)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UserError(
+                f"soft tokens {path}: its spec and its tensors do not fit ({loading.first_line(error)})"
+            ) from error
+        check_weights(tensors.items(), f"soft tokens {path}")
         bank.facts = {key: value for key, value in about.items() if key not in ("format", "spec")}
-        bank.null_branch = int(bank.facts["null_branch"]) if "null_branch" in bank.facts else None
+        null_branch = bank.facts.get("null_branch")
+        if null_branch is not None:
+            if null_branch not in map(str, range(bank.spec.branches)):
+                raise UserError(
+                    f"soft tokens {path}: null_branch={null_branch} is none of its {bank.spec.branches} branches, "
+                    "which count from 0"
+                )
+            bank.null_branch = int(null_branch)
         return bank
 
 
@@ -128,26 +159,57 @@ def spec_for(denoiser: nn.Module, layers: int | list[str] | None, tokens: int, *
 class Attached:
     """A bank at work in a denoiser: every forward pass reads its tokens, whoever calls it.
 
-    `branch` is read by all rows. With `null_branch`, the first half of the rows (a pipeline's unconditional half) reads that branch instead.
+    `branch` is read by all rows; with `null_branch`, rows whose text is guidance's empty prompt read that one instead.
+    Which rows these are is said by the caller (`splice.EMPTY` among the arguments that reach the blocks), or known from
+    the stock `pipe`: never guessed by place alone, since a batch of prompts looks the same.
+
+    Raises:
+        UserError: the bank is for another architecture, or has no such branch.
     """
 
-    def __init__(self, denoiser: nn.Module, bank: SoftTokens, branch: int = 0, null_branch: int | None = None):
+    def __init__(
+        self, denoiser: nn.Module, bank: SoftTokens, branch: int = 0, null_branch: int | None = None, pipe=None
+    ):
         check_fits(denoiser, bank.spec)
+        null_branch = bank.null_branch if null_branch is None else null_branch
         for chosen in (branch, null_branch or 0):
-            if not 0 <= chosen < bank.spec.branches:
+            if chosen not in range(bank.spec.branches):
                 raise UserError(f"these soft tokens have {bank.spec.branches} branches: there is no branch {chosen}")
-        self.bank, self.branch = bank, branch
-        self.null_branch = bank.null_branch if null_branch is None else null_branch
+        self.bank, self.branch, self.null_branch, self.pipe = bank, branch, null_branch, pipe
         self.splice = Splice(denoiser, bank.spec.layout, bank.spec.position, self._tokens)
 
-    def _tokens(self, t: torch.Tensor) -> torch.Tensor:
-        if self.null_branch is None:
+    def _tokens(self, t: torch.Tensor, call: dict) -> torch.Tensor:
+        if not self.tells_empty_apart:
             return self.bank(t, self.branch)
-        if len(t) % 2:
-            raise UserError(f"null_branch splits the rows in halves, and there are {len(t)}: guidance is off")
-        half = len(t) // 2
-        branches = torch.tensor([self.null_branch] * half + [self.branch] * half)
-        return self.bank(t, branches.to(self.bank.tokens.device))
+        empty = self._empty(call).to(self.bank.tokens.device).expand(len(t))
+        return self.bank(t, torch.where(empty, self.null_branch, self.branch))
+
+    def _empty(self, call: dict) -> torch.Tensor:
+        """Which rows of a call stand for the empty prompt: a mask `(B,)`, or one for all.
+
+        Raises:
+            UserError: nobody says so, and it is no call of a stock pipeline that tells.
+        """
+        named = (call.get(self.splice.carrier) or {}).get(EMPTY)
+        if named is not None:
+            return torch.as_tensor(named)
+        latents = latents_of(call)
+        if type(self.pipe).__name__ in GUIDED_IN_HALVES:
+            if not self.pipe.do_classifier_free_guidance or call.get("skip_layers") is not None:
+                return torch.tensor(False)  # prompts alone; SD3.5's pass without some layers is one of them
+            first, second = latents.chunk(2) if len(latents) % 2 == 0 else (latents, None)
+            if second is not None and torch.equal(first, second):
+                return torch.arange(len(latents)) < len(first)
+        raise UserError(
+            "these soft tokens have a branch for the empty prompt, and this call does not say which of its "
+            f"{len(latents)} rows are empty prompts (they are no two halves of one guided batch of a stock pipeline): "
+            f"give null_branch={self.branch}, which the prompts read, or name the rows (predict(..., empty=...))"
+        )
+
+    @property
+    def tells_empty_apart(self) -> bool:
+        """Whether the empty prompt reads another branch than prompts do."""
+        return self.null_branch not in (None, self.branch)
 
     @property
     def enabled(self) -> bool:
@@ -200,9 +262,13 @@ def load_soft_tokens(pipe, path: str | Path, branch: int = 0, null_branch: int |
 
     `null_branch` None is what the tokens were trained to be drawn with (released for SDXL: the negative ones; else the same as `branch`).
 
+    A branch of its own for the empty prompt works in the pipelines of `GUIDED_IN_HALVES`, whose batches are [empty,
+    prompt] while guidance is on and prompts alone while it is off.
+
     Raises:
-        UserError: the file is broken, or made for another architecture.
+        UserError: the file is broken, or made for another architecture; while drawing, a call does not tell which rows
+            are empty.
     """
     denoiser = getattr(pipe, "transformer", None) or pipe.unet
     bank = SoftTokens.load(path).to(denoiser.device)
-    return Attached(denoiser, bank.requires_grad_(False), branch, null_branch)
+    return Attached(denoiser, bank.requires_grad_(False), branch, null_branch, pipe)

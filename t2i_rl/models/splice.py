@@ -14,6 +14,7 @@ from torch import nn
 from t2i_rl.errors import UserError
 
 KEY = "t2i_rl_soft_tokens"
+EMPTY = "t2i_rl_empty_prompts"  # beside it, from a caller that says whose texts are guidance's empty prompt
 POSITIONS = ("start", "after_bos", "end")
 CARRIERS = {
     "UNet2DConditionModel": "cross_attention_kwargs",
@@ -80,8 +81,9 @@ def layout_of(denoiser: nn.Module, layers: int | list[str] | None) -> dict[str, 
 
 
 class Splice:
-    """Hooks on a denoiser. `provide(t)` gives tokens `(B, layers, K, D)` for times `t` `(B,)` in [0, 1000], or None for none;
-    a call that brings its own tokens (`carry`) is left as it is. Install before torch.compile; `remove` takes everything out.
+    """Hooks on a denoiser. `provide(t, call)` gives tokens `(B, layers, K, D)` for times `t` `(B,)` in [0, 1000] of a
+    call with these arguments by name, or None for none; a call that brings its own tokens (`carry`) is left as it is.
+    Install before torch.compile; `remove` takes everything out.
     """
 
     def __init__(
@@ -89,7 +91,7 @@ class Splice:
         denoiser: nn.Module,
         layout: dict[str, int],
         position: str = "end",
-        provide: Callable[[torch.Tensor], torch.Tensor | None] | None = None,
+        provide: Callable[[torch.Tensor, dict], torch.Tensor | None] | None = None,
     ):
         if getattr(denoiser, "soft_token_splice", None) is not None:
             raise UserError(f"this {type(denoiser).__name__} has soft tokens already: remove them before others go in")
@@ -115,10 +117,10 @@ class Splice:
         carried = bound.get(self.carrier) or {}
         if not self.enabled or self.provide is None or KEY in carried:
             return None
-        rows = (bound.get("sample") if "sample" in bound else bound["hidden_states"]).shape[0]
-        tokens = self.provide(times(module, bound["timestep"], rows))
+        tokens = self.provide(times(module, bound["timestep"], len(latents_of(bound))), bound)
         if tokens is None:
             return None
+        carried = {name: value for name, value in carried.items() if name != EMPTY}
         place = list(self.signature.parameters).index(self.carrier)
         if len(args) > place:
             return (*args[:place], {**carried, KEY: tokens}, *args[place + 1 :]), kwargs
@@ -175,6 +177,11 @@ class BlockSplice:
 
     def _place(self, length: int) -> int:
         return {"start": 0, "after_bos": 1, "end": length}[self.position]
+
+
+def latents_of(call: dict) -> torch.Tensor:
+    """The latents among the arguments of a denoiser's call."""
+    return call["sample"] if "sample" in call else call["hidden_states"]
 
 
 def times(denoiser: nn.Module, timestep: torch.Tensor, rows: int) -> torch.Tensor:

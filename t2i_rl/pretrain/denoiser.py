@@ -75,7 +75,7 @@ class DenoiserStage(L.LightningModule):
             if torch.rand((), generator=draws) < self.zeros_share:
                 text = self._with_zeros(text)
             predicted = self.model.predict(self.model.add_noise(x0, eps, t), t, text)
-            errors = (predicted - self.model.target(x0, eps)).square().mean(dim=(1, 2, 3))
+            errors = (predicted - self.model.target(x0, eps, t)).square().mean(dim=(1, 2, 3))
             self.manual_backward(errors.mean())
         torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         for optimizer, schedule in zip(self.optimizers(), self.lr_schedulers(), strict=True):

@@ -10,9 +10,11 @@ import numpy as np
 import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from rich.progress import track
 
 from t2i_rl.benchmarks.shapes import Shapes
+from t2i_rl.core.files import replacing_folder
+from t2i_rl.core.pixels import to_bytes
+from t2i_rl.core.progress import tracked
 from t2i_rl.hashing import weights_sha256
 from t2i_rl.models.diffusion import LatentDiffusion
 from t2i_rl.models.diffusion_tiny import build_flux, build_sd, build_sd3, build_vae
@@ -23,7 +25,6 @@ from t2i_rl.pretrain.measure import reconstruction_figures, wilson
 from t2i_rl.pretrain.one_step import OneStepStage, TaughtPairs, guided_ode, teach
 from t2i_rl.pretrain.vae import VAEStage, set_scale
 from t2i_rl.pretrain.vq import SceneImages
-from t2i_rl.rewards.pixels import to_bytes
 from t2i_rl.shapes.examples import TASK_WEIGHTS
 from t2i_rl.shapes.render import to_pixels
 
@@ -46,16 +47,19 @@ def make(cfg, recipe, folder: Path) -> tuple[LatentDiffusion, float]:
 
     L.seed_everything(cfg.seed, verbose=False)
     pipe = BUILDERS[recipe.pipeline](vae, **OmegaConf.to_container(recipe.architecture))
-    pipe.save_pretrained(out / "untrained")
+    with replacing_folder(out / "untrained") as temporary:
+        pipe.save_pretrained(temporary)
     model = instantiate(cfg.model, path=str(out / "untrained"), dtype="float32", device=None)
     part = recipe.denoiser
     stage = DenoiserStage(model, cfg.seed, **part.optimizer)
     scenes = partial(CaptionedScenes, part.batch_size, TASK_WEIGHTS, cfg.seed)
     minutes += fit(stage, scenes, part.steps, out / "denoiser", part.precision, stage.optimizer_count)
     if "one_step" in recipe:
-        model.eval().pipe.save_pretrained(out / "teacher")
+        with replacing_folder(out / "teacher") as temporary:
+            model.eval().pipe.save_pretrained(temporary)
         minutes += one_step(model, recipe.one_step, out, cfg.seed)
-    model.eval().half().pipe.save_pretrained(folder)
+    with replacing_folder(folder) as temporary:
+        model.eval().half().pipe.save_pretrained(temporary)
     return instantiate(cfg.model, path=str(folder)), minutes
 
 
@@ -63,7 +67,7 @@ def one_step(model: LatentDiffusion, recipe, out: Path, seed: int) -> float:
     """Distil a trained flow into one step, in place; returns its minutes."""
     started, teaching = time.time(), recipe.teacher
     place = out / f"taught_{weights_sha256(model)[:8]}_{teaching.steps}_{teaching.guidance}_{teaching.batch_size}"
-    taught = teach(model.eval(), place, seed, **teaching)
+    taught = teach(model.eval(), place, seed, recipe.precision, **teaching)
     spent = (time.time() - started) / 60
     stage = OneStepStage(model, seed, teaching.guidance, **recipe.optimizer)
     pairs = partial(TaughtPairs, model, taught, seed)
@@ -77,8 +81,7 @@ def figures(model: LatentDiffusion) -> list[tuple[str, str, str]]:
     @torch.no_grad()
     def there_and_back(images: np.ndarray) -> np.ndarray:
         noise = torch.randn(len(images), *model.latent_shape, generator=draws)
-        pixels = model.decode_latents(model.encode_images(to_pixels(images), noise))
-        return ((pixels + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        return to_bytes(model.decode_latents(model.encode_images(to_pixels(images), noise)), centred=True)
 
     found = reconstruction_figures(there_and_back)
     agreement, teacher = found["oracle_agreement"], Path(model.path).parent / "teacher"
@@ -96,7 +99,7 @@ def taught_by(teacher: Path, student: LatentDiffusion, steps: int = 12, guidance
     model = type(student)(str(teacher), size=student.size, max_sequence_length=student.max_sequence_length)
     benchmark, draws, right = Shapes(samples_per_prompt=1), torch.Generator().manual_seed(0), 0
     prompts = benchmark.prompts()
-    for first in track(range(0, len(prompts), 64), description="the teacher is judged"):
+    for first in tracked(range(0, len(prompts), 64), "the teacher is judged", "batch"):
         part = prompts[first : first + 64]
         noise = torch.randn(len(part), *model.latent_shape, generator=draws)
         pixels = model.decode_latents(guided_ode(model, noise, [prompt.text for prompt in part], steps, guidance))

@@ -8,6 +8,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from t2i_rl.core.files import replacing_folder
 from t2i_rl.models.janus import Chat, Janus
 from t2i_rl.models.janus_tiny import build_model, build_processor
 from t2i_rl.pretrain.card import percent
@@ -43,8 +44,9 @@ def make(cfg, recipe, folder: Path) -> tuple[Janus, float]:
         stage = (JanusLookStage if name == "look" else JanusLMStage)(model, **part.optimizer)
         rows = partial(PretrainRows, processor.tokenizer, chat, (cfg.seed, number), **OmegaConf.to_container(part.rows))
         minutes += fit(stage, rows, part.steps, out / name, part.precision, stage.optimizer_count)
-    model.eval().half().save_pretrained(folder)
-    processor.save_pretrained(folder)
+    with replacing_folder(folder) as temporary:
+        model.eval().half().save_pretrained(temporary)
+        processor.save_pretrained(temporary)
     return instantiate(cfg.model, path=str(folder)), minutes
 
 

@@ -24,7 +24,8 @@ def wilson(hits: int, n: int) -> dict:
     """Share with Wilson's 95% interval."""
     z, p = 1.959964, hits / n
     center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return {"mean": p, "low": (center - half) / (1 + z * z / n), "high": (center + half) / (1 + z * z / n), "n": n}
+    low, high = ((center + side) / (1 + z * z / n) for side in (-half, half))
+    return {"mean": p, "low": max(low, 0.0), "high": min(high, 1.0), "n": n}  # at 0 and 1 but for rounding
 
 
 def held_back_scenes(count: int, seed: int) -> list:

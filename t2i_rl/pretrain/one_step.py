@@ -7,11 +7,12 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 import torch
-from rich.progress import track
 from safetensors.torch import load_file, save
 from torch.utils.data import IterableDataset
 
-from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.core.files import write_atomic
+from t2i_rl.core.finite import check_finite
+from t2i_rl.core.progress import tracked
 from t2i_rl.models.diffusion import LatentDiffusion, attention_for_training
 from t2i_rl.pretrain.denoiser import muon_and_adamw
 from t2i_rl.seeding import derive_seed
@@ -32,8 +33,8 @@ def guided_ode(
 
 
 def guided_velocity(model: LatentDiffusion, x, t, text, empty, guidance: float) -> torch.Tensor:
-    without = model.predict(x, t, empty)
-    return without + guidance * (model.predict(x, t, text) - without)
+    without = model.predict(x, t, empty, empty=True)
+    return without + guidance * (model.predict(x, t, text, empty=False) - without)
 
 
 def captions_of(seed: int, number: int, count: int) -> list[str]:
@@ -48,17 +49,29 @@ def noise_of(model: LatentDiffusion, seed: int, number: int, count: int) -> torc
 
 
 def teach(
-    model: LatentDiffusion, folder: Path, seed: int, batches: int, batch_size: int, steps: int, guidance: float
+    model: LatentDiffusion,
+    folder: Path,
+    seed: int,
+    precision: str,
+    batches: int,
+    batch_size: int,
+    steps: int,
+    guidance: float,
 ) -> torch.Tensor:
-    """What the teacher draws for `batches` batches, `(batches, batch_size, C, h, w)`; a file a batch, so that a killed run goes on."""
+    """What the teacher draws, `(batches, batch_size, C, h, w)`; a file a batch, so that a killed run goes on.
+
+    Raises:
+        UserError: what it draws is not finite.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    for number in track(range(batches), description="the teacher draws"):
+    for number in tracked(range(batches), "the teacher draws", "batch"):
         file = folder / f"{number:04d}.safetensors"
         if not file.exists():
             noise = noise_of(model, seed, number, batch_size)
-            with torch.autocast(model.device.type, torch.bfloat16):
-                drawn = guided_ode(model, noise, captions_of(seed, number, batch_size), steps, guidance)
-            write_atomic(file, save({"latents": drawn.half()}))
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=precision.startswith("bf16")):
+                drawn = guided_ode(model, noise, captions_of(seed, number, batch_size), steps, guidance).half()
+            check_finite(drawn, "the latents that the teacher drew", "its own stage ran away; train it at a lower rate")
+            write_atomic(file, save({"latents": drawn}))
     return torch.stack(
         [load_file(folder / f"{number:04d}.safetensors")["latents"].float() for number in range(batches)]
     )
@@ -151,7 +164,7 @@ class OneStepStage(L.LightningModule):
 
     def _critic_error(self, x: torch.Tensor, text, draws: torch.Generator) -> torch.Tensor:
         x_t, t, eps = self._noised(x, draws)
-        return (self.critic.predict(x_t, t, text) - self.critic.target(x, eps)).square().mean()
+        return (self.critic.predict(x_t, t, text) - self.critic.target(x, eps, t)).square().mean()
 
     def configure_optimizers(self):
         optimizers = [

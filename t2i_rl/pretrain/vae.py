@@ -4,6 +4,8 @@ import lightning as L
 import torch
 import torch.nn.functional as F
 
+from t2i_rl.core.finite import check_finite
+
 
 class VAEStage(L.LightningModule):
     """Reconstruction + `kl_weight` times the KL (nats an element) of the posterior to a unit Gaussian (Kingma and Welling 2014)."""
@@ -30,8 +32,13 @@ class VAEStage(L.LightningModule):
 
 @torch.no_grad()
 def set_scale(vae, batches: list[torch.Tensor], shift: bool) -> None:
-    """Write into the config what makes sampled latents of unit variance (and, with `shift`, of mean zero)."""
+    """Write into the config what makes sampled latents of unit variance (and, with `shift`, of mean zero).
+
+    Raises:
+        UserError: the latents are not finite.
+    """
     latents = torch.cat([vae.encode(pixels).latent_dist.sample() for pixels in batches]).float()
+    check_finite(latents, "the autoencoder's latents", "its stage ran away; train it again at a lower rate")
     offset = float(latents.mean()) if shift else 0.0
     vae.register_to_config(
         scaling_factor=1 / float((latents - offset).square().mean().sqrt()), shift_factor=offset if shift else None

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from t2i_rl.core.finite import check_finite
 from t2i_rl.rollout.emit import ImageEmitter, TextEmitter
 from t2i_rl.rollout.engine import Engine
 from t2i_rl.rollout.memory import even_chunks, rows_that_fit
@@ -12,6 +13,10 @@ from t2i_rl.rollout.rows import unconditional
 from t2i_rl.seeding import row_uniforms
 
 PREFIX_STEP = 32  # prefixes are padded to a multiple where steps are recorded, so that a recording serves many batches
+BROKEN = (
+    "the weights are broken, or a half precision overflows (take model.rollout.dtype=bfloat16 or float32, and "
+    "model.dtype likewise)"
+)
 WORKING_BYTES = 48  # a vocabulary entry's logits, probabilities and cumulative sums while one token is sampled
 
 
@@ -45,7 +50,7 @@ def decode_text(
     Returns `tokens` `(B, T)`, EOS after a row has ended, and its boolean mask, true up to and including the first EOS.
 
     Raises:
-        UserError: not even one row fits into the free memory.
+        UserError: not even one row fits into the free memory, or logits are not finite.
     """
     group_size = len(seeds) // len(ids)
     prefix = prefix_length(engine, ids)
@@ -65,6 +70,9 @@ def decode_text(
         session.prefill(ids[part], mask[part], None if embeds is None else embeds[part])
         session.emitter.start(uniforms[rows])
         count = session.decode(session.emitter.ended)
+        check_finite(
+            torch.where(session.emitter.finite, 0.0, torch.nan), "the logits of the text that the model wrote", BROKEN
+        )
         session.emitter.tokens[:, count:] = eos
         tokens.append(session.emitter.tokens.clone())
         lengths.append(session.emitter.lengths.clone())
@@ -91,7 +99,7 @@ def decode_image(
     its own prompt with every id but BOS and begin-of-image replaced by the pad token, its attention mask unchanged.
 
     Raises:
-        UserError: not even one row fits into the free memory.
+        UserError: not even one row fits into the free memory, or logits are not finite.
     """
     branches = [(ids, mask)]
     if guidance_scale != 1:
@@ -115,7 +123,7 @@ def decode_branches(
     A branch is ids `(B, L)` or embeddings `(B, L, D)`, left-padded to the length that all share, with its mask `(B, L)`.
 
     Raises:
-        UserError: not even one row fits into the free memory.
+        UserError: not even one row fits into the free memory, or logits are not finite.
     """
     ids, embedded = branches[0][0], branches[0][0].ndim == 3
     prefix = prefix_length(engine, ids)
@@ -132,6 +140,7 @@ def decode_branches(
         session.emitter.start(uniforms[part])
         session.decode()
         emitter = session.emitter
+        check_finite(emitter.logprobs, "the logits of the image that the model drew", BROKEN)
         drawn.append([t.clone() for t in (emitter.tokens, emitter.logprobs, emitter.conditional, emitter.guided)])
     return DecodedImages(*(torch.cat(parts) for parts in zip(*drawn)))
 

@@ -55,19 +55,22 @@ class TextEmitter:
         self.tokens = torch.zeros(rows, count, dtype=torch.long, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)
+        self.finite = torch.ones(rows, dtype=torch.bool, device=device)  # whether all logits up to a row's end were
 
     def start(self, uniforms: torch.Tensor) -> None:
         """Take the random numbers `(B, T)` of a new batch."""
         self.uniforms.copy_(uniforms)
         self.ended.zero_()
         self.lengths.zero_()
+        self.finite.fill_(True)
 
     def state(self) -> list[torch.Tensor]:
         """Tensors that a step changes and later steps read."""
-        return [self.ended, self.lengths]
+        return [self.ended, self.lengths, self.finite]
 
     def __call__(self, hidden: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         logits = F.linear(hidden, self.weights.text_head).float()
+        self.finite &= logits.amax(-1).isfinite() | self.ended
         token = sample_tokens(logits, self.uniforms.index_select(1, slot).squeeze(1), self.temperature)
         token = torch.where(self.ended, self.eos, token)
         self.tokens.index_copy_(1, slot, token.unsqueeze(1))

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from t2i_rl.errors import UserError
-from t2i_rl.loading import DTYPES
+from t2i_rl.core.numbers import Count, Dtype, check_arguments
 from t2i_rl.rollout.session import Session
 from t2i_rl.rollout.weights import Weights, pack
 
@@ -28,15 +27,14 @@ class EngineOptions:
         UserError: an unknown dtype.
     """
 
-    dtype: str | None = None
-    max_rows: int | None = None
+    dtype: Dtype | None = None
+    max_rows: Count | None = None
     graphs: bool = True
     keep: bool = True
     compile: bool = False
 
     def __post_init__(self):
-        if self.dtype not in (None, *DTYPES):
-            raise UserError(f"model.rollout.dtype must be one of {', '.join(DTYPES)} or null, not {self.dtype!r}")
+        check_arguments(EngineOptions, vars(self), "model.rollout")
 
 
 class Engine:

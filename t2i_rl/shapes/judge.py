@@ -1,4 +1,10 @@
-"""The judge: a pure function of detections and GenEval-form metadata. One judge for GenEval and `shapes`; only the detector differs."""
+"""The judge: a pure function of detections and GenEval-form metadata; its lenient verdict is GenEval's own rule.
+
+Only `shapes` has a detector here. One for GenEval would have to bring what the official scorer does before its verdict:
+detections with a score above 0.3 (above 0.9 for prompts tagged `counting`, of every class and of `exclude` too), best
+first, at most 16 of a class, none suppressed for overlapping another; and a colour, where a clause names one, by CLIP
+ViT-L/14 zero-shot over ten colours on the masked crop.
+"""
 
 import itertools
 from collections.abc import Sequence

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from t2i_rl.core.finite import check_weights
 from t2i_rl.shapes.scene import COLORS, LARGE_SHAPES, Scene
 
 GRID = 8
@@ -36,9 +37,14 @@ class Recognizer(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "Recognizer":
-        """The recogniser that a folder holds, frozen."""
+        """The recogniser that a folder holds, frozen.
+
+        Raises:
+            UserError: its weights are not finite.
+        """
         made = cls(**json.loads((Path(folder) / "config.json").read_text()))
         made.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        check_weights(made.named_parameters(), str(folder))
         return made.float().eval().requires_grad_(False)
 
 
