@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from t2i_rl.core.numbers import Count, Device, Dtype
 from t2i_rl.errors import UserError
 from t2i_rl.loading import first_line, load_model, load_part
 from t2i_rl.rewards.open_clip import read_state
@@ -33,9 +34,9 @@ class Aesthetic:
         self,
         path: str,
         head: str,
-        batch_size: int = 16,
-        dtype: str = "float32",
-        device: str | None = "auto",
+        batch_size: Count = 16,
+        dtype: Dtype = "float32",
+        device: Device | None = "auto",
         revision: str | None = None,
     ):
         from transformers import AutoImageProcessor, CLIPModel

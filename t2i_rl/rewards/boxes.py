@@ -93,9 +93,12 @@ def spatial_score(
     """Paper: 0.6 times the position score (0 unless both are there) + 0.4 times the share of the nouns found.
     Released: 0.2 for each of the two found, and 0.5 times the position score if both are: 0.9 at most.
 
-    Where both are the same noun, its two best boxes stand for them, in the better order (released: the best box for both)."""
+    Where both are the same noun, its two best boxes stand for them, in the better order. The released scorer fails
+    inside on such a pair and counts the failure as 0."""
     pair = [found.of(nouns.index(info[key])) for key in ("obj1", "obj2")]
-    if info["obj1"] == info["obj2"] and compat == "paper":
+    if info["obj1"] == info["obj2"] and compat == "released":
+        return 0.0
+    if info["obj1"] == info["obj2"]:
         best = pair[0][suppress(corners(pair[0]))[:2]]
         orders = [(best[0], best[1]), (best[1], best[0])] if len(best) == 2 else []
     else:
@@ -104,7 +107,7 @@ def spatial_score(
     position, there = max(scores, default=0.0), [len(boxes) > 0 for boxes in pair]
     if compat == "released":
         return 0.2 * sum(there) + 0.5 * position
-    return 0.6 * position + 0.4 * detected_score(found, nouns)
+    return 0.6 * position + 0.4 * detected_score(found, nouns, nouns)
 
 
 def counting_score(found: Detections, nouns: list[str], info: list[dict], compat: str) -> float:
@@ -119,19 +122,46 @@ def counting_score(found: Detections, nouns: list[str], info: list[dict], compat
     return sum(scores) / len(scores)
 
 
-def detected_score(found: Detections, nouns: list[str]) -> float:
-    """Share of the nouns found."""
-    return sum(len(found.of(number)) > 0 for number in range(len(nouns))) / len(nouns)
+def detected_score(found: Detections, nouns: list[str], asked: list[str]) -> float:
+    """Share of what was asked for that was found; a noun counts as often as `asked` names it."""
+    return sum(len(found.of(nouns.index(noun))) > 0 for noun in asked) / len(asked)
 
 
 def detection_score(found: Detections, meta: dict, size: tuple[int, int], near_pixels: float, compat: str) -> float:
-    """Counting where the prompt has `numeracy_info`, spatial where it has `spatial_info`, else the share of its `nouns` found."""
+    """Counting where the prompt has `numeracy_info`, spatial where it has `spatial_info`, else the share of its `nouns`
+    found.
+
+    Released: the prompt's `task_type` decides instead, so a `complex` prompt with a relation is scored by its nouns
+    alone; a noun counts as often as it is named; and a prompt without nouns scores 1.
+
+    Args:
+        found: its labels are places in `nouns_of(meta)`.
+    """
     nouns = nouns_of(meta)
-    if meta.get("numeracy_info"):
+    if compat == "released" and not meta["nouns"]:
+        return 1.0
+    kind = task_kind(meta) if compat == "released" else annotated_kind(meta)
+    if kind == "numeracy":
         return counting_score(found, nouns, meta["numeracy_info"], compat)
-    if meta.get("spatial_info"):
+    if kind == "spatial":
         return spatial_score(found, nouns, meta["spatial_info"], size, near_pixels, compat)
-    return detected_score(found, nouns)
+    return detected_score(found, nouns, asked_nouns(meta, compat))
+
+
+def annotated_kind(meta: dict) -> str:
+    """`numeracy` or `spatial` by the annotation that a prompt has, else `object`."""
+    return "numeracy" if meta.get("numeracy_info") else "spatial" if meta.get("spatial_info") else "object"
+
+
+def task_kind(meta: dict) -> str:
+    """A prompt's `task_type`, which T2I-R1's scorers go by; where there is none, its annotations'."""
+    return meta.get("task_type") or annotated_kind(meta)
+
+
+def asked_nouns(meta: dict, compat: str) -> list[str]:
+    """What the detector is asked for: each of `nouns_of` once; released: the prompt's `nouns` alone, as often as they
+    stand there."""
+    return list(meta["nouns"]) if compat == "released" else nouns_of(meta)
 
 
 def nouns_of(meta: dict) -> list[str]:

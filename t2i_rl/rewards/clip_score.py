@@ -2,8 +2,11 @@
 
 import torch
 
+from t2i_rl.core.numbers import Count, Device, Dtype
+from t2i_rl.core.texts import Reader, Reading, ReadsTexts
+from t2i_rl.core.tokenizing import check_pooling, check_tokenizer
 from t2i_rl.errors import UserError
-from t2i_rl.loading import load_model, load_part
+from t2i_rl.loading import load_config, load_model, load_part, reads_as_text
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.open_clip import load_open_clip
 from t2i_rl.rewards.output import RewardOutput
@@ -11,7 +14,7 @@ from t2i_rl.rewards.pixels import prepared
 from t2i_rl.rollout.buffer import Rollout
 
 
-class ClipScore:
+class ClipScore(ReadsTexts):
     """Cosine of image and raw prompt, without CLIP's factor of 100 unless `scaled`.
 
     HPS v2.1 (arXiv 2306.09341; T2I-R1 section 3.4) lies about 0.2 to 0.35; PickScore (arXiv 2305.01569) is published scaled, about 18 to 24.
@@ -24,7 +27,7 @@ class ClipScore:
         text_heads, vision_heads: attention heads, which an open_clip file does not tell.
 
     Raises:
-        UserError: a checkpoint that cannot be loaded.
+        UserError: a checkpoint that cannot be loaded, or whose tokenizer does not fit it.
     """
 
     needs_images = True
@@ -37,11 +40,11 @@ class ClipScore:
         file: str | None = None,
         processor: str | None = None,
         scaled: bool = False,
-        text_heads: int = 16,
-        vision_heads: int = 16,
-        batch_size: int = 16,
-        dtype: str = "float32",
-        device: str | None = "auto",
+        text_heads: Count = 16,
+        vision_heads: Count = 16,
+        batch_size: Count = 16,
+        dtype: Dtype = "float32",
+        device: Device | None = "auto",
         revision: str | None = None,
     ):
         from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
@@ -49,14 +52,22 @@ class ClipScore:
         if file and not processor:
             raise UserError("reward.file needs reward.processor: the folder of CLIP's tokenizer and image processor")
         self.batch_size, self.scaled = batch_size, scaled
-        self.tokenizer = load_part(AutoTokenizer, processor or path, None if processor else revision)
-        self.pictures = load_part(AutoImageProcessor, processor or path, None if processor else revision)
+        words = processor or path
+        self.tokenizer = reads_as_text(load_part(AutoTokenizer, words, None if processor else revision))
+        self.pictures = load_part(AutoImageProcessor, words, None if processor else revision)
         if file:
             layout = {"text_heads": text_heads, "vision_heads": vision_heads, "eos": self.tokenizer.eos_token_id}
             self.model = load_open_clip(path, file, dtype=dtype, device=device, revision=revision, **layout)
+            self._check_words(words, self.model.config.text_config)
         else:
+            self._check_words(words, load_config(path, "clip", revision).text_config)
             self.model = load_model(CLIPModel, path, kind="clip", dtype=dtype, device=device, revision=revision)
         self.model.requires_grad_(False)
+        self.reader = Reader("ClipScore", path, [Reading("CLIP", self.tokenizer, self._longest())])
+
+    def _check_words(self, path: str, config) -> None:
+        check_tokenizer(self.tokenizer, path, rows=config.vocab_size, begin="bos", end="eos", needs=("pad",))
+        check_pooling(self.tokenizer, path, config)
 
     def __call__(self, rollout: Rollout) -> RewardOutput:
         texts = [prompt.text for prompt in rollout.prompts]
@@ -76,6 +87,7 @@ class ClipScore:
         ).float()
 
     def _compared(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        self.reader.check(texts)
         words = self.tokenizer(texts, padding=True, truncation=True, max_length=self._longest(), return_tensors="pt")
         output = self.model(
             pixel_values=pixels.to(self.model.device, self.model.dtype), **words.to(self.model.device), return_dict=True

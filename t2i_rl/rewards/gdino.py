@@ -2,28 +2,39 @@
 
 import torch
 
+from t2i_rl.core.numbers import Count, Device, Dtype, Positive, Threshold, check_arguments
+from t2i_rl.core.texts import Reader, Reading, ReadsTexts
 from t2i_rl.errors import UserError
-from t2i_rl.loading import load_model, load_part
+from t2i_rl.loading import load_config, load_model, load_part, load_tokenizer
 from t2i_rl.prompts import Prompt
-from t2i_rl.rewards.boxes import COMPATS, NEAR, SIDES, Detections, detection_score, nouns_of
+from t2i_rl.rewards.boxes import (
+    COMPATS,
+    NEAR,
+    SIDES,
+    Detections,
+    annotated_kind,
+    asked_nouns,
+    detection_score,
+    task_kind,
+)
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rollout.buffer import Rollout
 
 
-class GroundingDino:
+class GroundingDino(ReadsTexts):
     """`detection_score` of what GroundingDINO finds for the nouns of the raw prompt (T2I-R1 section 3.4; arXiv 2303.05499).
 
-    The caption is the nouns with full stops between. A box's score for a noun is the greatest sigmoid over the noun's tokens; a box
-    counts for its best noun if that score is above `box_threshold`.
+    The caption is the nouns with full stops between. A box's score for a noun is the greatest sigmoid over the noun's
+    tokens; a box counts for its best noun if that score is above `box_threshold`. Released: a score is the mean over
+    the noun's tokens, and a box counts for every noun whose score is above the threshold.
 
     Args:
         path: a checkpoint of transformers' GroundingDinoForObjectDetection.
-        compat: `paper`, or `released`: T2I-R1's scorer with its defects (docs/rewards.md), among them that a noun of three words or
-            more is never found.
+        compat: `paper`, or `released`: T2I-R1's scorer with its defects (docs/rewards.md).
         near_pixels: how close "near" is.
 
     Raises:
-        UserError: an unknown `compat`; a checkpoint that cannot be loaded.
+        UserError: an unknown `compat`; a checkpoint that cannot be loaded, or whose tokenizer does not fit it.
     """
 
     needs_images = True
@@ -34,54 +45,76 @@ class GroundingDino:
         self,
         path: str,
         compat: str = "paper",
-        box_threshold: float = 0.3,
-        near_pixels: float = 150.0,
-        batch_size: int = 8,
-        dtype: str = "float32",
-        device: str | None = "auto",
+        box_threshold: Threshold = 0.3,
+        near_pixels: Positive = 150.0,
+        batch_size: Count = 8,
+        dtype: Dtype = "float32",
+        device: Device | None = "auto",
         revision: str | None = None,
     ):
-        from transformers import AutoImageProcessor, AutoTokenizer, GroundingDinoForObjectDetection
+        from transformers import AutoImageProcessor, GroundingDinoForObjectDetection
 
+        check_arguments(GroundingDino, locals(), "reward")
         if compat not in COMPATS:
             raise UserError(f"reward.compat must be one of {', '.join(COMPATS)}, not {compat!r}")
         self.compat, self.box_threshold, self.near_pixels = compat, box_threshold, near_pixels
         self.batch_size = batch_size
+        rows = load_config(path, "grounding-dino", revision).text_config.vocab_size
+        self.tokenizer = load_tokenizer(path, revision, rows=rows, begin="cls", end="sep", needs=("pad",))
+        self.reader = Reader("GroundingDino", path, [Reading("GroundingDINO", self.tokenizer)])
         self.model = load_model(
             GroundingDinoForObjectDetection, path, kind="grounding-dino", dtype=dtype, device=device, revision=revision
         )
-        self.tokenizer = load_part(AutoTokenizer, path, revision)
         self.pictures = load_part(AutoImageProcessor, path, revision)
 
+    def texts_of(self, prompt: Prompt) -> list[str]:
+        """The caption that its picture is searched for."""
+        asked = asked_nouns(prompt.meta, self.compat)
+        return [caption(asked)] if asked else []
+
     def refuses(self, prompt: Prompt) -> str | None:
-        """Nothing to look for, a relation that has no rule, or more nouns than the model reads."""
-        relation = (prompt.meta.get("spatial_info") or {}).get("locality")
-        if relation not in (None, *SIDES, *NEAR):
+        """Nothing to look for, a relation that has no rule, an annotation that is missing, or more nouns than the model
+        reads."""
+        meta, released = prompt.meta, self.compat == "released"
+        kind = task_kind(meta) if released else annotated_kind(meta)
+        if released and kind in ("spatial", "numeracy") and not meta.get(f"{kind}_info"):
+            return f"its task_type is {kind!r} and it has no {kind}_info"
+        if kind == "spatial" and (relation := meta["spatial_info"].get("locality")) not in (*SIDES, *NEAR):
             return f"there is no rule for {relation!r}"
-        if not nouns_of(prompt.meta):
-            return "it has no nouns"
-        length, most = len(self.tokenizer(caption(nouns_of(prompt.meta))).input_ids), self.model.config.max_text_len
+        asked = asked_nouns(meta, self.compat)
+        if not asked:
+            return None if released else "it has no nouns"
+        length, most = len(self.tokenizer(caption(asked)).input_ids), self.model.config.max_text_len
         return f"its nouns are {length} tokens, the model reads {most}" if length > most else None
 
     def __call__(self, rollout: Rollout) -> RewardOutput:
         height, width = rollout.images.shape[1:3]
         metas = [prompt.meta for prompt in rollout.prompts]
-        scores = []
-        for first in range(0, len(metas), self.batch_size):
-            part = slice(first, first + self.batch_size)
-            found = self.detect(rollout.images[part], [nouns_of(meta) for meta in metas[part]])
-            scores += [
-                detection_score(boxes, meta, (width, height), self.near_pixels, self.compat)
-                for boxes, meta in zip(found, metas[part], strict=True)
-            ]
+        asked = [asked_nouns(meta, self.compat) for meta in metas]
+        rows = [row for row, nouns in enumerate(asked) if nouns]
+        detections = [Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long))] * len(metas)
+        for first in range(0, len(rows), self.batch_size):
+            part = rows[first : first + self.batch_size]
+            boxes = self.detect(rollout.images[part], [asked[row] for row in part])
+            for row, row_boxes in zip(part, boxes, strict=True):
+                detections[row] = row_boxes
+        scores = [
+            detection_score(boxes, meta, (width, height), self.near_pixels, self.compat)
+            for boxes, meta in zip(detections, metas, strict=True)
+        ]
         return RewardOutput(torch.tensor(scores, dtype=torch.float64))
 
     @torch.no_grad()
     def detect(self, images, nouns: list[list[str]]) -> list[Detections]:
-        """What is found in each of `images` uint8 `(B, H, W, 3)` for its own nouns."""
-        text = self.tokenizer(
-            [caption(row) for row in nouns], padding=True, return_offsets_mapping=True, return_tensors="pt"
-        )
+        """What is found in each of `images` uint8 `(B, H, W, 3)` for its own nouns; labels are places among distinct
+        nouns.
+
+        Raises:
+            UserError: boxes or scores are not finite.
+        """
+        captions = [caption(row) for row in nouns]
+        self.reader.check(captions)
+        text = self.tokenizer(captions, padding=True, return_offsets_mapping=True, return_tensors="pt")
         offsets = text.pop("offset_mapping")
         pictures = self.pictures(images=list(images), return_tensors="pt").to(self.model.device)
         output = self.model(
@@ -91,21 +124,38 @@ class GroundingDino:
         )
         probabilities, boxes = output.logits.float().sigmoid().cpu(), output.pred_boxes.float().cpu()
         if not torch.isfinite(boxes).all() or torch.isnan(probabilities).any():
-            raise ValueError("GroundingDINO returned boxes or scores that are not numbers")
+            raise UserError(
+                "GroundingDINO's boxes or scores are not finite: take reward.dtype=float32 (or bfloat16, not float16)"
+            )
         return [
             self._assign(probabilities[row], boxes[row], spans(nouns[row], offsets[row]), nouns[row])
             for row in range(len(nouns))
         ]
 
     def _assign(self, probabilities, boxes, tokens_of: list[torch.Tensor], nouns: list[str]) -> Detections:
-        """Each box to its best noun, best boxes first."""
-        scores = torch.stack([probabilities[:, tokens].amax(-1) for tokens in tokens_of], dim=1)
+        """Each box to its best noun, best boxes first; released: to every noun that it is above the threshold for."""
         if self.compat == "released":
-            scores[:, [len(noun.split()) > 2 for noun in nouns]] = 0.0
+            return self._assign_to_all(probabilities, boxes, tokens_of, nouns)
+        scores = torch.stack([probabilities[:, tokens].amax(-1) for tokens in tokens_of], dim=1)
         best, label = scores.max(dim=1)
         order = best.argsort(descending=True, stable=True)
         order = order[best[order] > self.box_threshold]
         return Detections(boxes[order], best[order], label[order])
+
+    def _assign_to_all(self, probabilities, boxes, tokens_of: list[torch.Tensor], nouns: list[str]) -> Detections:
+        """One detection for each box and each time a noun is named, best first.
+
+        A noun of three words or more is never found: the released scorer calls it by its first and last word.
+        """
+        distinct = list(dict.fromkeys(nouns))
+        named = [number for number, noun in enumerate(nouns) if len(noun.split()) <= 2]
+        scores = [probabilities[:, tokens_of[number]].mean(-1) for number in named]
+        above = [(score > self.box_threshold).nonzero().flatten() for score in scores]
+        best = torch.cat([torch.zeros(0), *(score[rows] for score, rows in zip(scores, above, strict=True))])
+        labels = [distinct.index(nouns[number]) for number, rows in zip(named, above, strict=True) for _ in rows]
+        order = best.argsort(descending=True, stable=True)
+        chosen = torch.cat([torch.zeros(0, dtype=torch.long), *above])[order]
+        return Detections(boxes[chosen], best[order], torch.tensor(labels, dtype=torch.long)[order])
 
 
 def caption(nouns: list[str]) -> str:

@@ -2,7 +2,11 @@
 
 import torch
 
-from t2i_rl.loading import load_model, load_part
+from t2i_rl.core.numbers import Count, Device, Dtype
+from t2i_rl.core.texts import Reader, Reading, ReadsTexts
+from t2i_rl.loading import load_config, load_model, load_part, load_tokenizer
+from t2i_rl.prompts import Prompt
+from t2i_rl.rewards.boxes import task_kind
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rewards.yes_no import single_token, yes_share
 from t2i_rl.rollout.buffer import Rollout
@@ -10,7 +14,7 @@ from t2i_rl.rollout.buffer import Rollout
 SILENT = ("spatial", "numeracy")  # kinds of prompt that it says nothing about
 
 
-class GitVQA:
+class GitVQA(ReadsTexts):
     """Mean over the phrases of P(yes) / (P(yes) + P(no)) after "<phrase>?" (T2I-R1 section 3.4; GIT: arXiv 2205.14100).
 
     Phrases are the prompt's `attr_nouns`, else its `nouns`; a prompt without either scores 1, spatial and counting prompts score 0,
@@ -20,7 +24,8 @@ class GitVQA:
         path: a checkpoint of transformers' GitForCausalLM tuned on VQA.
 
     Raises:
-        UserError: a checkpoint that cannot be loaded, or whose tokenizer has no token for yes and no.
+        UserError: a checkpoint that cannot be loaded, or whose tokenizer does not fit it or has no token for yes and
+            no.
     """
 
     needs_images = True
@@ -30,25 +35,37 @@ class GitVQA:
     def __init__(
         self,
         path: str,
-        batch_size: int = 16,
-        dtype: str = "float32",
-        device: str | None = "auto",
+        batch_size: Count = 16,
+        dtype: Dtype = "float32",
+        device: Device | None = "auto",
         revision: str | None = None,
     ):
-        from transformers import AutoImageProcessor, AutoTokenizer, GitForCausalLM
+        from transformers import AutoImageProcessor, GitForCausalLM
 
+        config = load_config(path, "git", revision)
+        self.tokenizer = load_tokenizer(path, revision, rows=config.vocab_size, needs=("cls", "pad"))
+        self.reader = Reader("GitVQA", path, [Reading("GIT", self.tokenizer)])
+        self.longest = config.max_position_embeddings
         self.model = load_model(GitForCausalLM, path, kind="git", dtype=dtype, device=device, revision=revision)
-        self.tokenizer = load_part(AutoTokenizer, path, revision)
         self.pictures = load_part(AutoImageProcessor, path, revision)
         self.batch_size = batch_size
         self.answers = [single_token(self.tokenizer, word, path) for word in ("yes", "no")]
 
+    def texts_of(self, prompt: Prompt) -> list[str]:
+        """The questions that are asked about its picture."""
+        return [f"{phrase}?" for phrase in phrases_of(prompt.meta)]
+
+    def refuses(self, prompt: Prompt) -> str | None:
+        """A question that is longer than the model reads."""
+        longest = max((len(self._ids(question)) for question in self.texts_of(prompt)), default=0)
+        return f"its question is {longest} tokens, the model reads {self.longest}" if longest > self.longest else None
+
     def __call__(self, rollout: Rollout) -> RewardOutput:
-        asked = [(row, phrase) for row, prompt in enumerate(rollout.prompts) for phrase in phrases_of(prompt.meta)]
+        asked = [(row, question) for row, prompt in enumerate(rollout.prompts) for question in self.texts_of(prompt)]
         shares: list[list[float]] = [[] for _ in rollout.prompts]
         for first in range(0, len(asked), self.batch_size):
             part = asked[first : first + self.batch_size]
-            answers = self.ask(rollout.images[[row for row, _ in part]], [f"{phrase}?" for _, phrase in part])
+            answers = self.ask(rollout.images[[row for row, _ in part]], [question for _, question in part])
             for (row, _), share in zip(part, answers.tolist(), strict=True):
                 shares[row].append(share)
         scores = [
@@ -60,8 +77,8 @@ class GitVQA:
     @torch.no_grad()
     def ask(self, images, questions: list[str]) -> torch.Tensor:
         """Share of yes `(B,)`, float64, for a question to each of `images` uint8 `(B, H, W, 3)`."""
-        cls = self.tokenizer.cls_token_id
-        rows = [[cls, *self.tokenizer(question, add_special_tokens=False).input_ids] for question in questions]
+        self.reader.check(questions)
+        rows = [self._ids(question) for question in questions]
         width, pad = max(map(len, rows)), self.tokenizer.pad_token_id
         ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows], device=self.model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.model.device)
@@ -70,11 +87,13 @@ class GitVQA:
         last = torch.tensor([len(row) - width - 1 for row in rows], device=logits.device) + logits.shape[1]
         return yes_share(logits[torch.arange(len(rows), device=logits.device), last], *self.answers)
 
+    def _ids(self, question: str) -> list[int]:
+        return [self.tokenizer.cls_token_id, *self.tokenizer(question, add_special_tokens=False).input_ids]
+
 
 def is_silent(meta: dict) -> bool:
     """Whether the prompt is of a kind that GIT is not asked about."""
-    kind = meta.get("task_type")
-    return kind in SILENT if kind else bool(meta.get("numeracy_info") or meta.get("spatial_info"))
+    return task_kind(meta) in SILENT
 
 
 def phrases_of(meta: dict) -> list[str]:

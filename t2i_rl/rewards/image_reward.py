@@ -5,8 +5,12 @@ import re
 import torch
 from torch import nn
 
+from t2i_rl.core.numbers import Count, Device, Dtype
+from t2i_rl.core.ranks import own_gpu
+from t2i_rl.core.texts import Reader, Reading, ReadsTexts
+from t2i_rl.core.tokenizing import check_tokenizer
 from t2i_rl.errors import UserError
-from t2i_rl.loading import DTYPES, first_line, load_part, own_gpu
+from t2i_rl.loading import DTYPES, first_line, load_part, reads_as_text
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.open_clip import read_state
 from t2i_rl.rewards.output import RewardOutput
@@ -28,7 +32,7 @@ RENAMED = (
 )
 
 
-class ImageReward:
+class ImageReward(ReadsTexts):
     """Score of a picture and its raw prompt, standardised as released: about -2 to 2 (arXiv 2304.05977). Tables often show it times 100.
 
     Args:
@@ -37,7 +41,7 @@ class ImageReward:
         text_heads, vision_heads: attention heads, which the file does not tell.
 
     Raises:
-        UserError: a checkpoint that cannot be loaded.
+        UserError: a checkpoint that cannot be loaded, or a tokenizer that does not fit it.
     """
 
     needs_images = True
@@ -49,11 +53,11 @@ class ImageReward:
         path: str,
         file: str = "ImageReward.pt",
         tokenizer: str = "google-bert/bert-base-uncased",
-        text_heads: int = 12,
-        vision_heads: int = 16,
-        batch_size: int = 16,
-        dtype: str = "float32",
-        device: str | None = "auto",
+        text_heads: Count = 12,
+        vision_heads: Count = 16,
+        batch_size: Count = 16,
+        dtype: Dtype = "float32",
+        device: Device | None = "auto",
         revision: str | None = None,
     ):
         from transformers import AutoTokenizer, CLIPImageProcessor
@@ -61,12 +65,15 @@ class ImageReward:
         if dtype not in DTYPES:
             raise UserError(f"reward.dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
         self.batch_size = batch_size
-        self.tokenizer = load_part(AutoTokenizer, tokenizer)
+        self.tokenizer = reads_as_text(load_part(AutoTokenizer, tokenizer))
         state = read_state(path, file, revision)
         try:
             self.vision, self.text, self.head = build(state, text_heads, vision_heads)
         except (KeyError, IndexError, RuntimeError, ValueError) as error:
             raise UserError(f"{path}/{file} is no ImageReward: {first_line(error)}") from error
+        rows = len(self.text.get_input_embeddings().weight)
+        check_tokenizer(self.tokenizer, tokenizer, rows=rows, begin="cls", end="sep", needs=("pad",))
+        self.reader = Reader("ImageReward", path, [Reading("BERT", self.tokenizer, LONGEST)])
         place = own_gpu() if device == "auto" else device
         for part in (self.vision, self.text, self.head):
             part.to(device=place, dtype=getattr(torch, dtype)).eval().requires_grad_(False)
@@ -90,6 +97,7 @@ class ImageReward:
         ).float()
 
     def _scored(self, pixels: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        self.reader.check(texts)
         words = self.tokenizer(texts, padding=True, truncation=True, max_length=LONGEST, return_tensors="pt")
         words = words.to(self.vision.device)
         seen = self.vision(pixels.to(self.vision.device, self.vision.dtype)).last_hidden_state

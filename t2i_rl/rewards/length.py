@@ -1,5 +1,6 @@
 """The control for plan length: `sign=1` rewards longer plans, `sign=-1` shorter ones."""
 
+from t2i_rl.core.numbers import Direction
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rollout.buffer import Rollout
 
@@ -11,7 +12,7 @@ class Length:
     needs_plans = True
     distribution = None
 
-    def __init__(self, sign: int = 1):
+    def __init__(self, sign: Direction = 1):
         self.sign = sign
 
     def __call__(self, rollout: Rollout) -> RewardOutput:

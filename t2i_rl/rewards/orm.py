@@ -2,8 +2,11 @@
 
 import torch
 
+from t2i_rl.core.numbers import Count, Device, Dtype
+from t2i_rl.core.texts import Reader, Reading, ReadsTexts
+from t2i_rl.core.tokenizing import check_tokenizer, ids_of, marked, special_texts
 from t2i_rl.errors import UserError
-from t2i_rl.loading import load_model, load_part
+from t2i_rl.loading import load_config, load_model, load_part
 from t2i_rl.rewards.boxes import COMPATS
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rewards.yes_no import single_token, yes_share
@@ -12,18 +15,20 @@ from t2i_rl.rollout.buffer import Rollout
 RELEASED_TEMPERATURE = 0.3
 
 
-class ORM:
+class ORM(ReadsTexts):
     """P(yes) / (P(yes) + P(no)) of the first token of the answer (T2I-R1 section 3.4; LLaVA-OneVision: arXiv 2408.03326).
 
     Args:
         path: a checkpoint of transformers' LlavaOnevisionForConditionalGeneration.
         question: with `{prompt}` where the raw prompt goes; it must be the one that the checkpoint was tuned on.
         template: the conversation around it, with `{image}` and `{question}`.
+        yes_word, no_word: the answers that are read, each one token; lower case, as T2I-R1's scorer reads them.
         compat: `paper` takes the full softmax; `released` takes T2I-R1's, sharpened by its sampling temperature of 0.3. The released
             scorer also samples its answer and scores 0 when that is neither word; this is its value whenever it is one of them.
 
     Raises:
-        UserError: an unknown `compat`; wording without its places; a checkpoint that cannot be loaded.
+        UserError: an unknown `compat`; wording without its places; a checkpoint that cannot be loaded, or whose
+            tokenizer does not fit it.
     """
 
     needs_images = True
@@ -35,11 +40,11 @@ class ORM:
         question: str,
         template: str,
         compat: str = "paper",
-        yes_word: str = "Yes",
-        no_word: str = "No",
-        batch_size: int = 4,
-        dtype: str = "bfloat16",
-        device: str | None = "auto",
+        yes_word: str = "yes",
+        no_word: str = "no",
+        batch_size: Count = 4,
+        dtype: Dtype = "bfloat16",
+        device: Device | None = "auto",
         revision: str | None = None,
     ):
         from transformers import AutoImageProcessor, AutoTokenizer, LlavaOnevisionForConditionalGeneration
@@ -50,15 +55,20 @@ class ORM:
             raise UserError("reward.question needs {prompt}, and reward.template needs {image} and {question}")
         self.question, self.template, self.batch_size = question, template, batch_size
         self.temperature = RELEASED_TEMPERATURE if compat == "released" else 1.0
+        config = load_config(path, "llava_onevision", revision).text_config
+        self.tokenizer, self.longest = load_part(AutoTokenizer, path, revision), config.max_position_embeddings
+        check_tokenizer(self.tokenizer, path, rows=config.vocab_size)
+        self.special = special_texts(self.tokenizer)
+        self.reader = Reader("ORM", path, [Reading("LLaVA-OneVision", self.tokenizer, self.longest, conversation=True)])
         self.model = load_model(
             LlavaOnevisionForConditionalGeneration, path, kind="llava_onevision", dtype=dtype, device=device, revision=revision
         )  # fmt: skip
-        self.tokenizer = load_part(AutoTokenizer, path, revision)
         self.pictures = load_part(AutoImageProcessor, path, revision)
         self.answers = [single_token(self.tokenizer, word, path) for word in (yes_word, no_word)]
 
     def __call__(self, rollout: Rollout) -> RewardOutput:
-        questions = [self.question.format(prompt=prompt.text) for prompt in rollout.prompts]
+        self.reader.check(prompt.text for prompt in rollout.prompts)
+        questions = [self.question.format(prompt=marked(prompt.text, self.special)) for prompt in rollout.prompts]
         parts = [slice(first, first + self.batch_size) for first in range(0, len(questions), self.batch_size)]
         return RewardOutput(torch.cat([self.ask(rollout.images[part], questions[part]) for part in parts]))
 
@@ -73,10 +83,15 @@ class ORM:
         embed, rows = self.model.get_input_embeddings(), []
         for question, image in zip(questions, features, strict=True):
             before, after = self.template.format(image="\0", question=question).split("\0")
-            words = [self.tokenizer(text, add_special_tokens=False).input_ids for text in (before, after)]
+            words = [ids_of(self.tokenizer, text) for text in (before, after)]
             around = [embed(torch.tensor(ids, dtype=torch.long, device=device)) for ids in words]
             rows.append(torch.cat([around[0], image.to(dtype), around[1]]))
         width = max(map(len, rows))
+        if width > self.longest:
+            raise UserError(
+                f"ORM: a question with its picture is {width} tokens, and the model has {self.longest} positions: "
+                "shorten the prompt"
+            )
         embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in rows])
         mask = torch.stack([torch.arange(width, device=device) >= width - len(row) for row in rows]).long()
         places = (mask.cumsum(-1) - 1).clamp(min=0)

@@ -4,15 +4,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from t2i_rl.core.pixels import to_bytes as to_bytes
+
 
 def to_unit(images: np.ndarray) -> torch.Tensor:
     """uint8 `(B, H, W, 3)` -> float32 `(B, 3, H, W)` in [0, 1]."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
-
-
-def to_bytes(pixels: torch.Tensor) -> np.ndarray:
-    """float32 `(B, 3, H, W)` in [0, 1] -> uint8 `(B, H, W, 3)`."""
-    return (pixels.detach() * 255).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def prepared(pixels: torch.Tensor, processor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from t2i_rl.core.numbers import Sign, Weight, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rollout.buffer import Rollout
@@ -11,6 +12,7 @@ from t2i_rl.rollout.stats import TokenStats
 
 AGGREGATIONS = ("modality_mean", "token_mean", "sum")
 DIVERGENCES = ("forward", "backward")
+CONSTANTS = ("subtracted", "kept")
 
 
 class SelfCertainty:
@@ -21,36 +23,52 @@ class SelfCertainty:
 
     Args:
         text_sign, image_sign: -1 minimise, +1 maximise, 0 leave out.
-        aggregation: `modality_mean` (mean over plan tokens + mean over image tokens), `token_mean` (mean over all tokens),
-            `sum` (the paper's letter; every term has one sign, so it mostly rewards short plans).
+        aggregation: `modality_mean` (mean over plan tokens + mean over image tokens; ours), `token_mean` (one mean over
+            the tokens of
+            all modalities that count: IRIS's released code), `sum` (as reviews quote the paper; every term has one
+                sign, so it mostly rewards short plans).
+        constant: `subtracted` takes log V off, which makes a token's certainty a divergence; `kept` leaves logsumexp -
+            mean, as IRIS's released code does. Plan and image tokens have other vocabularies, so the constant depends
+            on a plan's length and does not cancel within a group.
         distribution: `conditional` (no guidance, spec section 1.4) or `guided` (the distribution that was sampled).
 
     Raises:
-        UserError: an option outside its choices.
+        UserError: an option outside its choices, or `constant=kept` with `divergence=backward`, which has no such form.
     """
 
     needs_images = False
 
     def __init__(
         self,
-        text_sign: int = -1,
-        image_sign: int = -1,
-        text_weight: float = 1.0,
-        image_weight: float = 1.0,
+        text_sign: Sign = -1,
+        image_sign: Sign = -1,
+        text_weight: Weight = 1.0,
+        image_weight: Weight = 1.0,
         divergence: str = "forward",
         aggregation: str = "modality_mean",
+        constant: str = "subtracted",
         distribution: str = "conditional",
     ):
         if aggregation not in AGGREGATIONS:
             raise UserError(f"reward.aggregation must be one of {', '.join(AGGREGATIONS)}, not {aggregation!r}")
         if divergence not in DIVERGENCES:
             raise UserError(f"reward.divergence must be one of {', '.join(DIVERGENCES)}, not {divergence!r}")
+        if constant not in CONSTANTS:
+            raise UserError(f"reward.constant must be one of {', '.join(CONSTANTS)}, not {constant!r}")
+        if constant == "kept" and divergence == "backward":
+            raise UserError(
+                "reward.constant=kept belongs to reward.divergence=forward (logsumexp - mean); IRIS's released code "
+                "has no "
+                "backward KL, so variant=released has none: take variant=ours or reward.constant=subtracted"
+            )
         if distribution not in ("conditional", "guided"):
             raise UserError(f"reward.distribution must be conditional or guided, not {distribution!r}")
-        if not {text_sign, image_sign} <= {-1, 0, 1} or text_sign == image_sign == 0:
-            raise UserError("reward.text_sign and reward.image_sign are -1, 0 or 1, and not both 0")
+        check_arguments(SelfCertainty, locals(), "reward")
+        if text_sign == image_sign == 0:
+            raise UserError("reward.text_sign and reward.image_sign must not both be 0: nothing would be rewarded")
         self.text_scale, self.image_scale = text_sign * text_weight, image_sign * image_weight
         self.divergence, self.aggregation, self.distribution = divergence, aggregation, distribution
+        self.constant = constant
 
     def __call__(self, rollout: Rollout) -> RewardOutput:
         image_sum, image_count = self._certainty(rollout.image_stats, rollout.image_vocabulary)
@@ -61,7 +79,8 @@ class SelfCertainty:
         if self.aggregation == "modality_mean":
             text, image = text_sum / text_count.clamp(min=1), image_sum / image_count
         elif self.aggregation == "token_mean":
-            text, image = text_sum / (text_count + image_count), image_sum / (text_count + image_count)
+            total = (text_count * (self.text_scale != 0) + image_count * (self.image_scale != 0)).clamp(min=1)
+            text, image = text_sum / total, image_sum / total
         else:
             text, image = text_sum, image_sum
         text, image = self.text_scale * text, self.image_scale * image
@@ -75,4 +94,6 @@ class SelfCertainty:
             if self.divergence == "forward"
             else math.log(vocabulary) - stats.entropy.double()
         )
+        if self.constant == "kept":
+            values = values + math.log(vocabulary)
         return (values * mask).sum(-1), mask.sum(-1)

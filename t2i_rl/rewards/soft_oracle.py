@@ -5,6 +5,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from t2i_rl.core.numbers import Factor
 from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import RewardOutput
@@ -32,7 +33,7 @@ class SoftOracle:
     needs_meta = ("include",)
     distribution = None
 
-    def __init__(self, path: str, floor: float = 1e-9):
+    def __init__(self, path: str, floor: Factor = 1e-9):
         self.recognizer, self.floor = Recognizer.load(path), floor
         self.image_sizes = (self.recognizer.size,)
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from t2i_rl.contracts import check_reward
+from t2i_rl.core.numbers import Factor, SignedWeight, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import RewardOutput, checked
@@ -11,7 +13,8 @@ NORMALIZATIONS = ("none", "group")
 
 
 class WeightedSum:
-    """`sum of weight * part` (T2I-R1 section 3.4: all weights 1; its average and its sum are the same after group normalisation).
+    """`sum of weight * part` (T2I-R1 section 3.4: all weights 1; the paper's average and the code's sum give the
+    same advantages, but for the 1e-4 that is added to a group's deviation).
 
     Args:
         parts: rewards by name.
@@ -23,13 +26,20 @@ class WeightedSum:
         UserError: weights and parts name different things, or an unknown normalisation.
     """
 
-    def __init__(self, parts: dict, weights: dict[str, float], normalize: str = "none", eps: float = 1e-6):
+    def __init__(
+        self, parts: dict, weights: dict[str, SignedWeight | None], normalize: str = "none", eps: Factor = 1e-6
+    ):
+        check_arguments(WeightedSum, locals(), "reward")
         parts = {name: part for name, part in parts.items() if part is not None}
         weights = {name: weight for name, weight in weights.items() if weight is not None}
         if set(parts) != set(weights) or not parts:
             raise UserError(f"reward.weights names {sorted(weights)}, reward.parts {sorted(parts)}: give a weight for each part, and no other")  # fmt: skip
+        if not any(weights.values()):
+            raise UserError("reward.weights are all 0: nothing would be rewarded")
         if normalize not in NORMALIZATIONS:
             raise UserError(f"reward.normalize must be one of {', '.join(NORMALIZATIONS)}, not {normalize!r}")
+        for name, part in parts.items():
+            check_reward(part, f"reward.parts.{name}")
         wanted = {part.distribution for part in parts.values()} - {None}
         if len(wanted) > 1:
             raise UserError(f"reward.parts read different distributions ({', '.join(sorted(wanted))}): one run has one")

@@ -21,9 +21,11 @@ def yes_share(logits: torch.Tensor, yes: int, no: int, temperature: float = 1.0)
     """P(yes) / (P(yes) + P(no)) `(B,)` in float64 of next-token logits `(B, V)`: a logistic of their difference, so never 0 / 0.
 
     Raises:
-        ValueError: logits that are not numbers.
+        UserError: logits that are not numbers.
     """
     chosen = logits[:, [yes, no]].double().cpu()
     if not torch.isfinite(chosen).all():
-        raise ValueError("the judge's logits for yes and no are not finite")
+        raise UserError(
+            "the judge's logits for yes and no are not finite: take reward.dtype=float32 (or bfloat16, not float16)"
+        )
     return ((chosen[:, 0] - chosen[:, 1]) / temperature).sigmoid()
