@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from t2i_rl.core.numbers import Count
 from t2i_rl.errors import UserError
 from t2i_rl.gaussianity.moments import rows
 from t2i_rl.gaussianity.spectrum import pack, unpack
@@ -53,7 +54,7 @@ class WhitenedNoise:
         UserError: a latent that does not split into whole blocks.
     """
 
-    block: int = 16
+    block: Count = 16
     project_gradient: bool = True
 
     def __call__(self, x: torch.Tensor, initial: torch.Tensor) -> torch.Tensor:

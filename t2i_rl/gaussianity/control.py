@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from t2i_rl.core.numbers import Weight
 from t2i_rl.gaussianity.moments import Generators, rows
 
 
@@ -14,7 +15,7 @@ class WhiteNoise:
     At the same weight it is as long as that of a packed spectrum, `1 / sqrt(D)`.
     """
 
-    weight: float = 1.0
+    weight: Weight = 1.0
 
     def __call__(self, x: torch.Tensor, generators: Generators) -> torch.Tensor:
         x = rows(x)

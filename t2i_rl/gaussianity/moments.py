@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from t2i_rl.core.numbers import Count, Weight
 from t2i_rl.errors import UserError
 
 ABOUT = ("zero", "mean", "mean and scale")
@@ -38,12 +39,12 @@ class Moment:
         UserError: an order below 1, an unknown `about`, or a root of an odd order above 1 without `smooth`.
     """
 
-    n: int
+    n: Count
     root: bool = True
     about: str = "zero"
-    p: int = 1
-    smooth: float = 0.0
-    weight: float = 1.0
+    p: Count = 1
+    smooth: Weight = 0.0
+    weight: Weight = 1.0
 
     def __post_init__(self):
         if self.n < 1 or self.p not in (1, 2) or self.about not in ABOUT:
@@ -71,7 +72,7 @@ class Moment:
 class KL:
     """KL in nats an element from the normal with a row's mean and variance to N(0, 1): `(m^2 + v - ln v - 1) / 2`."""
 
-    weight: float = 1.0
+    weight: Weight = 1.0
 
     def __call__(self, x: torch.Tensor, generators: Generators) -> torch.Tensor:
         x = rows(x)
@@ -83,7 +84,7 @@ class KL:
 class ChiNorm:
     """Minus the log-density of a Gaussian's norm, `|x|^2 / 2 - (D - 1) ln |x|`, above its least value (ReNO, arXiv 2406.04312 eq. 4)."""
 
-    weight: float = 1.0
+    weight: Weight = 1.0
 
     def __call__(self, x: torch.Tensor, generators: Generators) -> torch.Tensor:
         x = rows(x)

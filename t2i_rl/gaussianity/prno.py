@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from t2i_rl.core.numbers import Count, Weight, Whole
 from t2i_rl.errors import UserError
 from t2i_rl.gaussianity.moments import Generators, rows
 from t2i_rl.gaussianity.spectrum import shuffle
@@ -21,10 +22,10 @@ class PRNO:
         UserError: no order is looked at.
     """
 
-    k: int = 4
-    shuffles: int = 100
+    k: Count = 4
+    shuffles: Whole = 100
     sequential: bool = True
-    weight: float = 1.0
+    weight: Weight = 1.0
 
     def __post_init__(self):
         if self.k < 1 or self.shuffles < 0 or not (self.shuffles or self.sequential):

@@ -16,7 +16,7 @@ class Regularizer(nn.Module):
         constraint: of `constraints.py`, or None.
     """
 
-    def __init__(self, terms: Mapping | None = None, constraint=None):
+    def __init__(self, terms: Mapping[str, object | None] | None = None, constraint: object | None = None):
         super().__init__()
         self.terms = {name: term for name, term in (terms or {}).items() if term is not None}
         self.constraint = constraint

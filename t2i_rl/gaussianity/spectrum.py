@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from t2i_rl.core.numbers import Count, Weight
 from t2i_rl.errors import UserError
 from t2i_rl.gaussianity.moments import Generators, rows
 
@@ -82,14 +83,14 @@ class Spectrum:
     stat: str = "magnitude"
     layout: str = "flat"
     bins: str = "packed"
-    group: int = 16
+    group: Count = 16
     grouping: str = "contiguous"
-    mu: float | None = None
+    mu: Weight | None = None
     distance: str = "l1"
     permutation: str = "none"
-    shuffles: int = 1
-    floor: float = 0.0
-    weight: float = 1.0
+    shuffles: Count = 1
+    floor: Weight = 0.0
+    weight: Weight = 1.0
 
     def __post_init__(self):
         for name, choices in CHOICES.items():

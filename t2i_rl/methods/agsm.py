@@ -5,36 +5,17 @@ from functools import partial
 
 import torch
 
+from t2i_rl.core.numbers import Count, Decay, Positive, Weight, Whole, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.methods.alignment_loss import REDUCTIONS, agsm_targets, alignment_guidance, pair_errors
-from t2i_rl.methods.pairs import Grid, PairMethod, all_pairs, frozen_copy, mean_over, settings_of
+from t2i_rl.methods.pairs import Grid, PairMethod, all_pairs, frozen_copy, mean_over
+from t2i_rl.methods.presets import VARIANTS, settings_of
 from t2i_rl.models.diffusion import LatentDiffusion
 from t2i_rl.models.soft_tokens import SoftTokens
 from t2i_rl.seeding import derive_seed
 
 POSITIVE, NEGATIVE = 0, 1
 OWN = ("gamma_positive", "gamma_negative", "reduction", "temperature", "average_decay", "average_init", "negatives", "null_branch")  # fmt: skip
-_COMMON = {"gamma_positive": 1.0, "gamma_negative": 0.1, "tokens": 4, "buckets": 100, "times": "shared", "noise": "shared", "position": "end",
-           "init": "normal"}  # fmt: skip
-PRESETS = {
-    "ours": {
-        "all": {**_COMMON, "reduction": "mean", "temperature": 0.1, "average_decay": 0.999, "average_init": "copy", "negatives": "equation",
-                "times": "per_image", "noise": "per_image"},
-        "sd15": {"gamma_negative": 1.0},
-    },
-    "paper": {
-        "all": {**_COMMON, "reduction": "sum", "temperature": 1.0, "average_decay": 0.9999, "average_init": "copy", "negatives": "equation"},
-        "sd15": {"gamma_negative": 1.0, "position": "after_bos"},
-        "sdxl": {"gamma_negative": 1.0, "position": "after_bos"},
-        "sd3": {"position": "start"},
-    },
-    "released": {
-        "all": {**_COMMON, "reduction": "mean", "temperature": 0.1, "average_decay": 0.9999, "average_init": "independent",
-                "negatives": "off_at_zero"},
-        "sd15": {"gamma_negative": 1.0, "position": "after_bos", "init": "bos"},
-        "sdxl": {"position": "after_bos", "null_branch": NEGATIVE},
-    },
-}  # fmt: skip
 
 
 class AGSM(PairMethod):
@@ -43,7 +24,8 @@ class AGSM(PairMethod):
     the positive tokens alone.
 
     Args:
-        variant: `ours`, `paper` or `released`: where they differ, and nothing else is given, decides the settings (docs/alignment.md).
+        variant: `ours`, `paper` or `released`: decides the settings that are not given (conf/method/variant,
+            docs/alignment.md).
         gamma_positive, gamma_negative: how far targets move.
         reduction, temperature: of the errors in the Plackett-Luce weights, see `alignment_guidance`.
         average_decay, average_init: of the average, float32; it starts as a `copy`, or `independent` of the bank (as released).
@@ -59,17 +41,17 @@ class AGSM(PairMethod):
         model: LatentDiffusion,
         optimizer: partial,
         variant: str = "ours",
-        gamma_positive: float | None = None,
-        gamma_negative: float | None = None,
+        gamma_positive: Weight | None = None,
+        gamma_negative: Weight | None = None,
         reduction: str | None = None,
-        temperature: float | None = None,
-        average_decay: float | None = None,
+        temperature: Positive | None = None,
+        average_decay: Decay | None = None,
         average_init: str | None = None,
         negatives: str | None = None,
-        null_branch: int | None = None,
-        tokens: int | None = None,
-        layers: int | list[str] | None = None,
-        buckets: int | None = None,
+        null_branch: Whole | None = None,
+        tokens: Count | None = None,
+        layers: Count | list[str] | None = None,
+        buckets: Whole | None = None,
         position: str | None = None,
         init: str | None = None,
         times: str | None = None,
@@ -81,7 +63,7 @@ class AGSM(PairMethod):
             "average_decay": average_decay, "average_init": average_init, "negatives": negatives, "null_branch": null_branch,
             "tokens": tokens, "layers": layers, "buckets": buckets, "position": position, "init": init, "times": times, "noise": noise,
         }  # fmt: skip
-        settings = settings_of(PRESETS, variant, model.kind, given)
+        settings = settings_of("agsm", variant, model.kind, given)
         self.check({"variant": variant, **settings, **options})
         own = {name: settings.pop(name) for name in OWN}
         super().__init__(model, optimizer, **settings, **options)
@@ -99,8 +81,8 @@ class AGSM(PairMethod):
 
     @staticmethod
     def check(options: Mapping) -> None:
-        if options["variant"] not in PRESETS:
-            raise UserError(f"variant must be one of {', '.join(PRESETS)}, not {options['variant']!r}")
+        if options["variant"] not in VARIANTS:
+            raise UserError(f"variant must be one of {', '.join(VARIANTS)}, not {options['variant']!r}")
         choices = {
             "reduction": REDUCTIONS,
             "average_init": ("copy", "independent"),
@@ -111,10 +93,9 @@ class AGSM(PairMethod):
                 raise UserError(f"method.{name} must be one of {', '.join(allowed)}, not {options[name]!r}")
         if options.get("null_branch") not in (None, POSITIVE, NEGATIVE):
             raise UserError(f"method.null_branch must be {POSITIVE} or {NEGATIVE}, not {options['null_branch']}")
-        if options.get("average_decay") is not None and not 0 <= options["average_decay"] < 1:
-            raise UserError(f"method.average_decay must be from 0 to below 1, not {options['average_decay']}")
         if options.get("tokens") == 0:
             raise UserError("method.tokens=0 trains nothing: AGSM learns soft tokens")
+        check_arguments(AGSM, options, "method")
         PairMethod.check(options)
 
     @torch.no_grad()

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from t2i_rl.core.numbers import Whole
 from t2i_rl.errors import UserError
 from t2i_rl.methods.alignment_loss import pair_errors
 from t2i_rl.methods.pairs import Grid, PairMethod, add_adapters, check_lora, mean_over
@@ -22,7 +23,7 @@ class Denoising(PairMethod):
     contrasts = False
 
     def __init__(
-        self, model: LatentDiffusion, optimizer: partial, tokens: int = 4, lora: dict | None = None, **options
+        self, model: LatentDiffusion, optimizer: partial, tokens: Whole = 4, lora: dict | None = None, **options
     ):
         self.check({"tokens": tokens, "lora": lora, **options})
         super().__init__(model, optimizer, tokens=tokens, **options)

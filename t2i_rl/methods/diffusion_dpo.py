@@ -8,18 +8,21 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.numbers import Positive, check_arguments
 from t2i_rl.methods.alignment_loss import pair_errors
 from t2i_rl.methods.pairs import Grid, PairMethod, add_adapters, check_lora, mean_over
 from t2i_rl.models.diffusion import LatentDiffusion
 
 
 class DiffusionDPO(PairMethod):
-    """`-log sigmoid(-beta * ((e_w - r_w) - (e_l - r_l)))`: mean squared errors of the adapted model (`e`) and the untouched one (`r`) on the
-    preferred and the other picture of one prompt, at the same time and noise (eq. 14; `beta` is the paper's beta * T, on means).
+    """`-log sigmoid(-beta / 2 * ((e_w - r_w) - (e_l - r_l)))`: mean squared errors of the adapted model (`e`) and the
+    untouched one (`r`) on the preferred and the other picture of one prompt, at the same time and noise (eq. 14, `beta`
+    being its beta * T on means).
 
     Args:
-        beta: how hard the model is held to where it started; the paper's 2000 (SD1.5) to 5000 (SDXL).
+        beta: how hard the model is held to where it started, in the units of the released code's `beta_dpo`, whose loss
+            has the factor of
+            a half: the paper's 2000 (SD1.5) to 5000 (SDXL); the released scripts take 5000 for both.
         lora: arguments of peft's LoraConfig: adapters in the denoiser learn, and switched off they are the reference.
         options: see `PairMethod`; there are no tokens, and noise and time are each pair's own.
     """
@@ -27,7 +30,7 @@ class DiffusionDPO(PairMethod):
     learns_from = "preferences"
     contrasts = False
 
-    def __init__(self, model: LatentDiffusion, optimizer: partial, lora: dict, beta: float = 2000.0, **options):
+    def __init__(self, model: LatentDiffusion, optimizer: partial, lora: dict, beta: Positive = 2000.0, **options):
         self.check({"lora": lora, "beta": beta, **options})
         super().__init__(model, optimizer, tokens=0, **options)
         self.beta = beta
@@ -36,8 +39,7 @@ class DiffusionDPO(PairMethod):
 
     @staticmethod
     def check(options: Mapping) -> None:
-        if options["beta"] <= 0:
-            raise UserError(f"method.beta must be above 0, not {options['beta']}")
+        check_arguments(DiffusionDPO, options, "method")
         check_lora(options["lora"])
         PairMethod.check(options)
 
@@ -62,14 +64,16 @@ class DiffusionDPO(PairMethod):
                 reference = pair_errors(self.predict(grid, None, both, grid.own[both]), grid.target[both])
             errors = pair_errors(self.predict(grid, None, both, grid.own[both]), grid.target[both])
             wins, losses = (errors - reference).chunk(2)
-            self.backward_pass(
-                -F.logsigmoid(-self.beta * (wins - losses)).sum() / half, None, last=number == len(slices)
-            )
+            self.backward_pass(self._losses(wins, losses).sum() / half, None, last=number == len(slices))
             found.append(torch.stack([wins, losses]).detach())
         wins, losses = torch.cat(found, dim=1)
         return {
-            "train/loss": mean_over(-F.logsigmoid(-self.beta * (wins - losses))),
+            "train/loss": mean_over(self._losses(wins, losses)),
             "train/implicit_accuracy": mean_over((wins < losses).float()),
             "train/error_preferred": mean_over(wins),
             "train/error_other": mean_over(losses),
         }
+
+    def _losses(self, preferred: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """Loss of each pair, by how much the errors of its two pictures have grown over the untouched model's."""
+        return -F.logsigmoid(-0.5 * self.beta * (preferred - other))

@@ -4,20 +4,22 @@ import time
 from collections.abc import Mapping
 from functools import partial
 
-import lightning as L
 import torch
 import torch.distributed as dist
 
+from t2i_rl.core.numbers import ClipRange, Count, GradientNorm, GroupSize, Seed, Weight, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.fsdp import mesh_of, shard
-from t2i_rl.hashing import gathered
+from t2i_rl.hashing import gathered, weights_sha256
 from t2i_rl.methods.grpo_loss import REDUCTIONS, group_advantages, k3, policy_loss, token_weights
 from t2i_rl.methods.grpo_metrics import rollout_metrics, update_metrics
+from t2i_rl.methods.learner import Learner
 from t2i_rl.methods.trainable import (
+    NonFinite,
     Reference,
     check_lora,
     check_optimizer,
-    own_part,
+    check_trainable,
     refuse_rounded_updates,
     select_trainable,
 )
@@ -29,7 +31,7 @@ from t2i_rl.rollout.stats import TokenStats
 from t2i_rl.seeding import derive_seed
 
 
-class GRPO(L.LightningModule):
+class GRPO(Learner):
     """Group-relative policy optimisation over plan tokens and image tokens (T2I-R1 section 3.3, IRIS section 3).
 
     One training step: `group_size` plans for each prompt and one image for each plan, sampled under guidance; one teacher-forced pass
@@ -43,7 +45,7 @@ class GRPO(L.LightningModule):
             `guided_detach_uncond`. See docs/logprob.md.
         clip_range: PPO's clip on the importance ratio; it binds only when `updates_per_rollout > 1`.
         kl_coef: weight of the k3 KL to the frozen initial model; 0 keeps no reference.
-        loss_reduction: `token` or `sequence`, see `grpo_loss.token_weights`.
+        loss_reduction: `token`, `sequence` or `prompt`, see `grpo_loss.token_weights`.
         text_loss_weight, image_loss_weight: weight of a plan token and of an image token; 0 trains one of the two alone (T2I-R1 section 4.3).
         micro_batch_size: rows with a live graph at a time; changes memory, not the gradient.
         gradient_checkpointing: keep only the inputs of layers for the backward pass and compute the rest again.
@@ -51,6 +53,7 @@ class GRPO(L.LightningModule):
         trainable: regular expressions on parameter names; the default trains trunk, embeddings and language head, not the image head.
         lora: arguments of peft's LoraConfig, or None to train the weights themselves.
         optimizer, scheduler: partials, `optimizer(params)` and `scheduler(optimizer)`.
+        on_nonfinite: `raise` or `skip` where a step's gradient is not finite, see `trainable.NonFinite`.
         seed: together with step, prompt and sample it decides every random draw.
 
     Raises:
@@ -59,6 +62,8 @@ class GRPO(L.LightningModule):
 
     trains = frozenset({"autoregressive"})
     learns_from = "prompts"
+    keeps_as = "grpo"
+    decide_what_learns = ("trainable", "lora", "plan", "text_loss_weight")
 
     def __init__(
         self,
@@ -66,28 +71,27 @@ class GRPO(L.LightningModule):
         reward,
         optimizer: partial,
         watch: dict | None = None,
-        group_size: int = 8,
+        group_size: GroupSize = 8,
         plan: bool = True,
         logprob: str = "conditional",
-        updates_per_rollout: int = 1,
-        clip_range: float = 0.2,
-        kl_coef: float = 0.01,
+        updates_per_rollout: Count = 1,
+        clip_range: ClipRange = 0.2,
+        kl_coef: Weight = 0.01,
         loss_reduction: str = "token",
-        text_loss_weight: float = 1.0,
-        image_loss_weight: float = 1.0,
-        micro_batch_size: int = 32,
-        max_grad_norm: float | None = 1.0,
+        text_loss_weight: Weight = 1.0,
+        image_loss_weight: Weight = 1.0,
+        micro_batch_size: Count = 32,
+        max_grad_norm: GradientNorm | None = 1.0,
         gradient_checkpointing: bool = False,
         offload_reference: bool = False,
         trainable: tuple[str, ...] = (r"model\.language_model\.", r"lm_head\."),
         lora: dict | None = None,
         scheduler: partial | None = None,
-        seed: int = 0,
+        on_nonfinite: str = "raise",
+        seed: Seed = 0,
     ):
         super().__init__()
         self.check(locals())
-        self.automatic_optimization = False
-        self.strict_loading = False
         self.model, self.reward, self.watch = model, reward, watch or {}
         self.group_size, self.plan, self.logprob = group_size, plan, logprob
         self.updates_per_rollout, self.clip_range, self.kl_coef = updates_per_rollout, clip_range, kl_coef
@@ -103,6 +107,8 @@ class GRPO(L.LightningModule):
             for block in model.blocks():
                 block.training = True  # of the block alone: it is what transformers asks before it checkpoints
         self.reference = Reference(model, offload_reference) if kl_coef else None
+        self.nonfinite = NonFinite(on_nonfinite)
+        self.start_sha256 = self.reference.sha256 if self.reference else weights_sha256(model, adapters=False)
         self.rollouts_done = 0
 
     @staticmethod
@@ -112,17 +118,16 @@ class GRPO(L.LightningModule):
         Raises:
             UserError: one line that names the option and its choices.
         """
+        check_arguments(GRPO, options, "method")
         for name, choices in (("logprob", DISTRIBUTIONS), ("loss_reduction", REDUCTIONS)):
             if options[name] not in choices:
                 raise UserError(f"method.{name} must be one of {', '.join(choices)}, not {options[name]!r}")
-        for name, least in (("group_size", 2), ("updates_per_rollout", 1), ("micro_batch_size", 1), ("kl_coef", 0)):
-            if options[name] < least:
-                why = " (advantages compare within a group)" if name == "group_size" else ""
-                raise UserError(f"method.{name} must be {least} or more{why}, not {options[name]}")
         if not (options["plan"] and options["text_loss_weight"]) and not options["image_loss_weight"]:
             raise UserError(
                 "nothing would be trained: give method.image_loss_weight, or method.text_loss_weight with method.plan=true"
             )
+        NonFinite.check(options.get("on_nonfinite", "raise"))
+        check_trainable(options["trainable"])
         check_lora(options["lora"])
         check_optimizer(options["optimizer"], options["scheduler"])
 
@@ -149,6 +154,7 @@ class GRPO(L.LightningModule):
         self.rollouts_done += 1
         metrics = rollout_metrics(rollout, reward, watched, advantages, times) | update_metrics(updates)
         metrics["train/lr"] = self.optimizers().param_groups[0]["lr"]
+        metrics |= self.nonfinite.metrics()
         self.log_dict(metrics, sync_dist=dist.is_initialized(), batch_size=len(rollout))
         self.log("reward", metrics["reward/total"], prog_bar=True, logger=False)
 
@@ -233,10 +239,11 @@ class GRPO(L.LightningModule):
         """One optimizer step on the whole rollout; micro-batches accumulate, and ranks are weighted by their tokens."""
         optimizer = self.optimizers()
         old, mask = _joined(rollout.text_stats, rollout.image_stats)
-        weights = token_weights(mask, self.loss_reduction)
         text_tokens = mask.shape[1] - rollout.image_tokens.shape[1]
+        weights = mask.float()
         weights[:, :text_tokens] *= self.text_loss_weight
         weights[:, text_tokens:] *= self.image_loss_weight
+        weights = token_weights(weights, self.loss_reduction, self.group_size)
         total = weights.sum()
         if dist.is_initialized():
             dist.all_reduce(total)
@@ -247,7 +254,9 @@ class GRPO(L.LightningModule):
             logprobs, _ = _joined(*self.stats(self.model, rollout.rows(part)))
             loss = policy_loss(logprobs, old[part], advantages[part], self.clip_range)
             kl = k3(logprobs, reference[part]) if reference is not None else torch.zeros_like(loss)
-            objective = ((loss + self.kl_coef * kl) * weights[part]).sum() / total
+            costs = (loss + self.kl_coef * kl) * weights[part]
+            costs = torch.where(weights[part] != 0, costs, 0.0)  # what weighs nothing may be infinite
+            objective = costs.sum() / total
             if number < len(parts) - 1 and dist.is_initialized():
                 with self.trainer.strategy.block_backward_sync():
                     self.manual_backward(objective)
@@ -256,12 +265,11 @@ class GRPO(L.LightningModule):
             collected.append((objective.detach(), (logprobs - old[part]).detach(), kl.detach(), mask[part]))
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
         norm = gathered(torch.nn.utils.clip_grad_norm_(learning, self.max_grad_norm or float("inf")))
-        if not torch.isfinite(norm):
-            raise ValueError(f"gradient norm is {norm.item()} at optimizer step {self.global_step}")
-        optimizer.step()
+        if self.nonfinite.allows(norm, self.global_step):
+            optimizer.step()
+            if self.scheduler_partial is not None:
+                self.lr_schedulers().step()
         optimizer.zero_grad(set_to_none=True)
-        if self.scheduler_partial is not None:
-            self.lr_schedulers().step()
         return {
             "norm": norm,
             "clip_range": self.clip_range,
@@ -275,27 +283,25 @@ class GRPO(L.LightningModule):
         ]
 
     def configure_optimizers(self):
-        optimizer = self.optimizer_partial([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer_partial([parameter for _, parameter in self.learning()])
         return optimizer if self.scheduler_partial is None else ([optimizer], [self.scheduler_partial(optimizer)])
 
-    def state_dict(self, *args, **kwargs) -> dict:
-        """Only what learns: everything else is the initial model, which a checkpoint names by its hash."""
-        learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in learning}
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["grpo"] = {
+    def own_state(self) -> dict:
+        return {
             "rollouts_done": self.rollouts_done,
-            "reference_sha256": self.reference.sha256 if self.reference else None,
+            "reference_sha256": self.start_sha256,
+            "skipped": self.nonfinite.skipped,
         }
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        saved = own_part(checkpoint, "grpo")
-        if self.reference is not None and saved["reference_sha256"] not in (None, self.reference.sha256):
+    def take_own_state(self, saved: dict) -> None:
+        if saved["reference_sha256"] not in (None, self.start_sha256):
             raise UserError(
-                "this checkpoint was trained from other weights than model.path holds: give the model that its run started from"
+                "this checkpoint was trained from other weights than model.path holds: give the model (and "
+                "model.dtype) "
+                "that its run started from"
             )
         self.rollouts_done = saved["rollouts_done"]
+        self.nonfinite.skipped = saved.get("skipped", 0)
 
 
 def _joined(text: TokenStats | None, image: TokenStats) -> tuple[torch.Tensor, torch.Tensor]:

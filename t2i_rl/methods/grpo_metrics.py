@@ -4,6 +4,7 @@ import resource
 
 import torch
 
+from t2i_rl.methods.grpo_loss import importance_ratio
 from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rollout.buffer import Rollout
 
@@ -69,7 +70,7 @@ def update_metrics(updates: list[dict]) -> dict[str, float]:
             kl.append(kl_part)
             mask.append(mask_part)
     log_ratio, kl, mask = torch.cat(log_ratio), torch.cat(kl), torch.cat(mask)
-    ratio, clip_range = log_ratio.exp(), updates[-1]["clip_range"]
+    ratio, clip_range = importance_ratio(log_ratio), updates[-1]["clip_range"]
     metrics = {
         "train/loss": float(sum(part[0] for part in updates[-1]["parts"])),
         "train/grad_norm": float(updates[-1]["norm"]),
@@ -89,7 +90,7 @@ def mean(values: torch.Tensor) -> float:
 
 
 def masked_mean(values: torch.Tensor, mask: torch.Tensor) -> float:
-    return float((values.double() * mask).sum() / mask.sum())
+    return float(torch.where(mask, values.double(), 0.0).sum() / mask.sum())  # padding may hold anything
 
 
 def within_group_correlation(a: torch.Tensor, b: torch.Tensor, group_size: int) -> float:

@@ -1,28 +1,37 @@
 """IRG's training: think, draw, look, reflect, draw better, learnt from given trajectories (IRGL, arXiv 2509.06945 section 3.2)."""
 
-import pickle
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
 
+from t2i_rl.core.checkpoints import read_checkpoint
+from t2i_rl.core.finite import check_weights
+from t2i_rl.core.numbers import Count, Decay, GradientNorm, Seed, Weight, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.turns import TurnsEvaluator
 from t2i_rl.fsdp import mesh_of, shard, sharded_like
 from t2i_rl.hashing import gathered, weights_sha256
 from t2i_rl.irg.interleave import Interleave
 from t2i_rl.irg.trajectory import Segment
-from t2i_rl.methods.trainable import check_lora, check_optimizer, own_part, refuse_rounded_updates, select_trainable
+from t2i_rl.methods.learner import Learner
+from t2i_rl.methods.trainable import (
+    NonFinite,
+    check_lora,
+    check_optimizer,
+    check_trainable,
+    refuse_rounded_updates,
+    select_trainable,
+)
 from t2i_rl.seeding import derive_seed
 
 
-class IRG(L.LightningModule):
+class IRG(Learner):
     """Cross-entropy of what a mode teaches, texts through the language head and pictures through the generation head, each a mean over all its tokens of all
     ranks (specification section 2.2); the weights that are evaluated are an exponential mean.
 
@@ -39,6 +48,7 @@ class IRG(L.LightningModule):
         trainable: regular expressions on parameter names; the default leaves the VQ model alone frozen, as IRG does.
         lora: arguments of peft's LoraConfig, or None to train the weights themselves.
         judge: a reward that reads pictures, for `interleave.choose` and `stop_above`; evaluation reports its choice beside the turns.
+        on_nonfinite: `raise` or `skip` where a step's gradient is not finite, see `trainable.NonFinite`.
         seed: together with step and place it decides what is dropped.
 
     Raises:
@@ -50,6 +60,7 @@ class IRG(L.LightningModule):
     interleaves = True
     stages = ("base_direct", "base_plan", "trained_turns")
     steps = 1200  # where a run names none
+    keeps_as = "irg"
 
     def __init__(
         self,
@@ -57,25 +68,24 @@ class IRG(L.LightningModule):
         interleave: Interleave,
         optimizer: partial,
         scheduler: partial | None = None,
-        text_loss_weight: float = 1.0,
-        image_loss_weight: float = 1.0,
-        drop_prompt: float = 0.1,
-        drop_reflection: float = 0.1,
-        drop_image: float = 0.1,
-        ema: float = 0.995,
-        tokens_per_pass: int = 8192,
-        max_grad_norm: float | None = 1.0,
+        text_loss_weight: Weight = 1.0,
+        image_loss_weight: Weight = 1.0,
+        drop_prompt: Decay = 0.1,
+        drop_reflection: Decay = 0.1,
+        drop_image: Decay = 0.1,
+        ema: Decay = 0.995,
+        tokens_per_pass: Count = 8192,
+        max_grad_norm: GradientNorm | None = 1.0,
         gradient_checkpointing: bool = False,
         start_from: str | None = None,
         trainable: tuple[str, ...] = (r"model\.(language_model|vision_model|aligner|generation_)", r"lm_head\."),
         lora: dict | None = None,
-        judge=None,
-        seed: int = 0,
+        judge: object | None = None,
+        on_nonfinite: str = "raise",
+        seed: Seed = 0,
     ):
         super().__init__()
         self.judge = judge
-        self.automatic_optimization = False
-        self.strict_loading = False
         self.interleaved, self.interleave = model.interleaved(), interleave
         self.optimizer_partial, self.scheduler_partial, self.seed = optimizer, scheduler, seed
         self.loss_weights = {"text": text_loss_weight, "image": image_loss_weight}
@@ -88,6 +98,7 @@ class IRG(L.LightningModule):
             for block in model.blocks():
                 block.training = True
         self.average: dict[str, torch.Tensor] = {}
+        self.nonfinite = NonFinite(on_nonfinite)
         self.batches_done = 0
         self.start_from = start_from
 
@@ -106,13 +117,7 @@ class IRG(L.LightningModule):
         Raises:
             UserError: one line that names the option and its choices.
         """
-        if min(options["text_loss_weight"], options["image_loss_weight"]) < 0:
-            raise UserError("method.text_loss_weight and method.image_loss_weight must be 0 or more")
-        for name in ("drop_prompt", "drop_reflection", "drop_image", "ema"):
-            if not 0 <= options[name] < 1:
-                raise UserError(f"method.{name} must be at least 0 and below 1, not {options[name]}")
-        if options["tokens_per_pass"] < 1:
-            raise UserError(f"method.tokens_per_pass must be 1 or more, not {options['tokens_per_pass']}")
+        check_arguments(IRG, options, "method")
         if not options["text_loss_weight"] and not options["image_loss_weight"]:
             raise UserError("nothing would be trained: give method.text_loss_weight or method.image_loss_weight")
         interleave = options["interleave"]
@@ -120,6 +125,8 @@ class IRG(L.LightningModule):
             raise UserError("method.interleave.choose and stop_above need a judge: +reward@method.judge=soft_oracle")
         if options["start_from"]:
             saved_by_irg(Path(options["start_from"]))
+        NonFinite.check(options.get("on_nonfinite", "raise"))
+        check_trainable(options["trainable"])
         check_lora(options["lora"])
         check_optimizer(options["optimizer"], options["scheduler"])
 
@@ -144,10 +151,6 @@ class IRG(L.LightningModule):
                 name: sharded_like(self.average[name], parameter).to(parameter) if name in self.average else parameter.detach().clone()
                 for name, parameter in self.learning()
             }  # fmt: skip
-
-    def learning(self) -> Iterator[tuple[str, torch.nn.Parameter]]:
-        """What trains, by name."""
-        return ((name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad)
 
     def training_step(self, batch: list[tuple[int, str, tuple[Segment, ...]]], index: int) -> None:
         """One optimizer step on trajectories, each with its place in the batch of all ranks and its mode."""
@@ -177,6 +180,7 @@ class IRG(L.LightningModule):
                 "train/grad_norm": float(norm),
                 "train/lr": self.optimizers().param_groups[0]["lr"],
                 "train/passes": float(wanted),
+                **self.nonfinite.metrics(),
             },
             batch_size=len(batch),
         )
@@ -213,16 +217,15 @@ class IRG(L.LightningModule):
     def _step(self) -> torch.Tensor:
         learning = [parameter for _, parameter in self.learning()]
         norm = gathered(torch.nn.utils.clip_grad_norm_(learning, self.max_grad_norm or float("inf")))
-        if not torch.isfinite(norm):
-            raise ValueError(f"gradient norm is {norm.item()} at optimizer step {self.global_step}")
-        optimizer = self.optimizers()
-        optimizer.step()
+        optimizer, allowed = self.optimizers(), self.nonfinite.allows(norm, self.global_step)
+        if allowed:
+            optimizer.step()
+            if self.scheduler_partial is not None:
+                self.lr_schedulers().step()
         optimizer.zero_grad(set_to_none=True)
-        if self.scheduler_partial is not None:
-            self.lr_schedulers().step()
         self.batches_done += 1
         with torch.no_grad():
-            for name, parameter in self.learning() if self.ema else ():
+            for name, parameter in self.learning() if self.ema and allowed else ():
                 self.average[name].mul_(self.ema).add_(parameter, alpha=1 - self.ema)
         return norm
 
@@ -279,41 +282,30 @@ class IRG(L.LightningModule):
         optimizer = self.optimizer_partial([parameter for _, parameter in self.learning()])
         return optimizer if self.scheduler_partial is None else ([optimizer], [self.scheduler_partial(optimizer)])
 
-    def state_dict(self, *args, **kwargs) -> dict:
-        """Only what learns: everything else is the initial model, which a checkpoint names by its hash."""
-        learning = {name for name, _ in self.learning()}
-        return {name: value for name, value in super().state_dict(*args, **kwargs).items() if name in learning}
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
+    def own_state(self) -> dict:
         """Every rank gathers the mean, tensor by tensor; the one that writes keeps it."""
         average = {}
         for name, value in self.average.items():
             whole = gathered(value)
             if self.trainer.is_global_zero:
                 average[name] = whole.cpu().clone()
-        checkpoint["irg"] = {"batches_done": self.batches_done, "start_sha256": self.start_sha256, "average": average}
+        return {
+            "batches_done": self.batches_done,
+            "start_sha256": self.start_sha256,
+            "average": average,
+            "skipped": self.nonfinite.skipped,
+        }
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        saved = own_part(checkpoint, "irg")
+    def take_own_state(self, saved: dict) -> None:
         if saved["start_sha256"] != self.start_sha256:
             raise UserError(
                 "this checkpoint was trained from other weights than model.path holds: give the model (and method.start_from) that its run started from"
             )
-        if set(checkpoint["state_dict"]) != {name for name, _ in self.learning()}:
-            raise UserError("this checkpoint holds other weights than are trained here: give its run's method.trainable and method.lora")  # fmt: skip
         self.batches_done, self.average = saved["batches_done"], saved["average"]
+        self.nonfinite.skipped = saved.get("skipped", 0)
 
-    def load(self, path: str) -> int:
-        """The averaged weights of a checkpoint, to draw with; returns the optimizer step it was saved at.
-
-        Raises:
-            UserError: it is no checkpoint of this method on this model.
-        """
-        checkpoint = saved_by_irg(Path(path), "ckpt_path")
-        self.on_load_checkpoint(checkpoint)
-        self.load_state_dict(checkpoint["state_dict"], strict=False)
+    def draw_as_trained(self) -> None:
         self.use_average()
-        return checkpoint["global_step"]
 
     def _start_from(self, path: Path) -> None:
         """Averaged weights of an earlier stage.
@@ -329,19 +321,15 @@ class IRG(L.LightningModule):
         self._put(values)
 
 
-def saved_by_irg(path: Path, option: str = "method.start_from") -> dict:
+def saved_by_irg(path: Path) -> dict:
     """A checkpoint of this method; its tensors stay on the disk until they are copied: every rank reads one, and it is thrice the weights.
 
     Raises:
         UserError: the file is none.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        checkpoint["irg"], checkpoint["state_dict"]
-    except FileNotFoundError as error:
-        raise UserError(f"{option}={path}: there is no such file") from error
-    except (KeyError, IndexError, TypeError, RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
-        raise UserError(f"{option}={path} is no checkpoint of method=irg") from error
+    checkpoint = read_checkpoint(path, "method.start_from")
+    if not isinstance(checkpoint.get(IRG.keeps_as), dict):
+        raise UserError(f"method.start_from={path} is a checkpoint of another method than method=irg")
     return checkpoint
 
 
@@ -354,4 +342,6 @@ def saved_average(path: Path, start_sha256: str) -> dict[str, torch.Tensor]:
     checkpoint = saved_by_irg(path)
     if checkpoint["irg"]["start_sha256"] != start_sha256:
         raise UserError(f"method.start_from={path} was trained from other weights than model.path holds")
-    return checkpoint["irg"]["average"] or checkpoint["state_dict"]
+    weights = checkpoint["irg"]["average"] or checkpoint["state_dict"]
+    check_weights(weights.items(), f"method.start_from={path}")
+    return weights

@@ -2,7 +2,7 @@
 
 import torch
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.numbers import ClimbingRate, Decay, Seed, check_arguments
 
 
 class Langevin(torch.optim.Optimizer):
@@ -13,12 +13,11 @@ class Langevin(torch.optim.Optimizer):
         seed: of the noise; a method gives each row its own.
 
     Raises:
-        UserError: a share outside [0, 1).
+        UserError: a rate or a share outside its range.
     """
 
-    def __init__(self, params, lr: float, noise: float = 1e-3, seed: int = 0):
-        if not 0 <= noise < 1:
-            raise UserError(f"method.optimizer.noise must be at least 0 and below 1, not {noise}")
+    def __init__(self, params, lr: ClimbingRate, noise: Decay = 1e-3, seed: Seed = 0):
+        check_arguments(Langevin, {"lr": lr, "noise": noise, "seed": seed}, "method.optimizer")
         super().__init__(params, {"lr": lr, "noise": noise})
         self.generator = torch.Generator().manual_seed(seed)
 

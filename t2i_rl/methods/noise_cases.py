@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import signal
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,22 +12,23 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from PIL import Image
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
 from safetensors.torch import save
 from torch.utils.data import DataLoader
 
+from t2i_rl import stopping
 from t2i_rl.callbacks.validation import Pictures
+from t2i_rl.core.files import read_object, write_atomic
+from t2i_rl.core.finite import check_finite
+from t2i_rl.core.numbers import Count, Seed, Share, check_arguments
+from t2i_rl.core.pixels import to_bytes, write_png
 from t2i_rl.errors import UserError
-from t2i_rl.evaluation.results import read_json, write_atomic
 from t2i_rl.gaussianity.health import measures
 from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
 from t2i_rl.models.noise_to_image import enable_checkpointing
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import RewardOutput, checked
-from t2i_rl.rewards.pixels import to_bytes
 from t2i_rl.seeding import derive_seed, row_normals
 
 
@@ -68,6 +68,8 @@ class NoiseMethod(L.LightningModule):
         measure_every: steps between measurements of health and of the watched; image_every: between pictures kept. The best and the last noise have both.
         samples: pictures a prompt. batch_size: cases in one graph.
         eta: of DDIM, for models of several steps: the noise of every step is searched as well.
+        last_step_noise: whether the last step adds its noise too; without it that noise is searched in vain, as DNO's
+            released code does.
         free_text_encoders: drop them once all prompts are encoded.
         folder: a case's files go to `folder/<place>`; a case that is finished there is not done again.
     """
@@ -84,20 +86,22 @@ class NoiseMethod(L.LightningModule):
         reward,
         watch: Mapping,
         folder: Path,
-        samples: int = 1,
-        batch_size: int = 8,
-        measure_every: int = 5,
-        image_every: int = 10,
-        eta: float = 0.0,
+        samples: Count = 1,
+        batch_size: Count = 8,
+        measure_every: Count = 5,
+        image_every: Count = 10,
+        eta: Share = 0.0,
+        last_step_noise: bool = True,
         gradient_checkpointing: bool = False,
         free_text_encoders: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ):
         super().__init__()
         self.model, self.reward, self.watch = model.requires_grad_(False).eval(), reward, dict(watch)
         self.folder, self.samples, self.batch_size = Path(folder), samples, batch_size
         self.measure_every, self.image_every = measure_every, image_every
-        self.eta, self.checkpointing, self.free_text_encoders = eta, gradient_checkpointing, free_text_encoders
+        self.eta, self.last_step_noise = eta, last_step_noise
+        self.checkpointing, self.free_text_encoders = gradient_checkpointing, free_text_encoders
         self.seed = seed
         self.prompts: list[Prompt] = []  # set before the search begins, as is what else a finished case depends on
         self.settings = ""
@@ -114,11 +118,7 @@ class NoiseMethod(L.LightningModule):
         Raises:
             UserError: one line that names the option.
         """
-        for name in ("samples", "batch_size", "measure_every", "image_every"):
-            if options[name] < 1:
-                raise UserError(f"method.{name} must be 1 or more, not {options[name]}")
-        if not 0 <= options["eta"] <= 1:
-            raise UserError(f"method.eta must be between 0 and 1, not {options['eta']}")
+        check_arguments(NoiseMethod, options, "method")
 
     def cases(self) -> list[Case]:
         """Every prompt `samples` times; a case's noise is a function of (seed, prompt, sample)."""
@@ -144,7 +144,7 @@ class NoiseMethod(L.LightningModule):
             UserError: one was finished with another prompt, seed, model or judge.
         """
         places = [self._place(case) for case in self.cases() if self._finished(case)]
-        return [read_json(place / "case.json") | {"place": place.name} for place in places]
+        return [read_object(place / "case.json") | {"place": place.name} for place in places]
 
     def predict_dataloader(self) -> DataLoader:
         self._mine = self.mine()
@@ -156,8 +156,9 @@ class NoiseMethod(L.LightningModule):
 
     @torch.no_grad()
     def on_predict_start(self) -> None:
-        """Encode each prompt once, and the empty one where guidance asks for it; then the text encoders may go. SIGTERM ends the search at once from here on."""
-        signal.signal(signal.SIGTERM, self._stop)  # Lightning puts the former handler back
+        """Encode each prompt once, and the empty one where guidance asks for it; then the text encoders may go. Ctrl-C
+        and SIGTERM end the search at once: a case's files are written when it is whole."""
+        stopping.listen()
         for text in dict.fromkeys(case.prompt.text for case in self._mine):
             self.texts[text] = self.model.encode_prompts([text])
         if self.model.guided:
@@ -176,13 +177,6 @@ class NoiseMethod(L.LightningModule):
 
     def on_predict_end(self) -> None:
         self._bar.stop()
-
-    def _stop(self, signum: int, frame) -> None:
-        """Upon SIGTERM: a case's files are written when it is whole, so there is nothing to save."""
-        launcher = self.trainer.strategy.launcher
-        if hasattr(launcher, "kill"):  # the processes that this one launched
-            launcher.kill(signum)
-        raise SIGTERMException
 
     def stop_progress(self) -> None:
         """Leave the terminal as it was, after a search that did not reach its end."""
@@ -213,7 +207,8 @@ class NoiseMethod(L.LightningModule):
         if self.trainer.is_global_zero and not Console().is_terminal:
             done, seconds = min((index + 1) * self.batch_size, len(self._mine)), time.monotonic() - self._started
             first, best = (np.mean(values) for values in zip(*((track.rows[0]["target"], track.best) for track in tracks), strict=True))  # fmt: skip
-            print(f"{done} of {len(self._mine)} cases, {seconds:.0f} s; the last {len(tracks)}: target {first:.3g}, best {best:.3g}", flush=True)  # fmt: skip
+            means = f"mean target {first:.3g} at the first noise, {best:.3g} at the best"
+            print(f"{done} of {len(self._mine)} cases, {seconds:.0f} s; the last {len(tracks)}: {means}", flush=True)
 
     def search(self, cases: list[Case]) -> list[Track]:
         """The tracks of a batch of cases."""
@@ -242,8 +237,16 @@ class NoiseMethod(L.LightningModule):
     def note(
         self, tracks: list[Track], step: int, noise: torch.Tensor, pixels: torch.Tensor, target: torch.Tensor, **more
     ) -> None:
-        """Write down step `step` of every track: target and `more` `(B,)` always, health, the watched and pictures when they are due."""
+        """Write down step `step` of every track: target and `more` `(B,)`; health, the watched and pictures when due.
+
+        Raises:
+            UserError: a picture, the target or one of `more` is not finite.
+        """
         columns = {"target": target, **more}
+        for name, values in columns.items():
+            check_finite(
+                values, f"the values of {name} at step {step}", "lower method.optimizer.lr or the regulariser's weight"
+            )
         images = to_bytes(pixels)
         if step % self.measure_every == 0:
             columns |= self._measured(tracks, noise, images)
@@ -307,7 +310,7 @@ class NoiseMethod(L.LightningModule):
 
     def _finished(self, case: Case) -> bool:
         done = self._place(case) / "case.json"
-        if done.exists() and read_json(done)["fingerprint"] != self.fingerprint(case):
+        if done.exists() and read_object(done, "fingerprint")["fingerprint"] != self.fingerprint(case):
             raise UserError(
                 f"{done.parent} holds a case finished with another prompt, seed, model or judge: take another hydra.run.dir, or delete {self.folder}"
             )
@@ -319,9 +322,8 @@ class NoiseMethod(L.LightningModule):
         shutil.rmtree(place, ignore_errors=True)  # half done
         (place / "images").mkdir(parents=True, exist_ok=True)
         for step, image in track.images.items():
-            Image.fromarray(image).save(
-                place / "images" / (f"{step}.png" if isinstance(step, str) else f"step_{step:04d}.png")
-            )
+            name = step if isinstance(step, str) else f"step_{step:04d}"
+            write_png(place / "images" / f"{name}.png", image)
         write_atomic(place / "noise.safetensors", save({name: noise.clone() for name, noise in track.noises.items()}))
         write_atomic(place / "trajectory.jsonl", "".join(json.dumps(row) + "\n" for row in track.rows))
         case = track.case

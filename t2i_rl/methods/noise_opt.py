@@ -1,10 +1,12 @@
 """`method=noise_opt`: test-time optimisation of the noise under a differentiable reward, held Gaussian by a regulariser (MPGR, arXiv 2509.07027; ReNO; DNO)."""
 
+import math
 from collections.abc import Mapping
 from functools import partial
 
 import torch
 
+from t2i_rl.core.numbers import ClimbingRate, Count, Decay, GradientNorm, Positive, Weight, check_arguments, check_value
 from t2i_rl.errors import UserError
 from t2i_rl.gaussianity.moments import rows
 from t2i_rl.gaussianity.regularizer import Regularizer
@@ -39,13 +41,13 @@ class NoiseOptimization(NoiseMethod):
         watch: Mapping,
         regularizer: Regularizer,
         optimizer: partial,
-        iterations: int = 50,
-        balance: float | None = 1.0,
-        max_grad_norm: float | None = 0.01,
-        patience: int | None = None,
-        min_rise: float = 0.0,
+        iterations: Count = 50,
+        balance: Positive | None = 1.0,
+        max_grad_norm: GradientNorm | None = 0.01,
+        patience: Count | None = None,
+        min_rise: Weight = 0.0,
         held_out: str | None = None,
-        held_out_patience: int = 3,
+        held_out_patience: Count = 3,
         **shared,
     ):
         super().__init__(model, reward, watch, **shared)
@@ -66,19 +68,13 @@ class NoiseOptimization(NoiseMethod):
             UserError: one line that names the option.
         """
         NoiseMethod.check(options)
-        if options["balance"] is not None and options["balance"] <= 0:
-            raise UserError(f"method.balance must be above 0, or null, not {options['balance']}")
-        if options["min_rise"] < 0:
-            raise UserError(f"method.min_rise must be 0 or more, not {options['min_rise']}")
-        for name in ("iterations", "patience", "held_out_patience"):
-            if options[name] is not None and options[name] < 1:
-                raise UserError(f"method.{name} must be 1 or more, not {options[name]}")
+        check_arguments(NoiseOptimization, options, "method")
         try:
             defaults = options["optimizer"]([torch.nn.Parameter(torch.zeros(1))]).defaults
         except (TypeError, ValueError) as error:
             raise UserError(f"method.optimizer: {error}") from error
-        if defaults["lr"] <= 0 or not 0 <= defaults.get("momentum", 0) < 1:
-            raise UserError("method.optimizer.lr must be above 0, and momentum at least 0 and below 1")
+        check_value(defaults["lr"], ClimbingRate, "method.optimizer.lr")
+        check_value(defaults.get("momentum", 0), Decay, "method.optimizer.momentum")
 
     @property
     def length(self) -> int:
@@ -107,6 +103,11 @@ class NoiseOptimization(NoiseMethod):
             self._constrain([noises[i] for i in active], initial[active])
             moved = rows(torch.cat([noises[i].detach() for i in active]) - before).square().mean(dim=1).sqrt()
             for track, distance in zip(going, moved.tolist(), strict=True):
+                if not math.isfinite(distance):
+                    raise UserError(
+                        f"the noise of {track.case.prompt.text!r} is not finite after step {step}: lower "
+                        "method.optimizer.lr"
+                    )
                 track.rows[-1]["step_rms"] = distance
             active = [i for i in active if not self._stops(tracks[i])]
             if not active:
@@ -120,9 +121,8 @@ class NoiseOptimization(NoiseMethod):
         cases = [track.case for track in tracks]
         noise = torch.cat(noises)
         with torch.set_grad_enabled(not last):
-            pixels = noise_to_image(
-                self.model, noise, self.text_of(cases), self.empty_of(len(cases)), self.eta, self.checkpointing
-            )
+            texts, empty = self.text_of(cases), self.empty_of(len(cases))
+            pixels = noise_to_image(self.model, noise, texts, empty, self.eta, self.checkpointing, self.last_step_noise)
             target = self.target_of(pixels, cases)
         penalty, parts = self.regularizer(noise, shuffles)
         start = torch.stack([track.noises["initial"] for track in tracks]) if step else noise.detach()
@@ -159,7 +159,11 @@ class NoiseOptimization(NoiseMethod):
             total = _scaled(total, (self.max_grad_norm / rows(total).norm(dim=1).clamp(min=1e-12)).clamp(max=1.0))
         bad = [i for i, norm in enumerate(rows(total).norm(dim=1).tolist()) if norm != norm or norm == float("inf")]
         if bad:
-            raise ValueError(f"the gradient of case {bad[0]} of the batch is not finite")
+            raise UserError(
+                f"the gradient of case {bad[0]} of the batch is not finite: take model.dtype=bfloat16 or float32 (not "
+                "float16), or a "
+                "lower method.optimizer.lr; finished cases stay, and the same command with this hydra.run.dir goes on"
+            )
         return total, norms
 
     @torch.no_grad()

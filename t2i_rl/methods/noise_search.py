@@ -2,6 +2,7 @@
 
 import torch
 
+from t2i_rl.core.numbers import Count, Decay, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.methods.noise_cases import Case, NoiseMethod, Track
 from t2i_rl.models.noise_to_image import noise_to_image
@@ -28,9 +29,9 @@ class NoiseSearch(NoiseMethod):
         reward,
         watch,
         algorithm: str = "best_of_n",
-        evaluations: int = 51,
-        neighbours: int = 4,
-        cosine: float = 0.95,
+        evaluations: Count = 51,
+        neighbours: Count = 4,
+        cosine: Decay = 0.95,
         **shared,
     ):
         super().__init__(model, reward, watch, **shared)
@@ -46,10 +47,7 @@ class NoiseSearch(NoiseMethod):
         NoiseMethod.check(options)
         if options["algorithm"] not in ALGORITHMS:
             raise UserError(f"method.algorithm must be one of {', '.join(ALGORITHMS)}, not {options['algorithm']!r}")
-        if options["evaluations"] < 1 or options["neighbours"] < 1 or not 0 <= options["cosine"] < 1:
-            raise UserError(
-                "method.evaluations and method.neighbours must be 1 or more, method.cosine at least 0 and below 1"
-            )
+        check_arguments(NoiseSearch, options, "method")
 
     @property
     def length(self) -> int:
@@ -62,7 +60,7 @@ class NoiseSearch(NoiseMethod):
         for step in range(self.evaluations):
             if step:
                 noise = self._proposed(tracks, step)
-            pixels = noise_to_image(self.model, noise, text, empty, self.eta)
+            pixels = noise_to_image(self.model, noise, text, empty, self.eta, last_step_noise=self.last_step_noise)
             self.note(tracks, step, noise, pixels, self.target_of(pixels, cases))
             if step % self.neighbours == 0:
                 self._pivots = torch.stack([track.noises["best"] for track in tracks]).to(self.device)

@@ -7,15 +7,16 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import lightning as L
 import torch
 import torch.distributed as dist
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
+from t2i_rl.core.numbers import Count, GradientNorm, Seed, Whole, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.hashing import weights_sha256
-from t2i_rl.methods.trainable import check_optimizer, own_part
+from t2i_rl.methods.learner import Learner
+from t2i_rl.methods.trainable import NonFinite, check_optimizer
 from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding, attention_for_training
 from t2i_rl.models.soft_tokens import SoftTokens, spec_for
 from t2i_rl.seeding import derive_seed, row_normals
@@ -38,7 +39,10 @@ class Grid:
         return len(self.x_t)
 
 
-class PairMethod(L.LightningModule):
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+class PairMethod(Learner):
     """Trains a bank of soft tokens (a subclass may train adapters) on matching images and texts; the denoiser stays frozen.
 
     Args:
@@ -50,6 +54,7 @@ class PairMethod(L.LightningModule):
         times, noise: `shared` by all images of a step (as released) or `per_image`; texts of one image always share both.
         pairs_per_pass: image-text pairs with a live graph at a time; changes memory, not the gradient.
         gather_negatives: compare under the texts of all ranks.
+        on_nonfinite: `raise` or `skip` where a step's gradient is not finite, see `trainable.NonFinite`.
         seed: together with step and image it decides every random draw.
 
     Raises:
@@ -58,6 +63,10 @@ class PairMethod(L.LightningModule):
 
     trains = frozenset({"diffusion"})
     learns_from = "pairs"
+    keeps_as = "pairs"
+    decide_what_learns = (
+        *("variant", "lora", "tokens", "layers", "buckets", "interpolate", "tables", "position", "null_branch"),
+    )
     branches = 1
     contrasts = True  # an image's own text is told from others
     plan = False  # a diffusion model draws straight from the prompt
@@ -67,30 +76,30 @@ class PairMethod(L.LightningModule):
         model: LatentDiffusion,
         optimizer: partial,
         scheduler: partial | None = None,
-        schedule_every: int = 1,
-        tokens: int = 4,
-        layers: int | list[str] | None = None,
-        buckets: int = 100,
+        schedule_every: Count = 1,
+        tokens: Whole = 4,
+        layers: Count | list[str] | None = None,
+        buckets: Whole = 100,
         interpolate: bool = False,
-        tables: int = 1,
+        tables: Count = 1,
         position: str = "end",
         init: str = "normal",
         times: str = "per_image",
         noise: str = "per_image",
-        pairs_per_pass: int = 64,
+        pairs_per_pass: Count = 64,
         gather_negatives: bool = False,
-        max_grad_norm: float | None = 1.0,
+        max_grad_norm: GradientNorm | None = 1.0,
         gradient_checkpointing: bool = False,
-        seed: int = 0,
+        on_nonfinite: str = "raise",
+        seed: Seed = 0,
     ):
         super().__init__()
-        self.automatic_optimization = False
-        self.strict_loading = False
         self.model = model
         self.optimizer_partial, self.scheduler_partial, self.schedule_every = optimizer, scheduler, schedule_every
         self.times, self.noise, self.pairs_per_pass = times, noise, pairs_per_pass
         self.gather_negatives, self.max_grad_norm, self.seed = gather_negatives, max_grad_norm, seed
-        self.batches_done = 0
+        self.nonfinite = NonFinite(on_nonfinite)
+        self.batches_done, self.settings = 0, {}
         model.requires_grad_(False)
         self.backbone_sha256 = weights_sha256(model, dtype=torch.bfloat16)  # whatever dtype it is loaded in
         if gradient_checkpointing:
@@ -117,9 +126,9 @@ class PairMethod(L.LightningModule):
         for name, choices in (("times", SHARING), ("noise", SHARING), ("init", ("normal", "bos"))):
             if options.get(name) not in (None, *choices):
                 raise UserError(f"method.{name} must be one of {', '.join(choices)}, not {options[name]!r}")
-        for name, least in (("pairs_per_pass", 1), ("schedule_every", 1), ("tokens", 0), ("buckets", 0)):
-            if options.get(name) is not None and options[name] < least:
-                raise UserError(f"method.{name} must be {least} or more, not {options[name]}")
+        given = {name: value for name, value in options.items() if value is not None}  # a variant fills in the others
+        check_arguments(PairMethod, given, "method")
+        NonFinite.check(options.get("on_nonfinite", "raise"))
         if options.get("optimizer") is not None:
             check_optimizer(options["optimizer"], options.get("scheduler"))
 
@@ -149,15 +158,16 @@ class PairMethod(L.LightningModule):
         learning = [parameter for parameter in self.parameters() if parameter.requires_grad]
         limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
         norm = torch.nn.utils.clip_grad_norm_(learning, limit)
-        if not torch.isfinite(norm):
-            raise ValueError(f"gradient norm is {norm.item()} at optimizer step {self.global_step}")
-        optimizer = self.optimizers()
-        optimizer.step()
+        optimizer, allowed = self.optimizers(), self.nonfinite.allows(norm, self.global_step)
+        if allowed:
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self.batches_done += 1
-        if self.scheduler_partial is not None and self.batches_done % self.schedule_every == 0:
-            self.lr_schedulers().step()
-        self.after_step()
+        if allowed:
+            if self.scheduler_partial is not None and self.batches_done % self.schedule_every == 0:
+                self.lr_schedulers().step()
+            self.after_step()
+        metrics |= self.nonfinite.metrics()
         metrics |= {"train/grad_norm": float(norm), "train/lr": optimizer.param_groups[0]["lr"]}
         self.log_dict(metrics, sync_dist=dist.is_initialized(), batch_size=len(grid))
         self.log("loss", metrics["train/loss"], prog_bar=True, logger=False)
@@ -194,7 +204,7 @@ class PairMethod(L.LightningModule):
                 raise UserError(
                     f"{type(self).__name__} tells texts apart, and this rank has one: raise data.batch_size, or set method.gather_negatives=true"
                 )
-            return Grid(self.model.add_noise(x0, eps, t), t, self.model.target(x0, eps), text, own, images)
+            return Grid(self.model.add_noise(x0, eps, t), t, self.model.target(x0, eps, t), text, own, images)
 
     def emit(self, bank: SoftTokens | None, t: torch.Tensor) -> torch.Tensor | None:
         """All tokens of a step, `(branches, R, layers, K, D)`."""
@@ -211,8 +221,10 @@ class PairMethod(L.LightningModule):
         branch: torch.Tensor | int = 0,
     ) -> torch.Tensor:
         """Predictions `(P, C, h, w)` for images `rows` `(P,)` under `texts` `(P,)`."""
-        soft = None if tokens is None else tokens[branch, rows]
-        return self.model.predict(grid.x_t[rows], grid.t[rows], grid.text[texts], soft)
+        noised = grid.x_t[rows], grid.t[rows], grid.text[texts]
+        if tokens is None:
+            return self.model.predict(*noised, empty=False)
+        return self.model.predict(*noised, tokens[branch, rows])
 
     def passes(self, rows: torch.Tensor, texts: torch.Tensor) -> Iterator[slice]:
         """Slices of a list of pairs, each small enough for one pass."""
@@ -237,24 +249,23 @@ class PairMethod(L.LightningModule):
             self.bank.save(Path(self.trainer.default_root_dir) / "soft_tokens.safetensors", **facts)
 
     def configure_optimizers(self):
-        optimizer = self.optimizer_partial([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer_partial([parameter for _, parameter in self.learning()])
         return optimizer if self.scheduler_partial is None else ([optimizer], [self.scheduler_partial(optimizer)])
 
-    def state_dict(self, *args, **kwargs) -> dict:
-        """Only what learns, and its average: the backbone is named by its hash."""
-        state = super().state_dict(*args, **kwargs)
-        learning = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        return {name: value for name, value in state.items() if name in learning or name.startswith("average.")}
+    def kept_names(self) -> set[str]:
+        """What learns, and its average where a subclass has one."""
+        return super().kept_names() | {name for name, _ in self.named_parameters() if name.startswith("average.")}
 
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["pairs"] = {
+    def own_state(self) -> dict:
+        return {
             "batches_done": self.batches_done,
             "backbone_sha256": self.backbone_sha256,
             "learns": self._learns(),
+            "null_branch": self._null_branch(),
+            "skipped": self.nonfinite.skipped,
         }
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
-        saved = own_part(checkpoint, "pairs")
+    def take_own_state(self, saved: dict) -> None:
         if saved["backbone_sha256"] != self.backbone_sha256:
             raise UserError(
                 "this checkpoint was trained on another model than model.path holds: give the model that its run started from "
@@ -265,14 +276,30 @@ class PairMethod(L.LightningModule):
                 "this checkpoint holds other soft tokens, or other adapters, than this run learns: give the method, variant, layers, tokens, buckets, "
                 "position or lora of its own run"
             )
+        if saved.get("null_branch", self._null_branch()) != self._null_branch():
+            raise UserError(
+                f"this checkpoint's empty prompt reads method.null_branch={saved['null_branch']}, and not "
+                f"{self._null_branch()}: "
+                "give the variant or null_branch of its own run"
+            )
         self.batches_done = saved["batches_done"]
+        self.nonfinite.skipped = saved.get("skipped", 0)
+
+    def draw_as_trained(self) -> None:
+        self.setup("fit")
+
+    def facts(self) -> dict:
+        """What the variant decided, and where soft tokens go, which the number of `layers` alone does not say."""
+        return {**self.settings, **({} if self.bank is None else {"soft_tokens": asdict(self.bank.spec)})}
 
     def _learns(self) -> dict:
         """What must be the same where a checkpoint is loaded: the place and shape of the tokens, or where adapters sit."""
         if self.bank is not None:
             return {"soft tokens": asdict(self.bank.spec)}
-        names = (name for name, parameter in self.named_parameters() if parameter.requires_grad)
-        return {"adapters": sorted(f"{name} {tuple(self.get_parameter(name).shape)}" for name in names)}
+        return {"adapters": sorted(f"{name} {tuple(parameter.shape)}" for name, parameter in self.learning())}
+
+    def _null_branch(self) -> int | None:
+        return None if self.model.tokens is None else self.model.tokens.null_branch
 
 
 def check_lora(lora: Mapping | None) -> None:
@@ -288,25 +315,16 @@ def check_lora(lora: Mapping | None) -> None:
 
 
 def add_adapters(denoiser: nn.Module, lora: Mapping, seed: int) -> None:
-    """LoRA in a frozen denoiser, started from `seed`; it learns in float32 whatever it is added to."""
+    """LoRA in a frozen denoiser, started from `seed`; it learns in float32 whatever it is added to.
+
+    `lora` without `target_modules` adapts the projections of attention, as diffusers' own training scripts do.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "adapters"))
-        inject_adapter_in_model(LoraConfig(**lora), denoiser)
+        inject_adapter_in_model(LoraConfig(**{"target_modules": list(ATTENTION), **lora}), denoiser)
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
-
-
-def settings_of(presets: Mapping, variant: str, kind: str, given: Mapping) -> dict:
-    """A variant's settings for a kind of model, over which what is given (not None) wins.
-
-    Raises:
-        UserError: no such variant.
-    """
-    if variant not in presets:
-        raise UserError(f"variant must be one of {', '.join(presets)}, not {variant!r}")
-    chosen = dict(presets[variant].get("all", {})) | dict(presets[variant].get(kind, {}))
-    return chosen | {name: value for name, value in given.items() if value is not None or name not in chosen}
 
 
 def _all_gather(tensor: torch.Tensor) -> list[torch.Tensor]:

@@ -5,34 +5,20 @@ from functools import partial
 
 import torch
 
+from t2i_rl.core.numbers import Count, Positive, Weight, Whole, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.methods.alignment_loss import pair_errors, softrepa_floor, softrepa_loss
-from t2i_rl.methods.pairs import Grid, PairMethod, all_pairs, mean_over, settings_of
+from t2i_rl.methods.pairs import Grid, PairMethod, all_pairs, mean_over
+from t2i_rl.methods.presets import VARIANTS, settings_of
 from t2i_rl.models.diffusion import LatentDiffusion
-
-_RELEASED = {"scale": 4.0, "temperature": 0.07, "times": "shared", "noise": "shared", "buckets": 100, "tokens": 4}
-PRESETS = {
-    "ours": {
-        "all": {**_RELEASED, "times": "per_image", "noise": "per_image", "denoising_weight": 0.0, "position": "end", "init": "normal"},
-    },
-    "paper": {
-        "all": {**_RELEASED, "scale": 1.0, "denoising_weight": 0.0, "position": "start", "init": "normal"},
-        "sd15": {"position": "after_bos", "layers": ["down"]},
-        "sdxl": {"position": "after_bos", "layers": ["down", "mid"]},
-    },
-    "released": {
-        "all": {**_RELEASED, "denoising_weight": 0.0, "position": "start", "init": "normal"},
-        "sd15": {"position": "after_bos", "layers": ["down"], "init": "bos", "denoising_weight": 10.0},
-        "sdxl": {"position": "after_bos", "layers": ["down", "mid"], "buckets": 0, "denoising_weight": 10.0},
-    },
-}  # fmt: skip
 
 
 class SoftREPA(PairMethod):
     """Cross-entropy over texts of `scale * exp(-error / temperature)`, where `error` is the denoising error under each text.
 
     Args:
-        variant: `ours`, `paper` or `released`: where they differ, and nothing else is given, decides the settings (docs/alignment.md).
+        variant: `ours`, `paper` or `released`: decides the settings that are not given (conf/method/variant,
+            docs/alignment.md).
         scale, temperature: of the logits; the released constants are 4 and 0.07, the paper's formula has no scale.
         denoising_weight: of the plain denoising error of matching pairs.
         options: see `PairMethod`.
@@ -43,12 +29,12 @@ class SoftREPA(PairMethod):
         model: LatentDiffusion,
         optimizer: partial,
         variant: str = "ours",
-        scale: float | None = None,
-        temperature: float | None = None,
-        denoising_weight: float | None = None,
-        tokens: int | None = None,
-        layers: int | list[str] | None = None,
-        buckets: int | None = None,
+        scale: Positive | None = None,
+        temperature: Positive | None = None,
+        denoising_weight: Weight | None = None,
+        tokens: Count | None = None,
+        layers: Count | list[str] | None = None,
+        buckets: Whole | None = None,
         position: str | None = None,
         init: str | None = None,
         times: str | None = None,
@@ -59,7 +45,7 @@ class SoftREPA(PairMethod):
             "scale": scale, "temperature": temperature, "denoising_weight": denoising_weight, "tokens": tokens, "layers": layers,
             "buckets": buckets, "position": position, "init": init, "times": times, "noise": noise,
         }  # fmt: skip
-        settings = settings_of(PRESETS, variant, model.kind, given)
+        settings = settings_of("softrepa", variant, model.kind, given)
         self.check({"variant": variant, **settings, **options})
         own = {name: settings.pop(name) for name in ("scale", "temperature", "denoising_weight")}
         super().__init__(model, optimizer, **settings, **options)
@@ -68,10 +54,11 @@ class SoftREPA(PairMethod):
 
     @staticmethod
     def check(options: Mapping) -> None:
-        if options["variant"] not in PRESETS:
-            raise UserError(f"variant must be one of {', '.join(PRESETS)}, not {options['variant']!r}")
+        if options["variant"] not in VARIANTS:
+            raise UserError(f"variant must be one of {', '.join(VARIANTS)}, not {options['variant']!r}")
         if options.get("tokens") == 0:
             raise UserError("method.tokens=0 trains nothing: SoftREPA learns soft tokens")
+        check_arguments(SoftREPA, options, "method")
         PairMethod.check(options)
 
     def accumulate(self, grid: Grid, tokens: torch.Tensor) -> dict[str, float]:

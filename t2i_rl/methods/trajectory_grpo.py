@@ -12,11 +12,12 @@ import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
 from t2i_rl.callbacks.validation import Pictures
+from t2i_rl.core.numbers import ClipRange, Count, GradientNorm, GroupSize, Seed, Weight, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.hashing import weights_sha256
 from t2i_rl.irg.interleave import Interleave
 from t2i_rl.irg.trajectory import BOTH, Segment, Trajectory
-from t2i_rl.methods.grpo_loss import group_advantages, k3, policy_loss
+from t2i_rl.methods.grpo_loss import group_advantages, importance_ratio, k3, policy_loss
 from t2i_rl.methods.irg import IRG, saved_average
 from t2i_rl.methods.trainable import Reference
 from t2i_rl.prompts import Prompt
@@ -29,9 +30,11 @@ REWARDED = ("last", "gain")
 class TrajectoryGRPO(IRG):
     """Group-relative policy optimisation of IRG's drawing (beyond arXiv 2509.06945; the objective is DeepSeekMath's, as in `methods.grpo`).
 
-    One training step: `group_size` trajectories for each prompt, drawn as `interleave` says, every round; a teacher-forced pass without gradient for the old
-    log-probs, one for the reference; the reward; `updates_per_rollout` optimizer steps. Each round is one conversation, as modes 3 and 6 of IRGL have it: the
-    text and the picture of a round are its actions, scored by the conditional branch; earlier rounds are context, seen as they were seen.
+    One training step: `group_size` trajectories for each prompt, drawn as `interleave` says, every round; a
+    teacher-forced pass without gradient for the old log-probs, one for the reference; the reward; `updates_per_rollout`
+    optimizer steps. Each round is one conversation, as modes 3 and 6 of IRGL have it: the text and the picture of a
+    round are its actions, scored by the conditional branch; earlier rounds are context, seen as they were seen. The
+    loss is one mean over the tokens of the global batch, `token` in `grpo_loss.token_weights`.
 
     Args:
         reward: read from pictures alone; `reward_on`: the `last` picture's, or its `gain` over the first's.
@@ -49,6 +52,7 @@ class TrajectoryGRPO(IRG):
     interleaves = True
     stages = ("base_turns", "trained_turns")
     steps = 20
+    decide_what_learns = ("trainable", "lora", "start_from")
 
     def __init__(
         self,
@@ -58,28 +62,29 @@ class TrajectoryGRPO(IRG):
         optimizer: partial,
         watch: dict | None = None,
         scheduler: partial | None = None,
-        group_size: int = 8,
+        group_size: GroupSize = 8,
         reward_on: str = "last",
-        updates_per_rollout: int = 1,
-        clip_range: float = 0.2,
-        kl_coef: float = 0.01,
-        text_loss_weight: float = 1.0,
-        image_loss_weight: float = 1.0,
-        tokens_per_pass: int = 8192,
-        max_grad_norm: float = 1.0,
+        updates_per_rollout: Count = 1,
+        clip_range: ClipRange = 0.2,
+        kl_coef: Weight = 0.01,
+        text_loss_weight: Weight = 1.0,
+        image_loss_weight: Weight = 1.0,
+        tokens_per_pass: Count = 8192,
+        max_grad_norm: GradientNorm | None = 1.0,
         gradient_checkpointing: bool = False,
         start_from: str | None = None,
         trainable: tuple[str, ...] = (r"model\.language_model\.", r"lm_head\."),
         lora: dict | None = None,
-        judge=None,
-        seed: int = 0,
+        judge: object | None = None,
+        on_nonfinite: str = "raise",
+        seed: Seed = 0,
     ):
         if start_from:
             begin_at(model, Path(start_from))
         super().__init__(
             model, interleave, optimizer, scheduler, text_loss_weight=text_loss_weight, image_loss_weight=image_loss_weight, ema=0.0,
             tokens_per_pass=tokens_per_pass, max_grad_norm=max_grad_norm, gradient_checkpointing=gradient_checkpointing, trainable=trainable, lora=lora,
-            judge=judge, seed=seed,
+            judge=judge, on_nonfinite=on_nonfinite, seed=seed,
         )  # fmt: skip
         self.reward, self.watch = reward, watch or {}
         self.group_size, self.reward_on, self.updates_per_rollout = group_size, reward_on, updates_per_rollout
@@ -95,9 +100,7 @@ class TrajectoryGRPO(IRG):
     @staticmethod
     def check(options: Mapping) -> None:
         """See `IRG.check`."""
-        for name, least in (("group_size", 2), ("updates_per_rollout", 1), ("kl_coef", 0)):
-            if options[name] < least:
-                raise UserError(f"method.{name} must be {least} or more, not {options[name]}")
+        check_arguments(TrajectoryGRPO, options, "method")
         if options["reward_on"] not in REWARDED:
             raise UserError(f"method.reward_on must be one of {', '.join(REWARDED)}, not {options['reward_on']!r}")
         if options["reward_on"] == "gain" and options["interleave"].rounds < 2:
@@ -145,6 +148,7 @@ class TrajectoryGRPO(IRG):
             "text/unfinished": float(np.mean([not text.loss for *_, text, _ in conversations])),
             **{f"text/length_turn{turn + 1}": float(np.mean([row.text_tokens[turn] for row in drawn])) for turn in range(self.interleave.rounds)},
             **updates[-1],
+            **self.nonfinite.metrics(),
             "train/lr": self.optimizers().param_groups[0]["lr"],
             "time/rollout": sampled - started,
             "time/update": time.perf_counter() - sampled,
@@ -208,7 +212,8 @@ class TrajectoryGRPO(IRG):
                 objective = objective + once * share * (ratio_loss + self.kl_coef * kl).sum()
                 sums["loss"] += once * share * float(ratio_loss.detach().sum())
                 sums["kl"] += once * share * float(kl.detach().sum())
-                sums["clip_fraction"] += once * share * float(((logprobs - before).detach().exp() - 1).abs().gt(self.clip_range).sum())  # fmt: skip
+                clipped = (importance_ratio((logprobs - before).detach()) - 1).abs() > self.clip_range
+                sums["clip_fraction"] += once * share * float(clipped.sum())
             with self._meeting(number == wanted - 1):
                 self.manual_backward(objective * self._ranks())
         norm = self._step()
