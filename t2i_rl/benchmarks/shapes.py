@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 
+from t2i_rl.core.numbers import Count, Pixels, check_arguments
 from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt
 from t2i_rl.shapes.judge import Verdict, judge
@@ -27,21 +28,21 @@ class Shapes:
 
     name = "shapes"
     version = 2
+    needs_meta = ("include",)  # of a prompt, to judge its picture
 
     def __init__(
         self,
         tasks: tuple[str, ...] = GENEVAL_TASKS,
-        prompts_per_task: int = 40,
-        samples_per_prompt: int = 2,
+        prompts_per_task: Count = 40,
+        samples_per_prompt: Count = 2,
         split: str = "test",
-        size: int = 32,
+        size: Pixels = 32,
     ):
+        check_arguments(Shapes, locals(), "benchmark")
         if size not in CANVASES:
             raise UserError(f"benchmark.size must be one of {CANVASES}, not {size}")
-        if not tasks or min(prompts_per_task, samples_per_prompt) < 1:
-            raise UserError(
-                "benchmark.tasks, benchmark.prompts_per_task and benchmark.samples_per_prompt must not be empty or 0"
-            )
+        if not tasks:
+            raise UserError("benchmark.tasks must not be empty")
         self.tasks, self.prompts_per_task, self.samples_per_prompt, self.split, self.size = (
             tuple(tasks),
             prompts_per_task,

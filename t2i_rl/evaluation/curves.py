@@ -67,9 +67,9 @@ def group_columns(columns: dict[str, tuple[np.ndarray, np.ndarray]]) -> dict[str
     return {title: groups[title] for title in order if title in groups}
 
 
-def ticks(low: float, high: float, count: int) -> list[float]:
-    """About `count` round numbers that lie within [low, high]."""
-    rough = (high - low) / count
+def ticks(low: float, high: float, count: int, least: float = 0.0) -> list[float]:
+    """About `count` round numbers that lie within [low, high], at least `least` apart."""
+    rough = max((high - low) / count, least)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
     return [step * k for k in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
@@ -113,7 +113,7 @@ def chart(title: str, series: Sequence[Series]) -> str:
         y = down(value)
         parts.append(f'<line class="rule" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{value:.4g}</text>')
-    for value in ticks(low_x, high_x, 5):
+    for value in ticks(low_x, high_x, 5, least=1):  # there is no half of a step
         parts.append(f'<text x="{across(value):.1f}" y="{HEIGHT - 6}" text-anchor="middle">{value:.6g}</text>')
     for number, (_, steps, values) in enumerate(series):
         color, long = f"c{number % COLORS}", len(values) >= 40

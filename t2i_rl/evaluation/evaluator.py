@@ -7,12 +7,15 @@ import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image
 from torch.utils.data import DataLoader
 
-from t2i_rl.evaluation.results import read_records, write_atomic, write_records
+from t2i_rl import stopping
+from t2i_rl.contracts import features_of, verdicts_of
+from t2i_rl.core.files import read_json, replacing, write_atomic
+from t2i_rl.core.pixels import write_png
+from t2i_rl.evaluation.results import read_records, write_records
 from t2i_rl.hashing import weights_sha256
-from t2i_rl.prompts import Prompt
+from t2i_rl.prompts import Prompt, with_distinct_ids
 from t2i_rl.seeding import derive_seed
 
 
@@ -37,7 +40,10 @@ class Evaluator(L.LightningModule):
         """This rank's share of all (place, prompt, sample) triples: every world_size-th, none twice."""
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         samples = range(self.benchmark.samples_per_prompt)
-        work = [(prompt, sample) for prompt in self.benchmark.prompts() for sample in samples]
+        prompts = [
+            (f"prompt {place} of the benchmark", prompt) for place, prompt in enumerate(self.benchmark.prompts())
+        ]
+        work = [(prompt, sample) for prompt in with_distinct_ids(prompts) for sample in samples]
         mine = [(place, *item) for place, item in enumerate(work)][rank::world_size]
         return DataLoader(mine, batch_size=self.batch_size, collate_fn=list)
 
@@ -49,6 +55,7 @@ class Evaluator(L.LightningModule):
         """Nothing: weights stay as they are, whole or sharded."""
 
     def on_test_start(self) -> None:
+        stopping.listen()
         self.model.prepare()
 
     def test_step(self, batch: list[tuple[int, Prompt, int]], index: int) -> None:
@@ -56,19 +63,19 @@ class Evaluator(L.LightningModule):
         seeds = [derive_seed(self.seed, "evaluate", prompt.id, sample) for _, prompt, sample in batch]
         drawn = self.model.generate([prompt.text for prompt in prompts], seeds, mode=self.mode, fresh=False)
         records = self.records(batch, seeds, drawn.images, drawn.plans)
-        features = self.benchmark.features(drawn.images)
+        features = features_of(self.benchmark, drawn.images)
         for row, (place, _, _) in enumerate(batch):
             records[row]["plan_length"] = drawn.plan_lengths[row] if self.mode == "plan" else None
             self.rows.setdefault(self.folder.name, []).append((place, records[row], features[row]))
 
     def records(self, batch: list[tuple[int, Prompt, int]], seeds: list[int], images: np.ndarray, texts: list[str], where: str = "") -> list[dict]:  # fmt: skip
         """Judge pictures and save them below `where`, seen from the stage's folder; a record each."""
-        verdicts = self.benchmark.judge(images, [prompt for _, prompt, _ in batch])
+        verdicts = verdicts_of(self.benchmark, images, [prompt for _, prompt, _ in batch])
         found = []
         for row, (place, prompt, sample) in enumerate(batch):
             name = f"{where}images/{place:05d}.png"
             (self.folder / name).parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[row]).save(self.folder / name)
+            write_png(self.folder / name, images[row])
             found.append(
                 {
                     "prompt_id": prompt.id,
@@ -97,7 +104,7 @@ class Evaluator(L.LightningModule):
         for stage, folder in self.stages().items() if self.trainer.is_global_zero else ():
             ordered = sorted(rows[stage], key=lambda row: row[0])
             folder.mkdir(parents=True, exist_ok=True)
-            np.save(folder / "features.npy", np.stack([features for _, _, features in ordered]).astype(np.float32))
+            write_array(folder / "features.npy", np.stack([features for _, _, features in ordered]).astype(np.float32))
             write_records(folder / "records.jsonl", [record for _, record, _ in ordered])
             write_atomic(folder / "fingerprint.json", json.dumps(fingerprint, indent=1))
         self.trainer.strategy.barrier()
@@ -117,6 +124,12 @@ def evaluate(trainer: L.Trainer, evaluator: Evaluator) -> dict[str, list[dict]]:
     """Records of every stage that the evaluator draws: drawn and judged now, or read back where the same fingerprint already stands on disk."""
     fingerprint, places = evaluator.fingerprint(), evaluator.stages()
     saved = [folder / "fingerprint.json" for folder in places.values()]
-    if not all(file.exists() and json.loads(file.read_text()) == fingerprint for file in saved):
+    if not all(file.exists() and read_json(file) == fingerprint for file in saved):
         trainer.test(evaluator, verbose=False)
     return {stage: read_records(folder / "records.jsonl") for stage, folder in places.items()}
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    """Write NumPy's own format, whole or not at all."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.save(file, array)

@@ -1,12 +1,12 @@
 """Captioned grids of images as one picture, for the README and for the samples logged during training."""
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from t2i_rl.core.pixels import read_image, write_png
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.results import headline_comparison, image_path, read_results, read_stage
 
@@ -44,8 +44,7 @@ def caption_grid(
         )
     font = ImageFont.load_default(size=FONT_SIZE)
     height, width = images[0].shape[0] * scale + 2 * BORDER, images[0].shape[1] * scale + 2 * BORDER
-    letters = max(8, int(width / font.getlength("n")))
-    wrapped = [[part for line in text.split("\n") for part in textwrap.wrap(line, letters)] for text in captions]
+    wrapped = [[part for line in text.split("\n") for part in wrap(line, width, font)] for text in captions]
     starts = range(0, len(images), columns)
     row_heights = [height + 4 + LINE_HEIGHT * max(map(len, wrapped[start : start + columns])) for start in starts]
     across = MARGIN + min(columns, len(images)) * (width + MARGIN)
@@ -62,6 +61,24 @@ def caption_grid(
                 draw.text((left, top + height + 4 + line * LINE_HEIGHT), text, INK, font)
         top += row_height + MARGIN
     return canvas
+
+
+def wrap(text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
+    """Lines of text of at most `width` pixels; a word that is wider than that falls apart."""
+    lines, line = [], ""
+    for word in text.split():
+        while font.getlength(f"{line} {word}" if line else word) > width:
+            if line:
+                lines.append(line)
+                line = ""
+                continue
+            fitting = next(n for n in range(len(word), 0, -1) if n == 1 or font.getlength(word[:n]) <= width)
+            if fitting == len(word):
+                break
+            lines.append(word[:fitting])
+            word = word[fitting:]
+        line = f"{line} {word}" if line else word
+    return [*lines, line] if line else lines
 
 
 def first_of_each_task(records: Sequence[dict], per_task: int) -> list[tuple[str, int]]:
@@ -90,10 +107,8 @@ def grid_png(run_dir: Path, path: Path, per_task: int = 2, pairs_per_row: int = 
     for key in first_of_each_task(list(records[before].values()), per_task):
         for name, stage in (("before", before), ("after", after)):
             record = records[stage][key]
-            images.append(np.asarray(Image.open(image_path(run_dir, stage, record)).convert("RGB")))
+            images.append(np.asarray(read_image(image_path(run_dir, stage, record))))
             captions.append(f"{name}: {record['prompt']}")
             frames.append(RIGHT if record["strict"] else WRONG)
     grid = caption_grid(images, captions, 2 * pairs_per_row, scale, frames)
-    temporary = Path(path).with_name(f".{Path(path).name}.tmp")
-    grid.save(temporary, format="PNG")
-    temporary.replace(path)
+    write_png(path, grid)

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
+from t2i_rl.core.numbers import Count, Pixels
+from t2i_rl.core.pixels import read_image
+from t2i_rl.core.ranks import is_main_process, own_gpu
 from t2i_rl.data.image_text import square
+from t2i_rl.data.members import is_image
 from t2i_rl.errors import UserError
-from t2i_rl.loading import own_gpu
-
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class InceptionFeatures:
@@ -20,7 +20,8 @@ class InceptionFeatures:
     With few pictures FID is biased upwards by far more than methods differ: 5,000 is what tables use, compare at equal numbers only.
 
     Args:
-        images: a folder of real pictures, such as COCO's `val2017`; all of them are taken, in order of name.
+        images: a folder of real pictures, such as COCO's `val2017`; all of them are taken, in order of name, and other
+            files are counted in a line.
         size: pixels a side to which they are scaled and cropped, as training pictures are.
         weights: a local copy of torch-fidelity's `weights-inception-2015-12-05-6726825d.pth`; None: it downloads it.
         device: `auto`: this process's GPU if there is one.
@@ -30,17 +31,22 @@ class InceptionFeatures:
     """
 
     def __init__(
-        self, images: str, size: int = 512, weights: str | None = None, batch_size: int = 32, device: str = "auto"
+        self, images: str, size: Pixels = 512, weights: str | None = None, batch_size: Count = 32, device: str = "auto"
     ):
-        self.files = sorted(file for file in Path(images).glob("*") if file.suffix.lower() in ENDINGS)
+        files = sorted(file for file in Path(images).glob("*") if file.is_file())
+        self.files = [file for file in files if is_image(file.name)]
         if len(self.files) < 2:
             raise UserError(f"fid.images={images}: a folder of pictures (.jpg, .png, .webp) is needed to compare with")
         if weights and not Path(weights).is_file():
             raise UserError(f"fid.weights={weights}: there is no such file")
         if find_spec("torch_fidelity") is None or find_spec("torchvision") is None:
             raise UserError(
-                "Inception's FID needs torch-fidelity: pip install torch-fidelity, which brings torchvision"
+                "Inception's FID needs torch-fidelity: pip install -c constraints.txt torch-fidelity, which brings the "
+                "torchvision that fits torch (without -c it would replace torch)"
             )
+        others = [file.name for file in files if not is_image(file.name)]
+        if others and is_main_process():
+            print(f"fid.images={images}: {len(others)} of {len(files)} files ignored (first: {others[0]})", flush=True)
         self.size, self.weights, self.batch_size = size, weights, batch_size
         self.device = own_gpu() if device == "auto" else device
         self.network, self.real = None, None
@@ -64,10 +70,5 @@ class InceptionFeatures:
         return self.real
 
     def _read(self, first: int) -> np.ndarray:
-        pictures = []
-        for file in self.files[first : first + self.batch_size]:
-            try:
-                pictures.append(square(Image.open(file).convert("RGB"), self.size))
-            except (OSError, UnidentifiedImageError) as error:
-                raise UserError(f"{file}: not a picture that can be read ({error})") from error
-        return np.stack(pictures)
+        files = self.files[first : first + self.batch_size]
+        return np.stack([square(read_image(file), self.size) for file in files])

@@ -1,18 +1,21 @@
 """What a noise search looks like: a strip a case (pictures, spectra, values on the way), and target against held-out judges."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
-from t2i_rl.evaluation.results import read_json
+from t2i_rl.core.files import read_object, replacing
+from t2i_rl.core.pixels import read_image
+from t2i_rl.evaluation.stats import t_quantile
 
 
 def radial_power(noise: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +33,7 @@ def radial_power(noise: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
 
 def strip(place: Path, path: Path, most: int = 8) -> None:
     """One case: pictures on the way and the best, and below each the power spectrum and the histogram of its noise."""
-    case, noises = read_json(place / "case.json"), load_file(place / "noise.safetensors")
+    case, noises = read_object(place / "case.json", "initial", "best", "prompt"), load_file(place / "noise.safetensors")
     steps = sorted(int(name.removeprefix("step_")) for name in noises if name.startswith("step_"))
     steps = [steps[i] for i in np.unique(np.linspace(0, len(steps) - 1, min(most - 1, len(steps))).round().astype(int))]
     columns = [(f"step {step}", f"step_{step:04d}", f"step_{step:04d}.png") for step in steps]
@@ -40,7 +43,7 @@ def strip(place: Path, path: Path, most: int = 8) -> None:
     )
     grid = np.linspace(-4, 4, 200)
     for (title, name, image), (drawn, spectrum, values) in zip(columns, axes.T, strict=True):
-        drawn.imshow(np.asarray(Image.open(place / "images" / image)), interpolation="nearest")
+        drawn.imshow(np.asarray(read_image(place / "images" / image)), interpolation="nearest")
         drawn.set_axis_off()
         drawn.set_title(title, fontsize=9)
         spectrum.plot(*radial_power(noises[name]))
@@ -54,15 +57,23 @@ def strip(place: Path, path: Path, most: int = 8) -> None:
     for axis in axes[1:].flat:
         axis.tick_params(labelsize=6)
     gained = f"target {case['initial']['target']:.3g} -> {case['best']['target']:.3g}"
-    figure.suptitle(f"{case['prompt']}: {gained}", fontsize=10)
-    figure.savefig(path, dpi=90)
+    letters = max(24, 22 * len(columns))  # what the figure's width holds at this size of letter
+    prompt = textwrap.shorten(case["prompt"], 4 * letters, placeholder=" ...")
+    title = "\n".join([*textwrap.wrap(prompt, letters), gained])
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a prompt may hold $
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=90, format="png")
     plt.close(figure)
 
 
 def curves_of(
     trajectories: Sequence[Sequence[dict]], name: str, prompts: Sequence[str]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps at which every case was measured, mean `(S,)` and half a 95 % interval over prompts `(S,)`; a case that stopped keeps its last value."""
+    """Steps at which every case was measured, mean `(S,)` and half of Student's 95 % interval over prompts `(S,)`, NaN
+    for fewer than three.
+
+    A case that stopped keeps its last value.
+    """
     steps = sorted({row["step"] for rows in trajectories for row in rows if name in row})
     table = np.empty((len(trajectories), len(steps)))
     for case, rows in enumerate(trajectories):
@@ -72,8 +83,10 @@ def curves_of(
             value = known.get(step, value)
             table[case, column] = value
     table = np.stack([table[np.array(prompts) == prompt].mean(axis=0) for prompt in dict.fromkeys(prompts)])
-    spread = table.std(axis=0, ddof=1) if len(table) > 1 else np.zeros(len(steps))
-    return np.array(steps), table.mean(axis=0), 1.96 * spread / len(table) ** 0.5
+    if len(table) < 3:
+        return np.array(steps), table.mean(axis=0), np.full(len(steps), np.nan)
+    half = t_quantile(len(table) - 1) * table.std(axis=0, ddof=1) / len(table) ** 0.5
+    return np.array(steps), table.mean(axis=0), half
 
 
 def hacking_figure(
@@ -89,6 +102,7 @@ def hacking_figure(
         axis.plot(steps, target, color="C0", label="target")
         axis.fill_between(steps, target - half, target + half, color="C0", alpha=0.2)
         axis.set(xlabel="step", ylabel="target", title=title or "")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if name is None:
             continue
         other = axis.twinx()
@@ -103,5 +117,6 @@ def hacking_figure(
         lines = [part for each in (axis, other) for part in zip(*each.get_legend_handles_labels(), strict=True)]
         axis.legend(*zip(*lines, strict=True), fontsize=8)
     figure.suptitle(f"mean over {len(trajectories)} cases, 95 % intervals over prompts", fontsize=9)
-    figure.savefig(path, dpi=90)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=90, format="png")
     plt.close(figure)

@@ -4,10 +4,11 @@ import base64
 from html import escape
 from pathlib import Path
 
+from t2i_rl.core.files import write_atomic
 from t2i_rl.evaluation.noise_results import health_table, search_table
 from t2i_rl.evaluation.page import definitions, folded, page, section
 from t2i_rl.evaluation.report import image_sections, provenance_section, table_html
-from t2i_rl.evaluation.results import read_job, write_atomic
+from t2i_rl.evaluation.results import read_job
 from t2i_rl.evaluation.tables import before_after_table
 
 

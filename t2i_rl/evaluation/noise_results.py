@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
+from t2i_rl.contracts import features_of, verdicts_of
+from t2i_rl.core.pixels import read_image
 from t2i_rl.evaluation.diversity import compare_diversity, diversity
 from t2i_rl.evaluation.results import write_records
-from t2i_rl.evaluation.stats import RESAMPLES, aggregate, bootstrap, compare, percentile_interval, two_sided_p
+from t2i_rl.evaluation.stats import RESAMPLES, aggregate, bootstrap, bracket, compare, percentile_interval, two_sided_p
 from t2i_rl.evaluation.tables import Table, excludes_zero
 from t2i_rl.gaussianity.health import bands
 
@@ -34,13 +35,13 @@ def summarise(
     records, columns, features = {}, {}, {}
     ends = [end for end in ENDS if end in cases[0]]
     for end in ends:
-        images = np.stack([np.asarray(Image.open(picture(folder, case, end)).convert("RGB")) for case in cases])
+        images = np.stack([np.asarray(read_image(picture(folder, case, end))) for case in cases])
         verdicts = (
-            benchmark.judge(images, [prompts[case["prompt_id"]] for case in cases])
+            verdicts_of(benchmark, images, [prompts[case["prompt_id"]] for case in cases])
             if benchmark
             else [None] * len(cases)
         )
-        features[end] = benchmark.features(images) if benchmark else None
+        features[end] = features_of(benchmark, images) if benchmark else None
         records[end] = [
             _record(out, folder, case, end, verdict, prompts) for case, verdict in zip(cases, verdicts, strict=True)
         ]
@@ -119,7 +120,7 @@ def search_table(results: dict) -> Table:
     }  # a judge's total may be one of its parts
     note = (
         "95 % bootstrap intervals over prompts; differences are paired, case by case; * excludes zero. Best is by the target itself, and so at least the first."
-        + (" No interval: it takes two prompts of a tag." if metrics["target"]["low"] is None else "")
+        + (" No interval: a task has one prompt only." if metrics["target"]["low"] is None else "")
     )
     columns = ["", *results["stages"], *(f"{each['b']} - {each['a']}" for each in results["comparisons"])]
     return Table(f"Target, and what was only watched ({_counted(results)})", columns, [[name, *cells] for cells, name in reversed(rows.items())], note)  # fmt: skip
@@ -157,6 +158,4 @@ def _cells(results: dict, name: str) -> list[str]:
 
 
 def _text(value: float, cell: dict, sign: str = "") -> str:
-    if cell["low"] is None:
-        return f"{value:{sign}.3f} [no interval]"
-    return f"{value:{sign}.3f} [{cell['low']:{sign}.3f}, {cell['high']:{sign}.3f}]"
+    return f"{value:{sign}.3f} {bracket(cell, f'{sign}.3f')}"

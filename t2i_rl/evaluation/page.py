@@ -49,6 +49,12 @@ polyline { fill: none; stroke-width: 1.7; stroke-linejoin: round; } .faint { str
 .row b { color: var(--ink); font-weight: 600; }
 .bad { color: var(--wrong); } .good { color: var(--right); }
 details { margin: .6rem 0; } summary { cursor: pointer; color: var(--soft); }
+a { color: var(--c0); }
+@media (max-width: 640px) { body { padding: 1.2rem .8rem 3rem; }
+  dl { grid-template-columns: fit-content(45%) minmax(0, 1fr); } dt { overflow-wrap: anywhere; }
+  table { font-size: .8rem; } th, td { padding-right: .5rem; vertical-align: top; } th { white-space: normal; overflow-wrap: break-word; }
+  td:first-child { white-space: normal; min-width: 5rem; max-width: 34vw; overflow-wrap: break-word; }
+  td .range { display: block; } }
 """ + "".join(f".c{n} {{ stroke: var(--c{n}); }} .k{n} {{ --key: var(--c{n}); }}\n" for n in range(6))
 
 

@@ -5,21 +5,13 @@ import json
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
+from t2i_rl.core.files import read_object, write_atomic
 from t2i_rl.evaluation.curves import charts
 from t2i_rl.evaluation.grid import first_of_each_task
 from t2i_rl.evaluation.page import definitions, folded, page, section
-from t2i_rl.evaluation.results import (
-    Job,
-    headline_comparison,
-    image_path,
-    read_job,
-    read_jobs,
-    read_json,
-    read_stage,
-    stages_of,
-    write_atomic,
-)
+from t2i_rl.evaluation.results import Job, headline_comparison, image_path, read_job, read_jobs, read_stage, stages_of
 from t2i_rl.evaluation.tables import MARK, Table, before_after_table, differing_settings, headline, sweep_tables
 from t2i_rl.evaluation.turn_tables import turn_tables
 
@@ -100,16 +92,28 @@ def image_sections(job: Job) -> str:
 
 
 def provenance_section(folder: Path) -> str:
-    """Command, commit, dates and whatever else provenance.json names; nested parts folded away."""
+    """Command, commit, dates and whatever else provenance.json holds; nested parts folded away."""
     path = folder / "provenance.json"
     if not path.is_file():
         return '<p class="note">No provenance.json in this run.</p>'
-    provenance = read_json(path)
+    provenance = read_object(path)
     if provenance.get("status") == "running":  # the page is written before the run ends
-        provenance = {key: value for key, value in provenance.items() if key not in ("status", "finished")}
+        provenance = {key: value for key, value in provenance.items() if key not in ("status", "finished", "error")}
+    provenance = {key: value for key, value in provenance.items() if value is not None and value != []}
     nested = {key: value for key, value in provenance.items() if isinstance(value, (dict, list))}
     plain = {key.replace("_", " "): value for key, value in provenance.items() if key not in nested}
+    plain = {
+        key: {True: "yes", False: "no"}[value] if isinstance(value, bool) else value for key, value in plain.items()
+    }
     return definitions(plain) + "".join(folded(key, json.dumps(value, indent=2)) for key, value in nested.items())
+
+
+def settings_section(results: dict) -> str:
+    """Every setting of every part as it ran, defaults of classes among them."""
+    if not results.get("settings"):
+        return ""
+    parts = (folded(name, json.dumps(value, indent=2)) for name, value in results["settings"].items())
+    return section("Settings", "As used, with what only the classes give.", "".join(parts))
 
 
 def curves_section(folder: Path) -> str:
@@ -142,6 +146,7 @@ def write_report(run_dir: Path) -> Path:
         *(section(each.title, each.note, table_html(each)) for each in [table, *turn_tables(results)]),
         curves_section(job.folder),
         image_sections(job),
+        settings_section(results),
         section("Config", "As resolved for this run.", folded("config.yaml", config.read_text(encoding="utf-8")))
         if config.is_file()
         else "",
@@ -177,18 +182,32 @@ def sweep_images(jobs: Sequence[Job]) -> str:
     return section("Images", note, image_sets(sets))
 
 
-def write_sweep_report(sweep_dir: Path) -> Path:
-    """Write `report.html` over all finished jobs below a sweep folder and return its path.
+def job_link(folder: Path, sweep_dir: Path) -> str:
+    """A job's name, which leads to its own page (to its folder, where it has none)."""
+    page_or_folder = folder / "report.html" if (folder / "report.html").is_file() else folder
+    return f'<a href="{quote(page_or_folder.relative_to(sweep_dir).as_posix())}">{escape(folder.name)}</a>'
+
+
+def write_sweep_report(sweep_dir: Path, unfinished: Table | None = None) -> Path:
+    """Write `report.html` over all jobs below a sweep folder and return its path; `unfinished` lists those without
+    results.
 
     Raises:
-        UserError: no job finished, or a job's files are missing or malformed.
+        UserError: no job finished and none is listed, or a job's files are missing or malformed.
     """
-    jobs = read_jobs(sweep_dir)
-    findings = "".join(f"<dt>{escape(job.folder.name)}</dt><dd>{escape(headline(job.results))}</dd>" for job in jobs)
+    jobs = [] if unfinished and not any(Path(sweep_dir).rglob("results.json")) else read_jobs(sweep_dir)
+    findings = "".join(
+        f"<dt>{job_link(job.folder, Path(sweep_dir))}</dt><dd>{escape(headline(job.results))}</dd>" for job in jobs
+    )
     body = [f"<h1>{len(jobs)} jobs</h1>"]
-    body += [section(table.title, table.note, table_html(table)) for table in sweep_tables(jobs)]
+    tables = [*sweep_tables(jobs), *([unfinished] if unfinished else [])]
+    body += [section(table.title, table.note, table_html(table)) for table in tables]
     body += [
-        section("Findings", "One sentence per job, from its own numbers.", f"<dl>{findings}</dl>"),
+        section(
+            "Findings",
+            "One sentence per job, from its own numbers; its name leads to its own page.",
+            f"<dl>{findings}</dl>",
+        ),
         sweep_images(jobs),
     ]
     path = Path(sweep_dir) / "report.html"

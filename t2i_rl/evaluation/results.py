@@ -2,14 +2,14 @@
 
 import json
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
+import yaml
 
+from t2i_rl.core.files import read_json, read_json_lines, read_text, write_atomic
 from t2i_rl.errors import UserError
 
 STAGES = ("base_direct", "base_plan", "base_turns", "trained_direct", "trained_plan", "trained_turns")
@@ -40,21 +40,6 @@ class Job:
     settings: dict[str, str]
 
 
-def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file under a temporary name and rename it, so that a reader or a crash never meets half of it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def not_finite(value: Any, where: str = "") -> Iterator[str]:
     """Dotted paths of every NaN or infinity in nested dicts and lists."""
     if isinstance(value, float) and not math.isfinite(value):
@@ -77,12 +62,17 @@ def check_results(results: Any, path: Path) -> None:
     """Raise a UserError that names file and key unless `results` has the form in docs/architecture.md."""
     require(results, RESULT_KEYS, f"{path}")
     require(results["benchmark"], ("name",), f"{path}: benchmark")
+    require(results["stages"], (), f"{path}: stages")
+    if not isinstance(results["comparisons"], list):
+        raise UserError(f"{path}: comparisons: expected a list, found {type(results['comparisons']).__name__}")
     for stage, content in results["stages"].items():
         require(content, ("metrics",), f"{path}: stages.{stage}")
+        require(content["metrics"], (), f"{path}: stages.{stage}.metrics")
         for name, metric in content["metrics"].items():
             require(metric, METRIC_KEYS, f"{path}: stages.{stage}.metrics.{name}")
     for number, comparison in enumerate(results["comparisons"]):
         require(comparison, ("a", "b", "metrics"), f"{path}: comparisons.{number}")
+        require(comparison["metrics"], (), f"{path}: comparisons.{number}.metrics")
         for name, metric in comparison["metrics"].items():
             require(metric, DIFFERENCE_KEYS, f"{path}: comparisons.{number}.metrics.{name}")
 
@@ -100,27 +90,15 @@ def write_results(path: Path, results: dict) -> None:
     write_atomic(path, json.dumps(results, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        UserError: the file is missing or not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-
-
 def read_results(path: Path) -> dict:
     """Read and check results.json.
 
     Raises:
-        UserError: the file is missing, not JSON, or lacks a key (file and key are named).
+        UserError: the file is missing, not JSON, lacks a key or has a number that is not finite; both are named.
     """
     results = read_json(path)
+    for where in not_finite(results):
+        raise UserError(f"{path}: {where} is not finite")
     check_results(results, path)
     return results
 
@@ -143,20 +121,19 @@ def read_records(path: Path) -> list[dict]:
     """Read records.jsonl.
 
     Raises:
-        UserError: the file is missing, or a line is not a record (file, line and key are named).
+        UserError: the file is missing, or a line is not a record (file, line and key are named), or the image of an
+            earlier one.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    records = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error}") from error
-            require(records[-1], RECORD_KEYS, f"{path}:{number}")
-    return records
+    records: dict[tuple[str, int], dict] = {}
+    for _, place, record in read_json_lines(path):
+        require(record, RECORD_KEYS, place)
+        if type(record["prompt_id"]) is not str or type(record["sample_index"]) is not int:
+            raise UserError(f"{place}: prompt_id must be a text and sample_index a whole number")
+        key = (record["prompt_id"], record["sample_index"])
+        if key in records:
+            raise UserError(f"{place}: sample {key[1]} of {key[0]!r} stands twice")
+        records[key] = record
+    return list(records.values())
 
 
 def stages_of(results: dict) -> list[str]:
@@ -207,10 +184,25 @@ def read_job(folder: Path) -> Job:
     settings["benchmark"] = str(results["benchmark"]["name"])
     overrides = folder / ".hydra" / "overrides.yaml"
     if overrides.is_file():
-        for override in OmegaConf.load(overrides):
+        for override in read_overrides(overrides):
             key, _, value = override.lstrip("+").partition("=")
             settings[key] = value
     return Job(folder, results, settings)
+
+
+def read_overrides(path: Path) -> list[str]:
+    """The overrides that Hydra wrote down.
+
+    Raises:
+        UserError: the file is no list of texts.
+    """
+    try:
+        overrides = yaml.safe_load(read_text(path)) or []
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(overrides, list) or not all(isinstance(override, str) for override in overrides):
+        raise UserError(f"{path}: expected a list of overrides")
+    return overrides
 
 
 def read_jobs(sweep: Path) -> list[Job]:

@@ -8,6 +8,7 @@ import lightning as L
 import numpy as np
 import torch
 
+from t2i_rl.core.recipes import config_names, settings_used
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.diversity import compare_diversity, diversity
 from t2i_rl.evaluation.evaluator import Evaluator, evaluate
@@ -113,11 +114,10 @@ class Stages:
         )
 
 
-def write_summary(cfg, stages: Stages, steps: int, extra: dict | None = None) -> dict:
-    """Write results.json into the run's folder and return its content."""
-    from hydra.core.hydra_config import HydraConfig
-
-    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+def write_summary(cfg, stages: Stages, steps: int, trained_with: dict | None = None, extra: dict | None = None) -> dict:
+    """Write results.json into the run's folder and return its content. `trained_with`: the settings of the method that
+    trained the model; None where nothing did, or where its checkpoint does not say."""
+    choices = config_names()
     results = {
         "task": choices.get("task"),
         "method": choices.get("method"),
@@ -127,6 +127,7 @@ def write_summary(cfg, stages: Stages, steps: int, extra: dict | None = None) ->
         "steps": steps,
         "benchmark": stages.benchmark.fingerprint(),
         "sampling": stages.model.sampling(),
+        "settings": settings_used(cfg) | {"method": trained_with},
         **stages.summary(),
         **(extra or {}),
     }

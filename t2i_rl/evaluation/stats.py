@@ -3,7 +3,8 @@
 A record is one image (see docs/architecture.md). Images of one prompt are never separated: resamples draw prompts, with
 replacement, within each task, as many as the task has. Intervals are 95 % percentile intervals. Where a task has one
 prompt only, nothing can be resampled and the interval is None. A task where every image has the same verdict has an
-interval of width zero: the bootstrap cannot see what the sample does not show.
+interval of width zero: the bootstrap cannot see what the sample does not show. Over seeds there is no interval for
+fewer than three, nor where all agree: their spread is what it would be made of.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,9 @@ from t2i_rl.errors import UserError
 from t2i_rl.shapes.text import GENEVAL_TASKS
 
 RESAMPLES = 2000
+FEWEST_SEEDS = 3  # with two, Student's interval is nine times as wide as their distance, or has no width at all
+TOO_FEW_SEEDS = {"low": None, "high": None, "no_interval": "too few seeds"}
+NO_SPREAD = {"low": None, "high": None, "no_interval": "seeds agree"}
 
 
 @dataclass(frozen=True)
@@ -201,13 +205,15 @@ def compare_over_seeds(
     """Mean over runs of the paired difference, with a two-level bootstrap: each resample draws runs, then prompts.
 
     All runs are evaluated on the same prompts, so one resample of the prompts serves all runs that it draws. With few
-    runs the spread between runs is understated (by (S - 1) / S in variance): report `seed_interval` beside it.
+    runs the spread between runs is understated (by (S - 1) / S in variance): report `seed_interval` beside it. Fewer
+    than `FEWEST_SEEDS` runs have no interval.
 
     Args:
         pairs: one (before, after) pair of record lists per seed.
 
     Returns:
-        `{name: {difference, low, high, p_value, n_prompts, n_images, n_seeds}}`; with one run the interval is None.
+        `{name: {difference, low, high, p_value, n_prompts, n_images, n_seeds}}`; without an interval `low`, `high` and
+        `p_value` are None, and `no_interval` says why.
 
     Raises:
         UserError: a pair does not match, or the runs are not on the same images.
@@ -221,9 +227,9 @@ def compare_over_seeds(
     table = {}
     for name, means, draws, counts in bootstrap_metrics(runs, tasks, resamples, seed + 1):
         averaged = draws[picks, np.arange(resamples)[:, None]].mean(axis=1)
-        if len(runs) == 1:
-            averaged[:] = np.nan
-        change = {"difference": float(means.mean()), **percentile_interval(averaged), "p_value": two_sided_p(averaged)}
+        enough = len(runs) >= FEWEST_SEEDS
+        interval = percentile_interval(averaged) if enough else TOO_FEW_SEEDS
+        change = {"difference": float(means.mean()), **interval, "p_value": two_sided_p(averaged) if enough else None}
         table[name] = {**change, **counts, "n_seeds": len(runs)}
     return table
 
@@ -236,8 +242,16 @@ def t_quantile(degrees: int) -> float:
     return float(np.sqrt(degrees) * np.tan(np.interp(0.95 * mass[-1], mass, angle)))
 
 
-def seed_interval(values: Sequence[float]) -> dict:
-    """Mean over seeds with Student's 95 % interval: `{mean, low, high, n}`; for one seed `low` and `high` are None.
+def seed_interval(values: Sequence[float], limits: tuple[float, float] = (-np.inf, np.inf)) -> dict:
+    """Mean over seeds with Student's 95 % interval: `{mean, low, high, n}`.
+
+    Without an interval `low` and `high` are None and `no_interval` says why: fewer than `FEWEST_SEEDS` seeds, or seeds
+    that all agree (but for rounding), from which no spread can be told.
+
+    Args:
+        limits: between which the truth must lie, as a share does between 0 and 1. The interval ends there: Student's
+            reaches beyond where few seeds differ much, and since the truth is never out there, what remains holds it
+            exactly as often as the whole did.
 
     Raises:
         UserError: there is no value.
@@ -245,7 +259,16 @@ def seed_interval(values: Sequence[float]) -> dict:
     if len(values) == 0:
         raise UserError("no runs to average over seeds")
     mean, n = float(np.mean(values)), len(values)
-    if n == 1:
-        return {"mean": mean, "low": None, "high": None, "n": 1}
+    if n < FEWEST_SEEDS:
+        return {"mean": mean, **TOO_FEW_SEEDS, "n": n}
+    if np.ptp(values) <= 1e-12 * np.abs(values).max():
+        return {"mean": mean, **NO_SPREAD, "n": n}
     half = t_quantile(n - 1) * float(np.std(values, ddof=1)) / n**0.5
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": n}
+    return {"mean": mean, "low": max(mean - half, limits[0]), "high": min(mean + half, limits[1]), "n": n}
+
+
+def bracket(cell: dict, form: str = ".1f", scale: float = 1.0) -> str:
+    """`[low, high]` of a cell, each `scale` times in this format; or why there is no interval."""
+    if cell["low"] is None:
+        return f"[{cell.get('no_interval', 'no interval')}]"
+    return f"[{scale * cell['low']:{form}}, {scale * cell['high']:{form}}]"

@@ -1,18 +1,21 @@
 """The tables of one run and of a sweep as cells of text, for the terminal (rich), for Markdown and for the report."""
 
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import numpy as np
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.results import Job, headline_comparison, stages_of
-from t2i_rl.evaluation.stats import seed_interval
+from t2i_rl.evaluation.stats import bracket, seed_interval
 
 MISSING = "-"
 MARK = " *"
+NARROW_NAME = 24  # letters a line of what a row is of, in a narrow terminal
 PLAIN_FORMATS = {
     "plan_length": ".1f",
     "vendi": ".2f",
@@ -38,25 +41,53 @@ ROW_NAMES = {
 
 @dataclass(frozen=True)
 class Table:
-    """A table of text: a title, column names, rows of as many cells, and a note that says how to read it."""
+    """A table of text: a title, column names, rows of as many cells, and a note that says how to read it.
+
+    The first `names` columns say what a row is of.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[str]]
     note: str
+    names: int = 1
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """For the terminal: real differences in bold; in a narrow terminal, intervals on lines of their own."""
-        wide = self.rich(" [")
-        unwrapped = console.measure(wide, options=options.update(max_width=1000)).maximum
-        yield wide if unwrapped <= options.max_width else self.rich("\n[")
+        """For the terminal: real differences in bold. In a narrow one intervals stand on lines of their own; where that
+        is not enough, columns are spread over several tables rather than cut."""
+
+        def fits(table: Table, bracket: str) -> bool:
+            unwrapped = console.measure(table.rich(bracket), options=options.update(max_width=1000)).maximum
+            return unwrapped <= options.max_width
+
+        if fits(self, " ["):
+            yield self.rich(" [")
+            return
+        groups: list[list[int]] = [[]]
+        for number in range(self.names, len(self.columns)):
+            if groups[-1] and not fits(self.part([*groups[-1], number]), "\n["):
+                groups.append([])
+            groups[-1].append(number)
+        for place, group in enumerate(groups):
+            title = self.title if place == 0 else f"{self.title} (continued)"
+            note = self.note if place == len(groups) - 1 else ""
+            yield replace(self.part(group), title=title, note=note).rich("\n[")
+
+    def part(self, numbers: Sequence[int]) -> "Table":
+        """The table with its names and the columns of these numbers."""
+        chosen = [*range(self.names), *numbers]
+        rows = [[row[number] for number in chosen] for row in self.rows]
+        return replace(self, columns=[self.columns[number] for number in chosen], rows=rows)
 
     def rich(self, bracket: str) -> RichTable:
         """The table with `bracket` between a value and its interval."""
+        narrow = bracket.startswith("\n")
         table = RichTable(title=self.title, caption=self.note, title_justify="left", caption_justify="left")
         for number, column in enumerate(self.columns):
-            table.add_column(Text(column), justify="left" if number == 0 else "right")
+            header = column.replace(" - ", "\n- ") if narrow else column
+            table.add_column(Text(header), justify="left" if number == 0 else "right")
         for row in self.rows:
+            row = [textwrap.fill(row[0], NARROW_NAME), *row[1:]] if narrow else row
             cells = [Text(cell.replace(" [", bracket), style="bold" if cell.endswith(MARK) else "") for cell in row]
             table.add_row(*cells)
         return table
@@ -84,14 +115,14 @@ def with_interval(metric: str, cell: dict | None, key: str) -> str:
     signed = key == "difference"
     text = number(metric, cell[key], signed)
     if cell["low"] is None:
-        return f"{text} [no interval]"
+        return f"{text} {bracket(cell)}"
     mark = MARK if signed and excludes_zero(cell) else ""
     return f"{text} [{number(metric, cell['low'], signed)}, {number(metric, cell['high'], signed)}]{mark}"
 
 
 def excludes_zero(cell: dict) -> bool:
     """Whether an interval exists, has a width (runs that all agree say nothing about their spread), and lies on one side of zero."""
-    if cell["low"] is None or cell["low"] == cell["high"]:
+    if cell["low"] is None or cell["high"] - cell["low"] <= 1e-12 * max(abs(cell["low"]), abs(cell["high"])):
         return False
     return cell["low"] > 0 or cell["high"] < 0
 
@@ -116,11 +147,17 @@ def before_after_table(results: dict) -> Table:
         rows.append([ROW_NAMES.get(name, name.removeprefix("task/")), *cells])
     columns = ["", *stages, *(f"{comparison['b']} - {comparison['a']}" for comparison in comparisons)]
     note = "Percent, with 95 % bootstrap intervals over prompts. Paired differences; * excludes zero."
+    if any("[no interval]" in cell for row in rows for cell in row):
+        note += " No interval: a task has one prompt only."
     return Table("Before and after", columns, rows, note)
 
 
 def headline(results: dict) -> str:
-    """The finding of a run in one or two sentences, as the numbers have it."""
+    """The finding of a run in one or two sentences, as the numbers have it, and what went wrong on the way."""
+    return " ".join([_finding(results), *(f"{line[0].upper()}{line[1:]}." for line in results.get("warnings", ()))])
+
+
+def _finding(results: dict) -> str:
     if not results["stages"]:
         return f"Trained for {results['steps']} steps; nothing was evaluated (evaluation.stages=[])."
     comparison = headline_comparison(results)
@@ -162,49 +199,78 @@ def differing_settings(jobs: Sequence[Job]) -> list[str]:
     return sorted(differing, key=lambda key: key == "seed")
 
 
-def headline_cells(job: Job, metric: str) -> tuple[dict | None, dict | None, dict | None]:
-    """(before, after, difference) of one metric in a job's headline comparison; None where the job does not have it."""
-    comparison = headline_comparison(job.results)
-    if comparison is None:
-        return None, None, None
-    before, after = (job.results["stages"][comparison[side]]["metrics"].get(metric) for side in "ab")
-    return before, after, comparison["metrics"].get(metric)
-
-
-def before_and_after(jobs: Sequence[Job]) -> list[str]:
-    """The names of the two stages that jobs compare."""
-    pairs = {(found["a"], found["b"]) for found in map(headline_comparison, (job.results for job in jobs)) if found}
+def compared_stages(jobs: Sequence[Job]) -> list[str]:
+    """The names of the two stages that jobs compare; none where no job has a before and after."""
+    pairs = {(pair["a"], pair["b"]) for pair in map(headline_comparison, (job.results for job in jobs)) if pair}
+    if not pairs:
+        return []
     if all(a.startswith("base") for a, _ in pairs):
         return ["base", "trained"]
     return list(*pairs) if len(pairs) == 1 else ["before", "after"]
 
 
+def all_stages(jobs: Sequence[Job]) -> list[str]:
+    """Every stage that a job has, each once."""
+    return list(dict.fromkeys(stage for job in jobs for stage in stages_of(job.results)))
+
+
+def measured_columns(jobs: Sequence[Job]) -> list[str]:
+    """What a table over jobs shows of one metric: before, after and their difference; every stage, where nothing was
+    compared."""
+    compared = compared_stages(jobs)
+    return [*compared, "difference"] if compared else all_stages(jobs)
+
+
+def measured_cells(job: Job, metric: str, compared: bool, stages: Sequence[str]) -> list[dict | None]:
+    """A job's cells in the columns of `measured_columns`; None where it does not have one.
+
+    A job without a comparison stands among compared ones with what it did measure: its last stage of the base, and of
+    what was trained.
+    """
+    metrics = {stage: content["metrics"].get(metric) for stage, content in job.results["stages"].items()}
+    if not compared:
+        return [metrics.get(stage) for stage in stages]
+    comparison = headline_comparison(job.results)
+    if comparison is not None:
+        return [metrics[comparison["a"]], metrics[comparison["b"]], comparison["metrics"].get(metric)]
+    sides = [[stage for stage in stages_of(job.results) if stage.startswith(side)] for side in ("base", "trained")]
+    return [*(metrics[side[-1]] if side else None for side in sides), None]
+
+
+def _value_keys(columns: Sequence[str]) -> list[str]:
+    return ["difference" if column == "difference" else "mean" for column in columns]
+
+
 def sweep_table(jobs: Sequence[Job], metric: str = "overall") -> Table:
-    """All jobs: a row per job with what differs, then before, after and their paired difference in one metric."""
-    keys = differing_settings(jobs)
-    rows = []
+    """All jobs: a row per job with what differs, then what it measured in one metric."""
+    settings, columns, stages = differing_settings(jobs), measured_columns(jobs), all_stages(jobs)
+    compared, rows = bool(compared_stages(jobs)), []
     for job in jobs:
-        before, after, difference = headline_cells(job, metric)
-        cells = [with_interval(metric, before, "mean"), with_interval(metric, after, "mean")]
-        settings = [job.settings.get(key, MISSING) for key in keys] or [job.folder.name]
-        rows.append([*settings, *cells, with_interval(metric, difference, "difference")])
-    note = "95 % bootstrap intervals over prompts; differences are paired, image by image; * excludes zero."
+        names = [job.settings.get(key, MISSING) for key in settings] or [job.folder.name]
+        cells = measured_cells(job, metric, compared, stages)
+        texts = [with_interval(metric, cell, key) for cell, key in zip(cells, _value_keys(columns), strict=True)]
+        rows.append([*names, *texts])
+    note = "95 % bootstrap intervals over prompts"
+    note += "; differences are paired, image by image; * excludes zero." if compared else "."
     title = f"All jobs: {ROW_NAMES.get(metric, metric)}"
-    return Table(title, [*(keys or ["job"]), *before_and_after(jobs), "difference"], rows, note)
+    names = settings or ["job"]
+    return Table(title, [*names, *columns], rows, note, names=len(names))
 
 
 def seeds_table(jobs: Sequence[Job], metric: str = "overall") -> Table | None:
-    """Jobs that differ only by `seed` averaged: before, after and paired difference with Student's interval over seeds.
+    """Jobs that differ only by `seed` averaged: what they measured, with Student's interval over seeds.
 
-    Returns None where no two jobs differ only by seed. Jobs without a before and after are left out of it.
+    Returns None where no two jobs differ only by seed. Jobs that lack one of the columns are left out of it.
 
     Raises:
         UserError: two jobs have the same settings and the same seed.
     """
+    columns, stages = measured_columns(jobs), all_stages(jobs)
     keys = [key for key in differing_settings(jobs) if key != "seed"]
-    groups: dict[tuple[str, ...], dict[str, tuple[dict, dict, dict]]] = {}
+    compared = bool(compared_stages(jobs))
+    groups: dict[tuple[str, ...], dict[str, list[dict]]] = {}
     for job in jobs:
-        cells = headline_cells(job, metric)
+        cells = measured_cells(job, metric, compared, stages)
         if any(cell is None for cell in cells):
             continue
         group = groups.setdefault(tuple(job.settings.get(key, MISSING) for key in keys), {})
@@ -215,15 +281,19 @@ def seeds_table(jobs: Sequence[Job], metric: str = "overall") -> Table | None:
         return None
     rows = []
     for settings, group in groups.items():
-        keys_of_parts = enumerate(("mean", "mean", "difference"))
-        columns = [[cells[part][key] for cells in group.values()] for part, key in keys_of_parts]
-        before, after, difference = (seed_interval(values) for values in columns)
-        cells = [with_interval(metric, before, "mean"), with_interval(metric, after, "mean")]
-        change = with_interval(metric, {**difference, "difference": difference["mean"]}, "difference")
-        rows.append([*(settings or ["all jobs"]), str(len(group)), *cells, change])
-    note = "Mean over seeds with Student's 95 % interval over seeds; one seed has no interval; * excludes zero."
-    title = f"Over seeds: {ROW_NAMES.get(metric, metric)}"
-    return Table(title, [*(keys or ["jobs"]), "seeds", *before_and_after(jobs), "difference"], rows, note)
+        texts = []
+        for number, key in enumerate(_value_keys(columns)):
+            limits = (-np.inf, np.inf) if metric in PLAIN_FORMATS else (-1.0 if key == "difference" else 0.0, 1.0)
+            interval = seed_interval([cells[number][key] for cells in group.values()], limits)
+            texts.append(with_interval(metric, {**interval, key: interval["mean"]}, key))
+        rows.append([*(settings or ["all jobs"]), str(len(group)), *texts])
+    note = (
+        "Mean over seeds with Student's 95 % interval over seeds, which takes three seeds or more that do not all "
+        "agree, and ends "
+        "where a share does (0 and 100 %); * excludes zero."
+    )
+    title, names = f"Over seeds: {ROW_NAMES.get(metric, metric)}", [*(keys or ["jobs"]), "seeds"]
+    return Table(title, [*names, *columns], rows, note, names=len(names))
 
 
 def sweep_tables(jobs: Sequence[Job]) -> list[Table]:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from t2i_rl.callbacks.validation import Pictures
+from t2i_rl.contracts import features_of
 from t2i_rl.evaluation.evaluator import Evaluator
 from t2i_rl.evaluation.stats import RESAMPLES, bootstrap, percentile_interval
 from t2i_rl.hashing import modules_sha256
@@ -65,7 +66,7 @@ class TurnsEvaluator(Evaluator):
                 record["says_stop"] = says_stop(each.texts[turn], self.stop)
             if self.judge is not None:
                 record["judge_score"] = each.scores[turn]
-        return list(zip(records, self.benchmark.features(images), strict=True))
+        return list(zip(records, features_of(self.benchmark, images), strict=True))
 
     def fingerprint(self) -> dict:
         judge = None if self.judge is None else [type(self.judge).__name__, modules_sha256(self.judge)]
