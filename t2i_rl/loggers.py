@@ -1,18 +1,21 @@
 """Loggers that survive a resume: metrics.csv keeps its rows, W&B keeps its run."""
 
 import csv
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
+from t2i_rl.core.files import replacing, write_atomic
+from t2i_rl.named_parts import named_parts
+
 
 def build_loggers(cfg: DictConfig) -> list[Logger] | bool:
     """The loggers that the config names; False for none. W&B gets the resolved config."""
-    loggers = list(instantiate(cfg.logger).values())
+    loggers = list(named_parts(cfg, "logger").values())
     for logger in loggers:
         if isinstance(logger, WandbLogger):
             settings = OmegaConf.to_container(cfg, resolve=True)
@@ -73,11 +76,43 @@ def _validated(row: dict) -> bool:
     return any(value and name.startswith("val") for name, value in row.items())
 
 
+class WandbParts(WandbLogger):
+    """A W&B run that counts its rows in a file, so that a later part of it goes on where this one stopped.
+
+    W&B does so by itself only online: offline it asks no server how far the run had come.
+    """
+
+    def __init__(self, rows: Path, **settings):
+        super().__init__(**settings)
+        self._wandb_init.pop("anonymous", None)  # Lightning names it always, and W&B warns of it
+        self.rows = rows
+
+    def go_on(self) -> None:
+        """Begin at the row where the part before stopped."""
+        if self.rows.is_file():
+            self.experiment.log({}, step=int(self.rows.read_text()))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        super().log_metrics(metrics, step)
+        with replacing(self.rows, durable=False) as temporary:  # a power cut costs a row number, not the run
+            temporary.write_text(str(self.experiment.step))
+
+
 def wandb_logger(folder: str, ckpt_path: str | None, **settings) -> WandbLogger:
-    """A W&B run whose id is kept in `folder`, and taken up again when a checkpoint is resumed."""
+    """A W&B run whose id is kept in `folder`, and taken up again when a checkpoint is resumed.
+
+    Offline each start writes a part of its own, under the same id; a line says how to upload them as one run.
+    """
     place = Path(folder) / "wandb_run_id.txt"
     resumed = {"id": place.read_text().strip(), "resume": "must"} if ckpt_path and place.is_file() else {}
-    logger = WandbLogger(save_dir=folder, **settings, **resumed)
+    logger = WandbParts(Path(folder) / "wandb_rows.txt", save_dir=folder, **settings, **resumed)
     if rank_zero_only.rank == 0:
-        place.write_text(str(logger.experiment.id))
+        run = logger.experiment
+        if resumed and run.offline:
+            logger.go_on()
+            parts = Path(run.dir).parents[1] / f"offline-run-*-{run.id}"
+            part = f"W&B is offline, so this is another part of run {run.id}"
+            print(f"{part}: upload all parts as one run with wandb sync {parts}", flush=True)
+        write_atomic(place, str(run.id))
     return logger

@@ -5,6 +5,9 @@ from pathlib import Path
 import lightning as L
 import numpy as np
 
+from t2i_rl.core.numbers import Count
+from t2i_rl.core.pixels import write_png
+from t2i_rl.core.text import check_texts
 from t2i_rl.evaluation.grid import caption_grid
 from t2i_rl.seeding import derive_seed
 
@@ -15,9 +18,13 @@ class SampleGrid(L.Callback):
     Args:
         folder: the run's folder.
         prompts: which prompts; None takes eight of the data module's, evenly spread.
+
+    Raises:
+        UserError: there are none, or one is no text.
     """
 
-    def __init__(self, folder: str, every_n_steps: int = 20, prompts: list[str] | None = None, columns: int = 4):
+    def __init__(self, folder: str, every_n_steps: Count = 20, prompts: list[str] | None = None, columns: Count = 4):
+        check_texts(prompts, "callbacks.sample_grid.prompts")
         self.folder, self.every_n_steps, self.prompts, self.columns = (
             Path(folder) / "samples",
             every_n_steps,
@@ -50,7 +57,7 @@ class SampleGrid(L.Callback):
             list(drawn.images), captions, columns=self.columns, scale=max(1, 192 // drawn.images.shape[1])
         )
         self.folder.mkdir(parents=True, exist_ok=True)
-        grid.save(self.folder / f"step_{trainer.global_step:06d}.png")
+        write_png(self.folder / f"step_{trainer.global_step:06d}.png", grid)
         for logger in trainer.loggers:
             if isinstance(logger, L.pytorch.loggers.WandbLogger):
                 logger.log_image("samples", [grid], step=trainer.global_step)

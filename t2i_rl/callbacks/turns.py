@@ -7,7 +7,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.contracts import verdicts_of
+from t2i_rl.core.files import write_atomic
+from t2i_rl.core.numbers import Count
+from t2i_rl.core.text import check_texts
 from t2i_rl.evaluation.turns import reflected, reflection_metrics
 from t2i_rl.irg.strips import strips
 from t2i_rl.irg.toy_format import png
@@ -27,9 +30,10 @@ class WatchTurns(L.Callback):
         batch_size: trajectories drawn together.
     """
 
-    def __init__(self, folder: str, benchmark=None, prompts: list[str] | None = None, every_n_steps: int = 100, strips: int = 6, batch_size: int = 64):  # fmt: skip
+    def __init__(self, folder: str, benchmark: object | None = None, prompts: list[str] | None = None, every_n_steps: Count = 100, strips: Count = 6, batch_size: Count = 64):  # fmt: skip
         self.folder, self.benchmark, self.every_n_steps = Path(folder) / "samples", benchmark, every_n_steps
         self.strips, self.batch_size, self.drawn_at = strips, batch_size, -1
+        check_texts(prompts, "callbacks.sample_grid.prompts")
         self.prompts = benchmark.prompts() if benchmark is not None else [Prompt(text, text) for text in prompts or ()]
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -37,7 +41,8 @@ class WatchTurns(L.Callback):
             self._draw(trainer, module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
-        if trainer.global_step - self.drawn_at >= self.every_n_steps:
+        at_the_end = 0 < trainer.max_steps <= trainer.global_step  # judged before it is saved: a run may stop in it
+        if at_the_end or trainer.global_step - self.drawn_at >= self.every_n_steps:
             self._draw(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -75,7 +80,7 @@ class WatchTurns(L.Callback):
         prompts, by_turn = [prompt for _, prompt, _ in drawn], []
         for turn in range(len(drawn[0][2].images)):
             images = np.stack([row.images[turn] for _, _, row in drawn])
-            verdicts = self.benchmark.judge(images, prompts)
+            verdicts = verdicts_of(self.benchmark, images, prompts)
             said = reflected(self.benchmark, prompts, [row for _, _, row in drawn], turn)
             by_turn.append(
                 [

@@ -9,7 +9,13 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
+from t2i_rl.contracts import features_of, verdicts_of
+from t2i_rl.core.checkpoints import read_checkpoint
+from t2i_rl.core.finite import check_weights
+from t2i_rl.core.numbers import Count
+from t2i_rl.errors import UserError
 from t2i_rl.evaluation.fid import frechet_distance
+from t2i_rl.methods.learner import load_learnt
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.output import checked
 from t2i_rl.seeding import derive_seed
@@ -43,12 +49,12 @@ class Validate(L.Callback):
     def __init__(
         self,
         folder: str,
-        benchmark=None,
-        judges: dict | None = None,
-        every_n_steps: int = 50,
-        fid=True,
+        benchmark: object | None = None,
+        judges: dict[str, object | None] | None = None,
+        every_n_steps: Count = 50,
+        fid: bool | object | None = True,
         best: str | None = "val/overall",
-        batch_size: int = 64,
+        batch_size: Count = 64,
     ):
         self.folder, self.benchmark, self.judges = Path(folder), benchmark, judges or {}
         self.every_n_steps, self.best, self.batch_size = every_n_steps, best, batch_size
@@ -64,7 +70,8 @@ class Validate(L.Callback):
             self._log(trainer, {name.replace("val/", "val_base/", 1): value for name, value in self.base.items()})
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
-        if trainer.global_step - max(self.drawn_at, 0) >= self.every_n_steps:
+        at_the_end = 0 < trainer.max_steps <= trainer.global_step  # judged before it is saved: a run may stop in it
+        if at_the_end or trainer.global_step - max(self.drawn_at, 0) >= self.every_n_steps:
             self._validate(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -74,8 +81,14 @@ class Validate(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """After the last checkpoint is saved, and also where a resumed run had nothing left to train."""
         if self.best is not None and self.best_step is not None and self.best_step != trainer.global_step:
-            state = torch.load(self.folder / "best.ckpt", map_location="cpu", weights_only=True)["state_dict"]
-            module.load_state_dict(state, strict=False)
+            best = read_checkpoint(self.folder / "best.ckpt", "best checkpoint")
+            if best["global_step"] != self.best_step:
+                raise UserError(
+                    f"{self.folder / 'best.ckpt'} is of step {best['global_step']}, and the best was step "
+                    f"{self.best_step}: another run has written it"
+                )
+            check_weights(best["state_dict"].items(), "best.ckpt")
+            load_learnt(trainer, module, best)
             rank_zero_only(print)(
                 f"best {self.best} {self.best_value:.3f} at step {self.best_step}: the run ends with that checkpoint",
                 flush=True,
@@ -89,7 +102,7 @@ class Validate(L.Callback):
         if self.best is None:
             return
         if self.best not in found:
-            raise ValueError(f"callbacks.validation.best={self.best} was not measured; there are {', '.join(found)}")
+            raise UserError(f"callbacks.validation.best={self.best} was not measured; there are {', '.join(found)}")
         if self.best_value is None or found[self.best] > self.best_value:
             self.best_value, self.best_step = found[self.best], trainer.global_step
             trainer.save_checkpoint(self.folder / "best.ckpt", weights_only=True)
@@ -97,9 +110,10 @@ class Validate(L.Callback):
     def _gate(self, found: dict[str, float]) -> None:
         for name, value in found.items():
             before = (self.base or {}).get(name)
-            if before is None or self.benchmark is None or name.removeprefix("val/") not in self.benchmark.tasks:
+            prompts = self.benchmark.prompts() if self.benchmark is not None else []
+            n = sum(prompt.tag == name.removeprefix("val/") for prompt in prompts)
+            if before is None or not n:
                 continue
-            n = sum(prompt.tag == name.removeprefix("val/") for prompt in self.benchmark.prompts())
             error = (2 * max(before * (1 - before), 0.01) / n) ** 0.5
             if value < before - error and name not in self.warned:
                 self.warned.append(name)
@@ -126,16 +140,32 @@ class Validate(L.Callback):
             rows = [row for part in gathered for row in part]
         return self._summary([row for _, row, _ in rows], [features for _, _, features in rows])
 
+    def check_best(self, where: str) -> None:
+        """Whether `best` will be measured.
+
+        Raises:
+            UserError: it will not; the line names what will.
+        """
+        tags = {prompt.tag for prompt in self.benchmark.prompts()} if self.benchmark is not None else set()
+        names = [
+            *self.judges,
+            *(["overall", "score", *sorted(tags)] if tags else ()),
+            *(["fid"] if self.features else ()),
+        ]
+        names += ["over_counted", "under_counted"] if "counting" in tags else ()
+        if self.best is not None and self.best not in (measured := [f"val/{name}" for name in names]):
+            raise UserError(f"{where}.best={self.best} is not measured; choose from {', '.join(measured)}, or null")
+
     def _judge(self, places: list[int], prompts: list[Prompt], images: np.ndarray) -> list[tuple]:
         scores = {
             name: checked(judge(Pictures(images, prompts)), len(prompts), name).total
             for name, judge in self.judges.items()
         }
         rows = [{name: float(values[i]) for name, values in scores.items()} for i in range(len(prompts))]
-        features = self.features.features(images) if self.features else [None] * len(prompts)
+        features = features_of(self.features, images) if self.features else [None] * len(prompts)
         if self.benchmark is None:
             return list(zip(places, rows, features, strict=True))
-        for row, prompt, verdict in zip(rows, prompts, self.benchmark.judge(images, prompts), strict=True):
+        for row, prompt, verdict in zip(rows, prompts, verdicts_of(self.benchmark, images, prompts), strict=True):
             row |= {"overall": float(verdict.strict), "score": verdict.score, "tag": prompt.tag}
             if prompt.tag == "counting":
                 row["over_counted"] = float(any(defect.startswith("extra") for defect in verdict.defects))
@@ -169,5 +199,9 @@ class Validate(L.Callback):
     def load_state_dict(self, state: dict) -> None:
         for name, value in state.items():
             setattr(self, name, value)
-        if not (self.folder / "best.ckpt").is_file():  # resumed into another folder: only what comes now can be chosen
+        best = self.folder / "best.ckpt"
+        saved_step = read_checkpoint(best)["global_step"] if best.is_file() else None
+        if (
+            saved_step != self.best_step
+        ):  # in another folder, or of steps that come again: the best is chosen from what comes now
             self.best_value = self.best_step = None
