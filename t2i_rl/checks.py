@@ -1,21 +1,28 @@
 """What goes with what, as far as the config alone tells, refused in one line before any weight loads; what prompts and made parts tell: `part_checks`."""
 
-import ast
-import math
-from importlib.util import find_spec
+import os
 from pathlib import Path
-from types import NoneType
-from typing import get_args, get_type_hints
 
-import torch
-from hydra._internal.utils import _locate
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
+from t2i_rl.checkpoint_choice import check_checkpoint
+from t2i_rl.class_attributes import models_of
 from t2i_rl.complaints import choices
+from t2i_rl.core.numbers import check_value
+from t2i_rl.core.places import CONF
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.results import STAGES
+from t2i_rl.kinds import check_kinds
+from t2i_rl.settings import check_root, check_settings, class_at
 
+READ_BY = {
+    "prompt": ("generate", "judge", "edit"),
+    "prompts_file": ("generate", "make_irgl"),
+    "image": ("judge", "edit"),
+    "latents": ("gaussianity",),
+}
 PRECISIONS = ("16-mixed", "16-true", "32-true", "64-true", "bf16-mixed", "bf16-true", "32", "64")
 
 
@@ -25,21 +32,19 @@ def check(cfg: DictConfig) -> None:
     Raises:
         UserError: one line that names the valid choices.
     """
+    choices_made = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    check_kinds(cfg, choices_made.get("task"))
     task = cfg.task._target_.split(".")[-2]
     read = [
         group for group in cfg if group != "data" or task not in ("generate", "evaluate", "export")
     ]  # which take none
+    check_root(cfg)
+    _check_read(cfg, task)
     missing = sorted(key for key in OmegaConf.missing_keys(cfg) if key.split(".")[0] in read)
     if missing:
         raise UserError(
             f"these settings have no default and must be given: {', '.join(f'{key}=...' for key in missing)}"
         )
-    if type(cfg.seed) is not int or not 0 <= cfg.seed < 2**32:
-        raise UserError(f"seed must be a whole number from 0 to 2**32 - 1, not {cfg.seed!r}")
-    for key in ("num_images", "evaluation.batch_size"):
-        value = OmegaConf.select(cfg, key)
-        if type(value) is not int or value < 1:
-            raise UserError(f"{key} must be a whole number of 1 or more, not {value!r}")
     unknown = [stage for stage in cfg.evaluation.stages if stage not in STAGES]
     if unknown:
         raise UserError(f"evaluation.stages holds {unknown[0]!r}; choose from {', '.join(STAGES)}")
@@ -57,7 +62,8 @@ def check(cfg: DictConfig) -> None:
         ("latents", cfg.latents),
         ("data.path", None if "data" not in read or cfg.data.get("maker") else OmegaConf.select(cfg, "data.path")),
     ):
-        if file and not Path(file).exists():
+        check_value(file, str | None, key)
+        if file and not os.path.exists(str(file)):  # pathlib's own raises where a name is too long
             raise UserError(f"{key}={file}: there is no such file")
     if task == "generate" and cfg.mode not in (modes := ("turns",) if interleaves(cfg) else ("plan", "direct")):
         raise UserError(f"mode must be {' or '.join(modes)}, not {cfg.mode!r}")
@@ -67,17 +73,15 @@ def check(cfg: DictConfig) -> None:
         raise UserError(
             f"task=pretrain makes model={', '.join(cfg.task.recipes)}; the other models are loaded, not made"
         )
-    if cfg.ckpt_path and cfg.ckpt_path != "last" and not Path(cfg.ckpt_path).is_file():
-        raise UserError(
-            f"ckpt_path={cfg.ckpt_path}: there is no such file (ckpt_path=last takes the newest run with these settings)"
-        )
     _check_trainer(cfg)
     _check_classes(cfg)
-    for group in ("method", "model", "reward", "benchmark", "data"):
-        if group in read:
-            _check_types(cfg[group], group)
+    if cfg.ckpt_path:
+        check_checkpoint(cfg)
     if "path" in cfg.model and not cfg.model.path:
         raise UserError("model=janus takes a checkpoint: path=<folder or hub id>")
+    check_settings(cfg, read)
+    if cfg.model.get("soft_tokens"):
+        get_class(cfg.model._target_).check_soft_tokens(cfg.model)
     if cfg.model.get("rollout"):
         instantiate(cfg.model.rollout)
     if task in ("train", "optimize_noise") or cfg.ckpt_path or (interleaves(cfg) and task in ("generate", "evaluate")):
@@ -92,6 +96,15 @@ def check(cfg: DictConfig) -> None:
         raise UserError(
             "model.temperature=0 draws greedily: a group of equal images teaches nothing; take a temperature above 0"
         )
+
+
+def _check_read(cfg: DictConfig, task: str) -> None:
+    """Whether somebody reads what is given at the root: what nobody reads would be lost without a word."""
+    for key, tasks in READ_BY.items():
+        if cfg[key] is not None and task not in tasks:
+            raise UserError(f"{key}= is read by task={' and task='.join(tasks)}, and not by task={task}: leave it out")
+    if cfg.path is not None and cfg.model.get("path") != cfg.path:
+        raise UserError(f"path={cfg.path} is read by model=janus alone: take model=janus, or model.path={cfg.path}")
 
 
 def learns_from_prompts(cfg: DictConfig) -> bool:
@@ -114,36 +127,7 @@ def _check_classes(cfg: DictConfig) -> None:
         target = cfg[group].get("_target_") if cfg.get(group) else None
         if target is None:
             raise UserError(f"{group} names no class; choose from {group}={', '.join(choices(group))}")
-        try:
-            _locate(target)
-        except ImportError as error:
-            raise UserError(
-                f"{group}._target_={target}: there is no such class; shipped are {group}={', '.join(choices(group))}"
-            ) from error
-
-
-def _check_types(node: DictConfig, where: str) -> None:
-    """Refuse words where the class asks for a number or a switch, and fractions where it asks for a whole number."""
-    if "_target_" in node:
-        try:
-            hints = get_type_hints(_locate(node._target_).__init__)
-        except NameError:  # names that only a type checker imports
-            hints = {}
-        for name, kind in hints.items():
-            kinds, value = set(get_args(kind)) or {kind}, node.get(name)
-            if (
-                isinstance(value, str)
-                and kinds & {int, float, bool}
-                and not kinds - {int, float, bool, NoneType, torch.Tensor}
-            ):
-                raise UserError(f"{where}.{name} must be a number or true/false, not {value!r}")
-            if isinstance(value, float) and int in kinds and not kinds - {int, NoneType}:
-                raise UserError(f"{where}.{name} must be a whole number, not {value!r}")
-    for name, child in node.items():
-        if isinstance(child, float) and not math.isfinite(child):
-            raise UserError(f"{where}.{name} must be a finite number, not {child}")
-        if isinstance(child, DictConfig):
-            _check_types(child, f"{where}.{name}")
+        class_at(target, group, f"; shipped are {group}={', '.join(choices(group))}")
 
 
 def _check_method(cfg: DictConfig) -> None:
@@ -152,7 +136,7 @@ def _check_method(cfg: DictConfig) -> None:
     if model.family not in method.trains:
         raise UserError(
             f"{method.__name__} takes {' and '.join(sorted(method.trains))} models, not {model.family} ones; "
-            f"take one of model={', '.join(models_of(method.trains))}"
+            f"take one of model={', '.join(models_of(method.trains, CONF))}"
         )
     options = OmegaConf.to_container(cfg.method, resolve=True)
     data, rewarded = get_class(cfg.data._target_), not cfg.reward._target_.endswith(".NoReward")
@@ -176,8 +160,6 @@ def _check_method(cfg: DictConfig) -> None:
     if wanted in ("pairs", "preferences"):
         _check_pairs(cfg, method, rewarded)
     _check_noise(cfg, method)
-    if options.get("max_grad_norm") is not None and options["max_grad_norm"] <= 0:
-        raise UserError(f"method.max_grad_norm must be above 0, or null, not {options['max_grad_norm']}")
     made = instantiate({key: value for key, value in options.items() if key not in ("_target_", "judge")})
     method.check({**made, "judge": options["judge"]} if "judge" in options else made)
     half = cfg.model.get("dtype") in ("bfloat16", "float16")
@@ -190,14 +172,36 @@ def _check_method(cfg: DictConfig) -> None:
 
 
 def _check_sees_pictures(cfg: DictConfig, method: type) -> None:
-    """Whether the reward reads pictures, and nothing else of a rollout."""
-    for part in (cfg.reward.get("parts") or {"": cfg.reward}).values():
-        kind = get_class(part._target_) if part else None
-        sees = kind and (kind.needs_images or getattr(kind, "reads_nothing", False))
-        if kind and (not sees or kind.distribution or getattr(kind, "needs_plans", False)):
+    """Whether the reward, and what is watched, read pictures and nothing else of a rollout."""
+    for where, node in {"reward": cfg.reward, **{f"watch.{name}": node for name, node in watched(cfg).items()}}.items():
+        for kind in _reward_classes(node):
+            sees = kind.needs_images or getattr(kind, "reads_nothing", False)
+            if not sees or getattr(kind, "distribution", None) or getattr(kind, "needs_plans", False):
+                fix = (
+                    "take reward=oracle, or another that reads pictures"
+                    if where == "reward"
+                    else f"remove it (~{where})"
+                )
+                raise UserError(
+                    f"{method.__name__} judges pictures alone, and {where} ({kind.__name__}) reads more than them, or "
+                    f"none: {fix}"
+                )
+
+
+def _reward_classes(node: DictConfig | None) -> list[type]:
+    """The classes of a reward's parts, or its own.
+
+    Raises:
+        UserError: one does not say whether it reads pictures.
+    """
+    parts = (node.get("parts") or {"": node}).values() if node else ()
+    kinds = [get_class(part._target_) for part in parts if part]
+    for kind in kinds:
+        if not isinstance(getattr(kind, "needs_images", None), bool):
             raise UserError(
-                f"{method.__name__} judges pictures alone, and {kind.__name__} reads more than them, or none: take reward=oracle, or another that reads pictures"
+                f"{kind.__name__} must say needs_images = True or False in its class: whether it reads pictures"
             )
+    return kinds
 
 
 def _check_noise(cfg: DictConfig, method: type) -> None:
@@ -235,23 +239,17 @@ def _check_noise(cfg: DictConfig, method: type) -> None:
         raise UserError(
             f"method.eta={cfg.method.eta} is DDIM's added noise, and {get_class(cfg.model._target_).__name__} adds none: take method.eta=0"
         )
-    parts = cfg.reward.get("parts") or {"": cfg.reward}
-    unseeing = [
-        get_class(part._target_).__name__
-        for part in parts.values()
-        if part and not get_class(part._target_).needs_images
-    ]
-    if unseeing:
-        raise UserError(
-            f"{unseeing[0]} reads no pictures, and a search over noise has nothing else: take another reward"
-        )
+    judges = {"reward": cfg.reward, **{f"watch.{name}": node for name, node in watched(cfg).items()}}
+    for where, node in judges.items():
+        unseeing = [kind.__name__ for kind in _reward_classes(node) if not kind.needs_images]
+        if unseeing:
+            fix = "take another reward" if where == "reward" else f"remove it (~{where})"
+            raise UserError(
+                f"{where} ({unseeing[0]}) reads no pictures, and a search over noise has nothing else: {fix}"
+            )
     if method.gradients and cfg.reward.get("normalize", "none") != "none":
         raise UserError("reward.normalize=group has no gradient, and a case no group: take reward.normalize=none")
-    blind = [
-        get_class(part._target_).__name__
-        for part in parts.values()
-        if part and not getattr(get_class(part._target_), "differentiable", False)
-    ]
+    blind = [kind.__name__ for kind in _reward_classes(cfg.reward) if not getattr(kind, "differentiable", False)]
     if method.gradients and blind:
         names = ", ".join(name for name in choices("reward") if _differentiable(name))
         raise UserError(
@@ -260,8 +258,6 @@ def _check_noise(cfg: DictConfig, method: type) -> None:
 
 
 def _differentiable(reward: str) -> bool:
-    from t2i_rl.cli import CONF
-
     config = OmegaConf.load(CONF / "reward" / f"{reward}.yaml")
     parts = [item.split("@")[0] for item in config.get("defaults", ()) if "@parts." in item]
     if parts:
@@ -283,26 +279,6 @@ def _check_pairs(cfg: DictConfig, method: type, rewarded: bool) -> None:
         raise UserError(
             f"trainer.precision={cfg.trainer.precision} rounds what learns: take trainer.precision=bf16-mixed (and model.dtype=bfloat16)"
         )
-
-
-def models_of(families: frozenset[str]) -> list[str]:
-    """Names of the model configs whose class is of one of these families."""
-    from t2i_rl.cli import CONF
-
-    targets = {path.stem: OmegaConf.load(path).get("_target_") for path in sorted((CONF / "model").glob("*.yaml"))}
-    return [name for name, target in targets.items() if target and class_attribute(target, "family") in families]
-
-
-def class_attribute(target: str, name: str):
-    """A constant of a class, read from its source: importing every model for the sake of a name would take seconds."""
-    module, _, class_name = target.rpartition(".")
-    tree = ast.parse(Path(find_spec(module).origin).read_text(encoding="utf-8"))
-    found = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == class_name)
-    for node in found.body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == name:
-            value = node.value.args[0] if isinstance(node.value, ast.Call) else node.value  # frozenset({...})
-            return ast.literal_eval(value)
-    return getattr(get_class(target), name)  # inherited
 
 
 def _check_trainer(cfg: DictConfig) -> None:

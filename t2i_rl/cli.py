@@ -1,10 +1,10 @@
 """The command line: help, composition, one-line errors, and the call of the task."""
 
 import gc
-import hashlib
 import os
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,24 +15,29 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, flag_override
+from omegaconf import DictConfig, ListConfig, OmegaConf, flag_override
 from omegaconf.errors import OmegaConfBaseException
 
+from t2i_rl import stopping
+from t2i_rl.class_attributes import class_attribute
 from t2i_rl.complaints import complain
 from t2i_rl.complaints import one_line as one_line
+from t2i_rl.core import precision
+from t2i_rl.core.places import CONF, PACKAGE
+from t2i_rl.core.ranks import is_main_process, use
+from t2i_rl.core.texts import forget_announcements
 from t2i_rl.errors import UserError
-from t2i_rl.provenance import finish, is_main_process, record
+from t2i_rl.folder_names import folder_name
+from t2i_rl.folders import claim, claimed_outputs, give_back, run_id
+from t2i_rl.overrides import readable, split
+from t2i_rl.provenance import finish, record
+from t2i_rl.rank_watch import RankWatch, ranks_end_together
+from t2i_rl.start import main as main
+from t2i_rl.sweep import Launch, conclude, read_launch
+from t2i_rl.torchvision_fit import check_torchvision
+from t2i_rl.troubles import as_one_line, folder_trouble
 
-PACKAGE = Path(__file__).parent
-CONF = next(folder for folder in (PACKAGE / "conf", PACKAGE.parent / "conf") if (folder / "config.yaml").is_file())
 REFUSALS = (UserError, HydraException, OmegaConfBaseException)
-SIGTERM_EXIT_CODE = 143
-
-
-def folder_name(text: str) -> str:
-    """A sweep job's folder: its overrides, without slashes, and short enough for a file system."""
-    name = str(text).replace("/", "-") or "job"
-    return name if len(name) <= 160 else f"{name[:150]}_{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def gpu_or_cpu() -> str:
@@ -47,13 +52,22 @@ def by_family(target: str, autoregressive, others):
     return autoregressive if _attribute(target, "family", "autoregressive") == "autoregressive" else others
 
 
+def of_variant(variant: str, choices: Mapping):
+    """What a setting is under the run's `variant`, which the config says for those that it knows.
+
+    Raises:
+        UserError: a variant that this setting has no value for.
+    """
+    if variant not in choices:
+        raise UserError(f"variant must be one of {', '.join(choices)} with this method and reward, not {variant!r}")
+    return choices[variant]
+
+
 def _attribute(target: str, name: str, otherwise):
     """A constant of a class; a class that cannot be found is complained about elsewhere."""
-    from t2i_rl.checks import class_attribute
-
     try:
         return class_attribute(target, name)
-    except (ImportError, AttributeError, StopIteration):
+    except (ImportError, AttributeError, SyntaxError):
         return otherwise
 
 
@@ -62,10 +76,10 @@ def drawn_as(method: str, model: str) -> str:
     return "turns" if _attribute(method, "interleaves", False) else by_family(model, "plan", "direct")
 
 
-def default_stages(method: str, model: str) -> list[str]:
+def default_stages(method: str, model: str) -> ListConfig:
     """The stages of a run that names none: the method's own, else before and after."""
     others = by_family(model, ["base_direct", "base_plan", "trained_plan"], ["base_direct", "trained_direct"])
-    return list(_attribute(method, "stages", others))
+    return ListConfig(list(_attribute(method, "stages", others)))  # a plain list stops `--cfg job --resolve`
 
 
 def default_steps(method: str, model: str) -> int:
@@ -73,13 +87,26 @@ def default_steps(method: str, model: str) -> int:
     return _attribute(method, "steps", by_family(model, 40, 200))
 
 
+def preset(key: str, *, _root_, _parent_):
+    """One setting, as `agsm.temperature`, of the variant that the method's node names, for the kind of the model."""
+    from t2i_rl.methods.presets import preset
+
+    method, name = key.split(".")
+    return preset(method, _parent_.variant, _attribute(_root_.model._target_, "kind", ""))[name]
+
+
+OmegaConf.register_new_resolver("preset", preset, replace=True)
 OmegaConf.register_new_resolver("default_steps", default_steps, replace=True)
 OmegaConf.register_new_resolver("drawn_as", drawn_as, replace=True)
 OmegaConf.register_new_resolver("default_stages", default_stages, replace=True)
 OmegaConf.register_new_resolver("by_family", by_family, replace=True)
+OmegaConf.register_new_resolver("of_variant", of_variant, replace=True)
 OmegaConf.register_new_resolver("smaller", lambda *numbers: min(numbers), replace=True)
 OmegaConf.register_new_resolver("gpu_or_cpu", gpu_or_cpu, replace=True)
+OmegaConf.register_new_resolver("auto_precision", precision.auto_precision, replace=True)
+OmegaConf.register_new_resolver("auto_dtype", precision.auto_dtype, replace=True)
 OmegaConf.register_new_resolver("folder_name", folder_name, replace=True)
+OmegaConf.register_new_resolver("run_id", run_id, replace=True, use_cache=True)
 OmegaConf.register_new_resolver("basename", lambda path: Path(str(path)).name, replace=True)
 OmegaConf.register_new_resolver("package_dir", lambda name: str(PACKAGE / name), replace=True)
 
@@ -89,14 +116,14 @@ command: list[str] = []
 tracebacks = False
 
 
-def main() -> None:
-    """Entry point of `python run.py` and of the console command `t2i-rl`."""
-    global command, tracebacks
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        from t2i_rl.manual import manual
+@stopping.ends_in_words
+def run_command() -> None:
+    """Compose what the command line asks for and run it: one job, or those of a sweep.
 
-        print(manual(CONF))
-        return
+    Raises:
+        SystemExit: something was refused (2, after one line), or a job of a sweep failed (1).
+    """
+    global command, tracebacks
     command, tracebacks = list(sys.argv), os.environ.get("HYDRA_FULL_ERROR") == "1"
     failures.clear()
     refusals.clear()
@@ -105,16 +132,30 @@ def main() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # not a line for each retry
     try:
+        sys.argv[1:] = readable(sys.argv[1:], CONF)
         if "ckpt_path=last" in sys.argv:
             from t2i_rl.resume import continue_in_place
 
             sys.argv[1:] = continue_in_place(sys.argv[1:], CONF)
-        sys.argv[1:] = name_jobs_by_what_differs([quoted(argument) for argument in sys.argv[1:]])
+        if any(argument.startswith("ckpt_path=") for argument in sys.argv):
+            from t2i_rl.checkpoint_choice import with_choices_of_checkpoint
+
+            sys.argv[1:] = with_choices_of_checkpoint(sys.argv[1:])
+        sys.argv[1:] = name_jobs_by_what_differs(sys.argv[1:])
+        check_torchvision()
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
         if refusals:
             raise refusals[0]
     except REFUSALS as error:
         if tracebacks:
+            raise
+        sys.exit(complain(error))
+    except BrokenPipeError as error:
+        if _of_a_job(error):
+            sys.exit("error: the run was stopped, since nobody reads what it prints: send its output to a file")
+        raise
+    except Exception as error:  # of any kind, since a command can be wrong in ways that Hydra does not foresee
+        if tracebacks or _of_a_job(error):
             raise
         sys.exit(complain(error))
     finally:
@@ -125,10 +166,9 @@ def main() -> None:
         sys.exit(1)
 
 
-def quoted(argument: str) -> str:
-    """An override whose value is a path with `=` in it, as the folders of sweeps have, in the quotes that Hydra wants around it."""
-    key, _, value = argument.partition("=")
-    return f'{key}="{value}"' if "=" in value and Path(value).exists() else argument
+def _of_a_job(error: Exception) -> bool:
+    """Whether a job had begun, whose traceback shows a bug; before that nothing but command and configs is read."""
+    return any(frame.f_code is job.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def name_jobs_by_what_differs(arguments: list[str]) -> list[str]:
@@ -136,37 +176,73 @@ def name_jobs_by_what_differs(arguments: list[str]) -> list[str]:
 
     Overrides come last because Lightning appends some for the processes that it launches.
     """
-    given = get_args_parser().parse_args(arguments).overrides
+    options, given = split(arguments)
     overrides = OverridesParser.create().parse_overrides(given)
     same = [f"'{override.key_or_group}'" for override in overrides if not override.is_sweep_override()]
     excluded = f"hydra.job.config.override_dirname.exclude_keys=[{','.join(same)}]"
-    return [*(item for item in arguments if item not in [*given, "--"]), "--", *given, excluded]
+    return [*options, "--", *given, excluded]
 
 
 def job(cfg: DictConfig) -> float | None:
     """One job: check, seed, run the task, leave nothing behind. Returns the value that a sweeper optimises."""
     hydra_config = HydraConfig.get()
-    out = Path(hydra_config.runtime.output_dir)
-    started, status = None, "failed"
-    with _nothing_left_behind(), _as_single_run(hydra_config, out):
+    out, launch = Path(hydra_config.runtime.output_dir), _launch(hydra_config)
+    if hydra_config.mode == RunMode.MULTIRUN and stopping.asked() is not None:
+        return None  # in a worker of a launcher, after a job that was stopped
+    try:
+        return _job(cfg, hydra_config, out, launch)
+    except SystemExit:
+        if hydra_config.mode == RunMode.RUN:
+            raise
+        if not hydra_config.launcher._target_.endswith(".BasicLauncher"):
+            return None  # the job's record says that it was stopped, and whoever started the sweep reads that
+        conclude(Path(hydra_config.sweep.dir))
+        raise
+
+
+def _launch(hydra_config: DictConfig) -> Launch:
+    """The sweep that this is a job of, whichever process runs it; else this command by itself."""
+    if hydra_config.mode == RunMode.MULTIRUN:
+        return read_launch(Path(hydra_config.sweep.dir))
+    return Launch(None, list(command), tracebacks, [])
+
+
+def _job(cfg: DictConfig, hydra_config: DictConfig, out: Path, launch: Launch) -> float | None:
+    started, status, line = None, "failed", None
+    forget_announcements()
+    with _nothing_left_behind(launch), _as_single_run(hydra_config, out, launch), stopping.listening():
         try:
-            started = record(cfg, out, command, list(hydra_config.overrides.task))
-            result = _run(cfg, hydra_config, out)
+            started = record(cfg, _claimed(out), launch.command, list(hydra_config.overrides.task), launch.id)
+            with ranks_end_together(out) as ranks:
+                result = _run(cfg, hydra_config, out, ranks)
             status = "finished"
             return result
-        except SystemExit:
-            status = "stopped"
+        except SystemExit as stop:
+            status, line = "stopped", stopping.name() if stop.code in stopping.EXIT_CODES else None
+            if line:
+                stopping.say(stopping.how_to_go_on(cfg, out))
             raise
-        except Exception as error:
-            _take_note(error, hydra_config, out)
+        except Exception as raised:
+            trouble = folder_trouble(raised, out) if isinstance(raised, OSError) else None  # before the task began
+            error = UserError(trouble) if trouble else raised
+            line = one_line(error) if isinstance(error, REFUSALS) else f"{type(error).__name__}: {error}"
+            _take_note(error, hydra_config, out, launch)
             return None
         finally:
-            finish(out, started, status)
+            finish(out, started, status, line)
+            give_back(out)
 
 
-def _take_note(error: Exception, hydra_config: DictConfig, out: Path) -> None:
+def _claimed(out: Path) -> Path:
+    """A job's folder, locked; a single run has had its own since before Hydra wrote into it."""
+    if is_main_process():
+        claim(out, "hydra.sweep.dir")
+    return out
+
+
+def _take_note(error: Exception, hydra_config: DictConfig, out: Path, launch: Launch) -> None:
     """A refused run ends in one line; a job of a plain sweep does not take the others with it; the rest is raised."""
-    refused = isinstance(error, REFUSALS) and not tracebacks
+    refused = isinstance(error, REFUSALS) and not launch.tracebacks
     if hydra_config.mode == RunMode.RUN and refused:
         refusals.append(error)
         return
@@ -176,15 +252,18 @@ def _take_note(error: Exception, hydra_config: DictConfig, out: Path) -> None:
         complain(error)
     else:
         sys.excepthook(type(error), error, error.__traceback__)
-    failures.append(out.name)
 
 
-def _run(cfg: DictConfig, hydra_config: DictConfig, out: Path) -> float | None:
+def _run(cfg: DictConfig, hydra_config: DictConfig, out: Path, ranks: RankWatch) -> float | None:
     from t2i_rl.checks import check
+    from t2i_rl.optimized import optimized
 
-    check(cfg)
     if cfg.ckpt_path == "last":
-        cfg.ckpt_path = str(out / "checkpoints" / "last.ckpt")
+        from t2i_rl.core.checkpoints import newest_whole
+
+        cfg.ckpt_path = str(newest_whole(out / "checkpoints"))
+    check(cfg)
+    use(cfg.trainer.get("accelerator"), cfg.trainer.get("devices"))
     _announce(hydra_config, cfg, out)
 
     import lightning as L
@@ -194,55 +273,51 @@ def _run(cfg: DictConfig, hydra_config: DictConfig, out: Path) -> float | None:
     _quiet()
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     try:
-        results = get_method(cfg.task._target_)(cfg)
+        with claimed_outputs(cfg):
+            results = get_method(cfg.task._target_)(cfg)
     except SIGTERMException as stop:
-        raise SystemExit(SIGTERM_EXIT_CODE if is_main_process() else 0) from stop
+        raise SystemExit(stopping.exit_code() if is_main_process() else 0) from stop
     except MisconfigurationException as error:
         raise UserError(f"trainer: {error}") from error
+    except Exception as error:  # of whatever kind: what comes from the machine, or another rank, is said in one line
+        line = as_one_line(error, cfg, out, ranks)
+        if line is None:
+            raise
+        raise UserError(line) from error
     return optimized(results, cfg.optimized_metric)
 
 
-def optimized(results: dict, name: str | None) -> float | None:
-    """What a sweeper optimises: a metric of the stage that the headline is about, else of the last one."""
-    if not results.get("stages") or name is None:
-        return None
-    about = results.get("headline") or {}
-    stage = results["stages"][about.get("b") or list(results["stages"])[-1]]["metrics"]
-    if name == "headline":
-        name = about.get("metric", "overall")
-    if name not in stage:
-        raise UserError(f"optimized_metric={name} was not measured; choose from {', '.join(stage)}")
-    return stage[name]["mean"]
-
-
 @contextmanager
-def _as_single_run(hydra_config: DictConfig, out: Path) -> Iterator[None]:
+def _as_single_run(hydra_config: DictConfig, out: Path, launch: Launch) -> Iterator[None]:
     """A sweep's job looks like a single run, so that the processes which DDP launches repeat this job and not the sweep."""
     if hydra_config.mode == RunMode.RUN:
         yield
         return
-    given = get_args_parser().parse_args(command[1:])
+    given = get_args_parser().parse_args(split(launch.command[1:])[0])  # options may stand among settings
     options = [["--config-dir", given.config_dir], ["--config-name", given.config_name]]
     searchpath = [override for override in hydra_config.overrides.hydra if override.startswith("hydra.searchpath=")]
     with flag_override(hydra_config, ["readonly", "struct"], False):
         hydra_config.run.dir = str(out)
-    before = list(sys.argv)
-    sys.argv[1:] = [part for option in options if option[1] for part in option]
+    program, before = sys.modules["__main__"], list(sys.argv)
+    specification = program.__spec__
+    program.__spec__ = None  # in a launcher's worker it would name the launcher's module
+    sys.argv[:] = [launch.command[0], *(part for option in options if option[1] for part in option)]
     sys.argv += [*hydra_config.overrides.task, *searchpath, "hydra.mode=RUN"]
     try:
         yield
     finally:
+        program.__spec__ = specification
         sys.argv[:] = before
 
 
 @contextmanager
-def _nothing_left_behind() -> Iterator[None]:
+def _nothing_left_behind(launch: Launch) -> Iterator[None]:
     """The next job of a sweep starts as the first one did (it seeds every generator itself)."""
     import torch
 
     environment, threads, dtype = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
-    os.environ["HYDRA_FULL_ERROR"] = str(int(tracebacks))  # for the processes that DDP launches
+    os.environ["HYDRA_FULL_ERROR"] = str(int(launch.tracebacks))  # for the processes that DDP launches
     try:
         yield
     finally:
@@ -265,7 +340,7 @@ def _announce(hydra_config: DictConfig, cfg: DictConfig, out: Path) -> None:
         chosen = hydra_config.runtime.choices
         groups = ("task", "method", "model", "reward", "benchmark", "trainer")
         names = " ".join(f"{group}={chosen[group]}" for group in (groups[:1] if cfg.latents else groups))
-        print(f"{names} seed={cfg.seed}\n-> {out}", flush=True)
+        print(f"{names} seed={cfg.seed}\n-> {out}", *precision.precision_lines(cfg), sep="\n", flush=True)
 
 
 def _quiet() -> None:

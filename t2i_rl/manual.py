@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from t2i_rl.class_attributes import class_attribute, load_yaml, models_of
 
 GROUPS = (
     "task",
@@ -39,6 +39,12 @@ common commands
   python run.py --cfg job                             print the composed config and stop
   python run.py --hydra-help                          Hydra's own options
 
+Texts (prompt, task.source, paths, names, tags) are taken as they stand, whatever signs they hold: quotes are for the shell.
+  python run.py task=generate prompt="two cats, one (it's 1e3 years old)"
+  python run.py -m task=generate prompt='a cat,it is red'            in a sweep a comma divides ...
+  python run.py -m task=generate prompt='"two cats, one dog",a dog'  ... but within quotes of its own
+`null` and ${...} are words in a prompt; in a path or a name null is none, and ${...} refers to another setting.
+
 Every run has its own folder below outputs/: config.yaml, provenance.json, metrics.csv, results.json, report.html, checkpoints/.
 """
 
@@ -47,7 +53,7 @@ def manual(conf: Path) -> str:
     """The whole page."""
     defaults = {
         key: value
-        for item in OmegaConf.load(conf / "config.yaml").defaults
+        for item in load_yaml(conf / "config.yaml")["defaults"]
         if not isinstance(item, str)
         for key, value in item.items()
     }
@@ -56,7 +62,7 @@ def manual(conf: Path) -> str:
         default = defaults.get(group)
         parts.append(f"{group}" + (f" (default: {default})" if default else ""))
         for path in sorted((conf / group).glob("*.yaml")):
-            parts.append(f"  {path.stem:<21}{summary(path)}")
+            parts.append(f"  {path.stem:<24}{summary(path)}")
         parts.append("")
     return "\n".join([*parts, *_what_goes_with_what(conf)])
 
@@ -68,15 +74,13 @@ def summary(path: Path) -> str:
 
 
 def _what_goes_with_what(conf: Path) -> list[str]:
-    from t2i_rl.checks import class_attribute, models_of
-
     lines = ["what goes with what"]
     for path in sorted((conf / "method").glob("*.yaml")):
-        config = OmegaConf.load(path)
-        base = config if "_target_" in config else OmegaConf.load(path.with_name(f"{config.defaults[0]}.yaml"))
-        trains = class_attribute(base._target_, "trains")
+        config = load_yaml(path)
+        base = config if "_target_" in config else load_yaml(path.with_name(f"{config['defaults'][0]}.yaml"))
+        trains = class_attribute(base["_target_"], "trains")
         lines.append(
-            f"  method={path.stem:<16} takes {', '.join(sorted(trains))} models: {', '.join(models_of(trains))}"
+            f"  method={path.stem:<16} takes {', '.join(sorted(trains))} models: {', '.join(models_of(trains, conf))}"
         )
     lines.append("  reward=oracle           needs prompts of shapes (data=shapes) and a model that draws 32 px")
     lines.append("  reward=length           needs method.plan=true")

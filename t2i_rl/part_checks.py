@@ -1,14 +1,22 @@
 """What goes with what among prompts, judges, benchmarks and data, refused in one line before the model's weights load."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from hydra._internal.utils import _locate
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig
 
+from t2i_rl.callbacks.validation import Validate
 from t2i_rl.checks import watched
+from t2i_rl.contracts import check_benchmark, check_reward
+from t2i_rl.core.texts import ReadsTexts
 from t2i_rl.errors import UserError
+from t2i_rl.optimized import check_optimized
 from t2i_rl.prompts import Prompt
+from t2i_rl.rewards.weighted_sum import WeightedSum
+from t2i_rl.shapes.scene import CANVASES
 
 
 def check_needs(cfg: DictConfig, prompts: Sequence[Prompt]) -> None:
@@ -60,13 +68,40 @@ def made_judge(cfg: DictConfig, prompts: Sequence[Prompt], judged_by: str | None
             raise UserError(
                 f"method.judge ({kind.__name__}) judges by each prompt's {key!r}, which {lacking.text!r} lacks: take another judge, or a prompts_file with it"
             )
-    judge, size = instantiate(cfg.method.judge), get_class(cfg.model._target_).image_size(cfg.model)
+    judge = instantiate(cfg.method.judge)
+    check_reward(judge, "method.judge")
+    size = get_class(cfg.model._target_).image_size(cfg.model)
     sizes = getattr(judge, "image_sizes", None)
     if sizes and size not in sizes:
         raise UserError(
             f"method.judge ({kind.__name__}) reads images of {' or '.join(map(str, sizes))} pixels, but this model draws {size}x{size}: take another judge"
         )
+    announce_rewards([judge], prompts)
     return judge
+
+
+def announce_model(cfg: DictConfig, texts: Iterable[str]) -> None:
+    """Say once, before any weight loads, what the model does not read of a run's texts.
+
+    Raises:
+        UserError: one of them spells a special token that cannot be read as text, or is too long.
+    """
+    kind = get_class(cfg.model._target_)
+    reader = kind.text_reader(cfg.model) if issubclass(kind, ReadsTexts) else None
+    if reader is not None:
+        reader.announce(texts)
+
+
+def announce_rewards(rewards: Iterable[object], prompts: Sequence[Prompt]) -> None:
+    """The same of what rewards and judges read.
+
+    Raises:
+        UserError: see `announce_model`.
+    """
+    for reward in rewards:
+        for part in reward.parts.values() if isinstance(reward, WeightedSum) else [reward]:
+            if isinstance(part, ReadsTexts):
+                part.reader.announce(text for prompt in prompts for text in part.texts_of(prompt))
 
 
 def check_share(data, world_size: int) -> None:
@@ -101,13 +136,17 @@ def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: 
     Raises:
         UserError: one line that names the part, what it needs, and what to change.
     """
+    if benchmark is not None:
+        check_benchmark(benchmark)
+    for name, reward in rewards.items():
+        check_reward(reward, name)
     size = get_class(cfg.model._target_).image_size(cfg.model)
     drawn = {f"benchmark={benchmark.name}": benchmark} if benchmark is not None and cfg.evaluation.stages else {}
     for name, part in {**drawn, **rewards}.items():
         sizes = getattr(part, "image_sizes", None)
         if sizes and size not in sizes:
             fix = (
-                "set evaluation.stages=[]"
+                _fix_size(cfg, size)
                 if part is benchmark
                 else "take another reward"
                 if name == "reward"
@@ -116,6 +155,8 @@ def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: 
             raise UserError(
                 f"{name} reads images of {' or '.join(map(str, sizes))} pixels, but this model draws {size}x{size}: {fix}"
             )
+    if benchmark is not None:
+        check_optimized(cfg, benchmark, optimizes())
     for name, reward in rewards.items():
         if getattr(reward, "needs_plans", False) and not cfg.method.get("plan"):
             raise UserError(f"{name} ({type(reward).__name__}) needs plans: set method.plan=true")
@@ -123,9 +164,26 @@ def check_parts(cfg: DictConfig, benchmark, prompts: Sequence[Prompt], rewards: 
         for prompt in prompts if hasattr(reward, "refuses") else ():
             if why := reward.refuses(prompt):
                 raise UserError(f"{name} ({type(reward).__name__}) cannot judge {prompt.text!r}: {why}; {_fix(name)}")
+    announce_rewards(rewards.values(), prompts)
+    evaluated = [prompt for part in drawn.values() for prompt in part.prompts()]
+    announce_model(cfg, [prompt.text for prompt in (*prompts, *evaluated)])
 
 
-def check_validation(cfg: DictConfig, callbacks: dict) -> None:
+def _fix_size(cfg: DictConfig, size: int) -> str:
+    """What brings a benchmark and a model together that draws another size."""
+    if "size" in cfg.benchmark and size in CANVASES:
+        return f"set benchmark.size={size}, or evaluation.stages=[] to measure nothing"
+    return "take a model of that size, or evaluation.stages=[] to measure nothing"
+
+
+def optimizes() -> bool:
+    """Whether a sweeper waits for a number of this run."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return False
+    return not HydraConfig.get().sweeper._target_.endswith("BasicSweeper")
+
+
+def check_validation(cfg: DictConfig, callbacks: dict, validation: Sequence[Prompt] = ()) -> None:
     """Whether what validates can read what the model draws.
 
     Raises:
@@ -135,6 +193,21 @@ def check_validation(cfg: DictConfig, callbacks: dict) -> None:
     for name, callback in callbacks.items():
         benchmark = getattr(callback, "benchmark", None)
         judges = {f"callbacks.{name}.judges.{key}": judge for key, judge in getattr(callback, "judges", {}).items()}
+        if benchmark is not None:
+            check_benchmark(benchmark, f"callbacks.{name}.benchmark")
+        features = getattr(callback, "features", None)
+        if features is not None and not callable(getattr(features, "reference_features", None)):
+            raise UserError(
+                f"callbacks.{name}.fid compares with reference_features(), which {type(features).__name__} has not: "
+                "set "
+                f"callbacks.{name}.fid=false"
+            )
+        for where, judge in judges.items():
+            check_reward(judge, where)
+        if isinstance(callback, Validate):
+            callback.check_best(f"callbacks.{name}")
+        drawn = benchmark.prompts() if benchmark is not None else validation
+        announce_rewards(getattr(callback, "judges", {}).values(), drawn)
         for where, part in {f"callbacks.{name}.benchmark": benchmark, **judges}.items():
             sizes = getattr(part, "image_sizes", None)
             if sizes and size not in sizes:

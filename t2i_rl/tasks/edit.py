@@ -6,16 +6,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from hydra.utils import get_class, instantiate
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
+from t2i_rl.core.files import write_atomic
+from t2i_rl.core.pixels import read_image, to_bytes, write_png
+from t2i_rl.core.progress import tracked
 from t2i_rl.data.image_text import square
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.grid import caption_grid
-from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.evaluation.stats import bracket, seed_interval
 from t2i_rl.models.flow_edit import check_flow, flow_edit
 from t2i_rl.models.sd3 import SD3
+from t2i_rl.part_checks import announce_model
 from t2i_rl.pretrain.measure import wilson
 from t2i_rl.seeding import derive_seed
 from t2i_rl.shapes.edits import KINDS, psnr, sample_edit
@@ -39,23 +42,23 @@ def run(cfg) -> dict:
     if cfg.image and not (cfg.prompt and cfg.task.source):
         raise UserError('task=edit takes image=<file> task.source="what it shows" prompt="what it shall show"')
     check_flow(**{name: cfg.task[name] for name in ("steps", "start", "average", "convention")})
+    picture = read_image(cfg.image, f"image={cfg.image}") if cfg.image else None
+    if cfg.image:
+        announce_model(cfg, [cfg.task.source, cfg.prompt])
     model = instantiate(cfg.model).requires_grad_(False)
     if cfg.ckpt_path:
         load_trained(cfg, model)
-    if cfg.image:
-        return edit_one(cfg, model, out)
+    if picture is not None:
+        return edit_one(cfg, model, picture, out)
     return edit_suite(cfg, model, out)
 
 
-def edit_one(cfg, model: SD3, out: Path) -> dict:
-    try:
-        image = square(Image.open(cfg.image).convert("RGB"), model.size)
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"image={cfg.image}: {error}") from error
+def edit_one(cfg, model: SD3, picture: Image.Image, out: Path) -> dict:
+    image = square(picture, model.size)
     edited = edit(cfg, model, image[None], [cfg.task.source], [cfg.prompt], [cfg.seed])[0]
-    Image.fromarray(edited).save(out / "edited.png")
+    write_png(out / "edited.png", edited)
     grid = caption_grid([image, edited], [cfg.task.source, cfg.prompt], columns=2, scale=max(1, 256 // model.size))
-    grid.save(out / "strip.png")
+    write_png(out / "strip.png", grid)
     Console().print(f"edited: {out / 'edited.png'}, before and after: {out / 'strip.png'}", soft_wrap=True)
     return {"image": str(out / "edited.png")}
 
@@ -68,7 +71,7 @@ def edit_suite(cfg, model: SD3, out: Path) -> dict:
         cases = [sample_edit(kind, rng, model.size) for _ in range(cfg.task.cases)]
         before = np.stack([render(case.scene) for case in cases])
         after = []
-        for first in track(range(0, len(cases), cfg.evaluation.batch_size), description=kind):
+        for first in tracked(range(0, len(cases), cfg.evaluation.batch_size), kind, "batch"):
             part = slice(first, first + cfg.evaluation.batch_size)
             seeds = [derive_seed(cfg.seed, kind, number) for number in range(len(cases))[part]]
             words = [case.source for case in cases[part]], [case.target for case in cases[part]]
@@ -83,7 +86,7 @@ def edit_suite(cfg, model: SD3, out: Path) -> dict:
         pictures = [picture for row in zip(before[:4], after[:4], strict=True) for picture in row]
         captions = [words for case in cases[:4] for words in (case.source, f"-> {case.target}")]
         grid = caption_grid(pictures, captions, columns=4, scale=max(1, 128 // model.size))
-        grid.save(out / f"{kind}.png")
+        write_png(out / f"{kind}.png", grid)
     summary = {kind: summarise([row for row in records if row["kind"] == kind]) for kind in KINDS}
     write_atomic(out / "edits.jsonl", "".join(json.dumps(row) + "\n" for row in records))
     results = {
@@ -97,23 +100,18 @@ def edit_suite(cfg, model: SD3, out: Path) -> dict:
     for kind, row in summary.items():
         Console().print(
             f"{kind}: as asked {100 * row['strict']['mean']:.1f} % [{100 * row['strict']['low']:.1f}, {100 * row['strict']['high']:.1f}], "
-            f"kept pixels {row['psnr_kept']['mean']:.1f} dB [{row['psnr_kept']['low']:.1f}, {row['psnr_kept']['high']:.1f}], n={row['strict']['n']}"
+            f"kept pixels {row['psnr_kept']['mean']:.1f} dB {bracket(row['psnr_kept'])}, n={row['strict']['n']}"
         )
     Console().print(f"pictures and records: {out}", soft_wrap=True)
     return results
 
 
 def summarise(rows: list[dict]) -> dict:
-    """Wilson's interval of the verdict, a normal one of the PSNR's mean."""
-    values = np.array([row["psnr_kept"] for row in rows])
-    half = 1.96 * values.std(ddof=1) / len(values) ** 0.5 if len(values) > 1 else float("nan")
-    kept = {
-        "mean": float(values.mean()),
-        "low": float(values.mean() - half),
-        "high": float(values.mean() + half),
-        "n": len(rows),
-    }
-    return {"strict": wilson(sum(row["strict"] for row in rows), len(rows)), "psnr_kept": kept}
+    """Wilson's interval of the verdict, Student's of the PSNR's mean."""
+    similarity = seed_interval([row["psnr_kept"] for row in rows])
+    if similarity["low"] is None:
+        similarity["no_interval"] = "no interval"  # these are cases, not seeds
+    return {"strict": wilson(sum(row["strict"] for row in rows), len(rows)), "psnr_kept": similarity}
 
 
 @torch.no_grad()
@@ -121,5 +119,4 @@ def edit(cfg, model: SD3, images: np.ndarray, source: list[str], target: list[st
     """uint8 images `(B, H, W, 3)` to edited ones; the latents edited are the posterior's mean."""
     mean, _ = model.posterior(to_pixels(images))
     latents = flow_edit(model, model.scaled(mean), source, target, seeds, **{name: cfg.task[name] for name in FLOW})
-    pixels = model.decode_latents(latents)
-    return ((pixels + 1) * 127.5).clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return to_bytes(model.decode_latents(latents), centred=True)

@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from hydra.utils import get_class, instantiate
 from rich.console import Console
-from rich.progress import track
 
+from t2i_rl.core.files import read_json, write_atomic
+from t2i_rl.core.progress import tracked
 from t2i_rl.data.encodings import FORMAT, about, finished, write_shard
 from t2i_rl.data.image_text import square
 from t2i_rl.errors import UserError
-from t2i_rl.evaluation.results import read_json, write_atomic
+from t2i_rl.part_checks import announce_model
 from t2i_rl.shapes.render import to_pixels
 
 
@@ -27,6 +28,7 @@ def run(cfg) -> dict:
     data = instantiate(cfg.data)
     items, captions = data.work()
     captions = captions if cfg.task.texts else []
+    announce_model(cfg, captions)
     model = instantiate(cfg.model).requires_grad_(False)
     folder, part = Path(cfg.task.out), (cfg.task.part, cfg.task.parts)
     mine = about(model, data.size, len(items), len(captions))
@@ -64,7 +66,7 @@ def _shards(
     """Bytes and rows of this part's shards, those that were there before among them."""
     size, total, rows = settings.rows_per_shard, 0, 0
     numbers = range(part[0], -(-len(keys) // size), part[1])
-    for number in track(numbers, description=kind, disable=not numbers):
+    for number in tracked(numbers, kind, "shard"):
         chosen = slice(number * size, (number + 1) * size)
         found = finished(folder, kind, number, keys[chosen])
         if found is None:

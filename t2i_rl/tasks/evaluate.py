@@ -2,16 +2,18 @@
 
 from pathlib import Path
 
-import torch
 from hydra.utils import instantiate
 from rich.console import Console
 
+from t2i_rl.callbacks.progress import Progress
 from t2i_rl.checks import interleaves
+from t2i_rl.core.checkpoints import read_checkpoint
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table
 from t2i_rl.evaluation.turn_tables import turn_tables
+from t2i_rl.methods.identity import about
 from t2i_rl.part_checks import check_parts, made_judge
 from t2i_rl.tasks.train import build_method
 
@@ -23,7 +25,7 @@ def run(cfg) -> dict:
     check_parts(cfg, benchmark, [], {})
     judge = made_judge(cfg, benchmark.prompts(), benchmark.name)
     model = instantiate(cfg.model)
-    trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
+    trainer = instantiate(cfg.trainer, callbacks=[Progress()], logger=False)
     method = build_method(cfg, model, judge) if interleaves(cfg) else None
     turns = method.turns if method else None
     stages = Stages(
@@ -36,12 +38,13 @@ def run(cfg) -> dict:
         )
     for stage in before:
         stages.draw(stage)
-    steps = 0
+    steps, settings = 0, None
     if cfg.ckpt_path:
         steps = method.load(cfg.ckpt_path) if method else load_trained(cfg, model)
+        settings = settings_of_checkpoint(cfg.ckpt_path)
         for stage in after:
             stages.draw(stage)
-    results = write_summary(cfg, stages, steps)
+    results = write_summary(cfg, stages, steps, settings)
     if trainer.is_global_zero:
         console = Console()
         for table in [before_after_table(results), *turn_tables(results)]:
@@ -61,12 +64,15 @@ def stages_to_draw(named: list[str], in_turns: bool) -> tuple[list[str], list[st
 
 
 def load_trained(cfg, model) -> int:
-    """Put a checkpoint's weights into `model`; returns the optimizer step it was saved at."""
-    if interleaves(cfg):
-        return build_method(cfg, model).load(cfg.ckpt_path)
-    checkpoint = torch.load(cfg.ckpt_path, map_location="cpu", weights_only=True)
-    method = build_method(cfg, model)
-    method.on_load_checkpoint(checkpoint)
-    method.load_state_dict(checkpoint["state_dict"], strict=False)
-    method.setup("fit")
-    return checkpoint["global_step"]
+    """Put a checkpoint's weights into `model`; returns the optimizer step it was saved at.
+
+    Raises:
+        UserError: it is no checkpoint of `cfg.method` on this model.
+    """
+    return build_method(cfg, model).load(cfg.ckpt_path)
+
+
+def settings_of_checkpoint(path: str) -> dict | None:
+    """The method's settings as it was trained, which a command that measures it does not repeat; None where the
+    checkpoint does not say."""
+    return about(read_checkpoint(path)).get("settings")

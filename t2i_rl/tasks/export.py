@@ -1,6 +1,5 @@
 """`task=export`: what was trained as a folder that transformers loads: the whole model, or its adapter alone."""
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from t2i_rl.checks import interleaves, learns_from_prompts
+from t2i_rl.core.files import replacing_folder
 from t2i_rl.errors import UserError
 from t2i_rl.rollout.weights import merged_weight
 from t2i_rl.tasks.evaluate import load_trained
@@ -41,19 +41,15 @@ def run(cfg) -> dict:
     model = instantiate(cfg.model)
     if cfg.ckpt_path:
         load_trained(cfg, model)
-    half_done = out.with_name(f"{out.name}.part")
-    shutil.rmtree(half_done, ignore_errors=True)
     learner = model.denoiser if model.family == "diffusion" else model.model
-    if cfg.task.adapter:
-        write_adapter(learner, half_done, base=model.path)
-    elif model.family == "diffusion":
-        merge_adapters(learner)
-        model.pipe.save_pretrained(half_done)
-    else:
-        write_model(model, half_done)
-    if out.exists():
-        out.rmdir()
-    half_done.rename(out)
+    with replacing_folder(out) as temporary:
+        if cfg.task.adapter:
+            write_adapter(learner, temporary, base=model.path)
+        elif model.family == "diffusion":
+            merge_adapters(learner)
+            model.pipe.save_pretrained(temporary)
+        else:
+            write_model(model, temporary)
     kind = "LoRA adapter" if cfg.task.adapter else "model"
     Console().print(f"{kind} in {out}", soft_wrap=True)
     return {"folder": str(out)}
@@ -81,7 +77,6 @@ def merge_adapters(model: torch.nn.Module) -> None:
 
 def write_adapter(model: torch.nn.Module, folder: Path, base: str) -> None:
     """In peft's format: `PeftModel.from_pretrained(model, folder)` puts it on the model that `base` names."""
-    folder.mkdir(parents=True)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = base, True
     config.save_pretrained(folder)

@@ -3,15 +3,15 @@
 import json
 from pathlib import Path
 
-import torch
 from hydra.utils import instantiate
-from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
+from t2i_rl.core.files import write_atomic
+from t2i_rl.core.pixels import write_png
+from t2i_rl.core.progress import tracked
+from t2i_rl.core.ranks import own_gpu
 from t2i_rl.evaluation.grid import caption_grid
-from t2i_rl.evaluation.results import write_atomic
-from t2i_rl.part_checks import made_judge
+from t2i_rl.part_checks import announce_model, made_judge
 from t2i_rl.prompts import Prompt, read_prompts
 from t2i_rl.seeding import derive_seed
 from t2i_rl.tasks import generate_turns
@@ -22,38 +22,35 @@ def run(cfg) -> dict:
     """Draw `cfg.num_images` images a prompt into the run's folder: PNGs, `images.jsonl`, and one captioned grid."""
     prompts = [Prompt("prompt", str(cfg.prompt))] if str(cfg.prompt or "").strip() else read_prompts(cfg.prompts_file)
     judge = made_judge(cfg, prompts, judged_by=None)
+    announce_model(cfg, [prompt.text for prompt in prompts])
     model = instantiate(cfg.model)
     if cfg.mode == "turns":
-        return generate_turns.run(cfg, model.to(device_for(cfg)), judge, prompts)
+        return generate_turns.run(cfg, model.to(own_gpu()), judge, prompts)
     if cfg.ckpt_path:
         load_trained(cfg, model)
-    model.to(device_for(cfg))
+    model.to(own_gpu())
     out, rows, images = Path(cfg.paths.output_dir), [], []
     (out / "images").mkdir(parents=True, exist_ok=True)
     work = [(prompt, sample) for prompt in prompts for sample in range(cfg.num_images)]
     size = cfg.evaluation.batch_size
-    for first in track(range(0, len(work), size), description="drawing"):
+    for first in tracked(range(0, len(work), size), "drawing", "batch"):
         batch = work[first : first + size]
         seeds = [derive_seed(cfg.seed, "generate", prompt.text, sample) for prompt, sample in batch]
         drawn = model.generate([prompt.text for prompt, _ in batch], seeds, mode=cfg.mode)
         for row, (prompt, sample) in enumerate(batch):
             name = f"images/{len(rows):05d}.png"
-            Image.fromarray(drawn.images[row]).save(out / name)
+            write_png(out / name, drawn.images[row])
             rows.append(
                 {"prompt": prompt.text, "sample": sample, "seed": seeds[row], "plan": drawn.plans[row], "image": name}
             )
             images.append(drawn.images[row])
-    write_atomic(out / "images.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_atomic(out / "images.jsonl", lines)  # after every batch, so that a stop keeps what is drawn
     shown = rows[:64]
     captions = [f"{row['prompt']} | {row['plan']}" if row["plan"] else row["prompt"] for row in shown]
     grid = caption_grid(
         images[: len(shown)], captions, columns=min(4, len(shown)), scale=max(1, 192 // images[0].shape[0])
     )
-    grid.save(out / "grid.png")
+    write_png(out / "grid.png", grid)
     Console().print(f"{len(rows)} images in {out / 'images'}, a grid in {out / 'grid.png'}", soft_wrap=True)
     return {"images": len(rows), "folder": str(out)}
-
-
-def device_for(cfg) -> str:
-    """Where a task that trains nothing puts its model."""
-    return "cuda" if cfg.trainer.accelerator != "cpu" and torch.cuda.is_available() else "cpu"

@@ -6,10 +6,10 @@ from html import escape
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import track
 
+from t2i_rl.core.files import write_atomic
+from t2i_rl.core.progress import tracked
 from t2i_rl.evaluation.page import definitions, page, section
-from t2i_rl.evaluation.results import write_atomic
 from t2i_rl.evaluation.turns import judging
 from t2i_rl.irg.files import save_trajectory
 from t2i_rl.irg.trajectory import Trajectory
@@ -30,7 +30,7 @@ def run(cfg, model, judge, prompts: list[Prompt]) -> dict:
     method.interleaved.to(model.device).prepare()
     work = [(prompt, sample) for prompt in prompts for sample in range(cfg.num_images)]
     rows, shown, size = [], [], cfg.evaluation.batch_size
-    for first in track(range(0, len(work), size), description="drawing"):
+    for first in tracked(range(0, len(work), size), "drawing", "batch"):
         batch = work[first : first + size]
         seeds = [derive_seed(cfg.seed, "generate", prompt.text, sample) for prompt, sample in batch]
         judged = judging(judge, [prompt for prompt, _ in batch])

@@ -4,9 +4,10 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, UnidentifiedImageError
+from PIL import Image, ImageDraw
 from rich.console import Console
 
+from t2i_rl.core.pixels import read_image, write_png
 from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt
 from t2i_rl.shapes.judge import judge
@@ -19,7 +20,7 @@ SCALE = 8
 
 def run(cfg) -> dict:
     """Print the verdict and its reasons; save the picture with boxes as judged.png."""
-    image, prompt = read_image(cfg.image), find_prompt(cfg.prompt)
+    image, prompt = read_canvas(cfg.image), find_prompt(cfg.prompt)
     found = detect(image[None])[0]
     verdict = judge(prompt.meta, found)
     console = Console()
@@ -32,21 +33,18 @@ def run(cfg) -> dict:
     for defect in verdict.defects:
         console.print(f"  {defect}")
     path = Path(cfg.paths.output_dir) / "judged.png"
-    draw_boxes(image, found).save(path)
+    write_png(path, draw_boxes(image, found))
     console.print(f"boxes: {path}", soft_wrap=True)
     return {"strict": verdict.strict, "lenient": verdict.lenient, "score": verdict.score, "defects": verdict.defects}
 
 
-def read_image(path: str) -> np.ndarray:
+def read_canvas(path: str) -> np.ndarray:
     """An RGB picture, uint8 `(S, S, 3)`.
 
     Raises:
         UserError: no such file, no picture, or not a canvas of the world.
     """
-    try:
-        image = np.asarray(Image.open(path).convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
-        raise UserError(f"image={path}: {error}") from error
+    image = np.asarray(read_image(path, f"image={path}"))
     if image.shape[0] != image.shape[1] or image.shape[0] not in CANVASES:
         raise UserError(
             f"image={path} is {image.shape[1]}x{image.shape[0]}; the oracle reads squares of {', '.join(map(str, CANVASES))} pixels"

@@ -6,12 +6,12 @@ from hydra.utils import instantiate
 from rich.console import Console
 from rich.table import Table
 
+from t2i_rl.core.ranks import own_gpu
 from t2i_rl.data.irgl import world_prompts
 from t2i_rl.errors import UserError
 from t2i_rl.irg.make import Maker
-from t2i_rl.part_checks import check_teacher
+from t2i_rl.part_checks import announce_model, check_teacher
 from t2i_rl.prompts import Prompt, read_prompts
-from t2i_rl.tasks.generate import device_for
 
 
 def distinct(prompts: list[Prompt]) -> list[Prompt]:
@@ -25,17 +25,16 @@ def distinct(prompts: list[Prompt]) -> list[Prompt]:
 def run(cfg) -> dict:
     """Write the six modes into `cfg.task.out`; returns the manifest."""
     task = cfg.task
-    if type(task.count) is not int or task.count < 1:
-        raise UserError(f"task.count must be a whole number of 1 or more, not {task.count!r}")
     if Path(task.out).is_file():
         raise UserError(f"task.out={task.out} is a file: name a folder")
+    prompts = distinct(read_prompts(cfg.prompts_file)) if cfg.prompts_file else world_prompts(task.count, cfg.seed)
     maker = Maker(
         instantiate(task.teacher), task.shard_size, cfg.evaluation.batch_size, task.right_share, task.words, task.ascii_share, cfg.seed
     )  # fmt: skip
-    prompts = distinct(read_prompts(cfg.prompts_file)) if cfg.prompts_file else world_prompts(task.count, cfg.seed)
     maker.teacher.check(prompts)
     check_teacher(cfg, maker.teacher)
-    model = instantiate(cfg.model).to(device_for(cfg))
+    announce_model(cfg, [prompt.text for prompt in prompts])
+    model = instantiate(cfg.model).to(own_gpu())
     fits = model.interleaved().fits if model.family == "autoregressive" else None
     manifest = maker.make(Path(task.out), model, prompts, fits)
     table = Table("mode", "rows", title=f"IRGL data in {task.out}", title_justify="left")

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-import torch
 from hydra.utils import instantiate
-from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
+from t2i_rl.core.files import write_atomic
+from t2i_rl.core.pixels import write_png
+from t2i_rl.core.progress import tracked
+from t2i_rl.core.ranks import own_gpu
 from t2i_rl.errors import UserError
-from t2i_rl.evaluation.results import write_atomic
 from t2i_rl.seeding import derive_seed
 from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect
@@ -27,19 +27,19 @@ def run(cfg) -> dict:
     if (out / "preferences.jsonl").exists():
         raise UserError(f"task.out={out} holds preferences already: name another folder")
     model = instantiate(cfg.model).requires_grad_(False)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(own_gpu())
     prompts = select_prompts("train", cfg.task.prompts_per_task)
     work = [(prompt, sample) for prompt in prompts for sample in range(cfg.task.samples)]
     (out / "images").mkdir(parents=True, exist_ok=True)
     scores: dict[str, list[tuple[float, str]]] = {prompt.text: [] for prompt in prompts}
     size = cfg.evaluation.batch_size
-    for first in track(range(0, len(work), size), description="drawing"):
+    for first in tracked(range(0, len(work), size), "drawing", "batch"):
         part = work[first : first + size]
         seeds = [derive_seed(cfg.seed, "preferences", prompt.text, sample) for prompt, sample in part]
         images = model.generate([prompt.text for prompt, _ in part], seeds).images
         for number, ((prompt, _), image, found) in enumerate(zip(part, images, detect(images), strict=True)):
             name = f"images/{first + number:06d}.png"
-            Image.fromarray(image).save(out / name)
+            write_png(out / name, image)
             scores[prompt.text].append((judge(prompt.meta, found).score, name))
     rows = []
     for text, drawn in scores.items():

@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import save
 
-from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.core.files import write_atomic
 from t2i_rl.pretrain.card import git_commit, percent
 from t2i_rl.pretrain.fit import fit
 from t2i_rl.pretrain.recognizer import LabelledScenes, RecognizerStage, agreement

@@ -7,20 +7,25 @@ from pathlib import Path
 
 import torch.distributed as dist
 from hydra.utils import get_class, instantiate
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from t2i_rl import stopping
 from t2i_rl.checks import watched
+from t2i_rl.contracts import check_benchmark, check_data
+from t2i_rl.core.files import read_json_lines, read_object, write_atomic
+from t2i_rl.core.recipes import config_names, settings_used
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.noise_pictures import curves_of, hacking_figure, strip
 from t2i_rl.evaluation.noise_report import write_noise_report
 from t2i_rl.evaluation.noise_results import health_table, search_table, summarise
-from t2i_rl.evaluation.results import headline_comparison, read_json, write_atomic, write_results
+from t2i_rl.evaluation.results import headline_comparison, write_results
 from t2i_rl.hashing import modules_sha256, weights_sha256
 from t2i_rl.loggers import build_loggers, log_results
 from t2i_rl.models.memory import predict
+from t2i_rl.optimized import check_optimized_noise
 from t2i_rl.part_checks import check_needs, check_parts
+from t2i_rl.rewards.processors import image_processors
 
 STRIPS = 6
 CONFIGURED = ("method", "model", "reward", "watch")  # what a finished case depends on,
@@ -38,7 +43,10 @@ def run(cfg) -> dict:
     out, data = Path(cfg.paths.output_dir), instantiate(cfg.data, batch_size=1)
     settings = settings_of(cfg)
     check_folder(out / "noise", settings)
+    check_data(data)
     check_needs(cfg, data.prompts)
+    benchmark = judging(cfg, data.prompts)
+    check_optimized_noise(cfg, benchmark)
     trainer = instantiate(cfg.trainer, inference_mode=False, enable_progress_bar=False, logger=build_loggers(cfg))
     if trainer.is_global_zero:
         write_atomic(out / "noise" / "settings.json", json.dumps(settings, indent=1))
@@ -48,7 +56,6 @@ def run(cfg) -> dict:
     watch = {name: judge for name, judge in instantiate(watched(cfg)).items() if judge is not None}
     judges = {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
     check_parts(cfg, None, data.prompts, judges)
-    benchmark = judging(cfg, data.prompts)
     model = instantiate(cfg.model)
     weights = {"model": weights_sha256(model), **{name: modules_sha256(judge) for name, judge in judges.items()}}
     method = instantiate(cfg.method, model=model, reward=reward, watch=watch, folder=out / "noise")
@@ -57,13 +64,14 @@ def run(cfg) -> dict:
     done, total = len(method.finished()), len(method.cases())
     if trainer.is_global_zero:
         shape = " x ".join(map(str, method.noise_shape()))
-        print(f"{len(data.prompts)} prompts x {method.samples} noises of {shape}; {done} of {total} done before", flush=True)  # fmt: skip
+        noises = f"{method.samples} {'noise' if method.samples == 1 else 'noises'} of {shape}"
+        print(f"{len(data.prompts)} prompts x {noises}; {done} of {total} done before", flush=True)
     try:
         trainer.predict(method, return_predictions=False)
-    except (SIGTERMException, SystemExit):  # Lightning's, for Ctrl-C
+    except SystemExit:
         method.stop_progress()
-        if trainer.is_global_zero:
-            print(f"stopped: {len(method.finished())} of {total} cases are finished; the same command with hydra.run.dir={out} goes on from there", flush=True)  # fmt: skip
+        finished = f"{len(method.finished())} of {total} cases are finished"
+        stopping.say(f"{finished}; the same command with hydra.run.dir={out} goes on from there")
         raise
     if dist.is_initialized():
         dist.barrier()
@@ -93,7 +101,7 @@ def check_folder(folder: Path, settings: dict) -> None:
         UserError: one line that names the settings.
     """
     done = len(list(folder.glob("*/case.json")))
-    before = read_json(folder / "settings.json") if done else settings
+    before = read_object(folder / "settings.json") if done else settings
     differing = [key for key in before | settings if before.get(key) != settings.get(key)]
     if differing:
         named = ", ".join(f"{key}={before.get(key)} there and {settings.get(key)} here" for key in differing)
@@ -104,9 +112,16 @@ def check_folder(folder: Path, settings: dict) -> None:
 
 def judging(cfg, prompts):
     """The benchmark, as judge of these prompts' pictures, where it can read both; it chooses nothing."""
-    benchmark = instantiate(cfg.benchmark)
-    size = get_class(cfg.model._target_).image_size(cfg.model)
-    return benchmark if size in benchmark.image_sizes and all("include" in prompt.meta for prompt in prompts) else None
+    benchmark, own = instantiate(cfg.benchmark), {}
+    check_benchmark(benchmark)
+    size, sizes = get_class(cfg.model._target_).image_size(cfg.model), getattr(benchmark, "image_sizes", None)
+    needs = getattr(benchmark, "needs_meta", None)
+    if needs is None:  # it says nothing of what it reads of a prompt, so it can judge its own alone
+        own = {prompt.id: prompt for prompt in benchmark.prompts()}
+    readable = all(
+        set(needs) <= set(prompt.meta) if needs is not None else own.get(prompt.id) == prompt for prompt in prompts
+    )
+    return benchmark if readable and (sizes is None or size in sizes) else None
 
 
 def prompts_fingerprint(benchmark, prompts, samples: int) -> dict:
@@ -119,21 +134,23 @@ def prompts_fingerprint(benchmark, prompts, samples: int) -> dict:
 
 def report(cfg, out: Path, trainer, method, benchmark, weights: dict) -> dict:
     """results.json, curves to the loggers, strips, tables, and the page."""
-    from hydra.core.hydra_config import HydraConfig
-
     cases, steps_of_noise = method.finished(), method.noise_shape()[:-3]
     shape = (*(length * method.noise_shape()[-3] for length in steps_of_noise), *method.noise_shape()[-2:]) if steps_of_noise else method.noise_shape()  # fmt: skip
-    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    choices = config_names()
     places, prompts = [out / "noise" / case["place"] for case in cases], [case["prompt_id"] for case in cases]
     files = [place / "trajectory.jsonl" for place in places]
-    trajectories = [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
+    trajectories = [[row.value for row in read_json_lines(file)] for file in files]
     results = {
         **{key: choices.get(key) for key in ("task", "method", "model", "reward", "regularizer")},
         "seed": cfg.seed,
         "steps": max(rows[-1]["step"] for rows in trajectories),
         "benchmark": prompts_fingerprint(benchmark, method.prompts, method.samples),
         "sampling": method.model.sampling(),
+        "settings": settings_used(cfg),
         "weights_sha256": weights,
+        "image_processors": image_processors(
+            {"reward": method.reward, **{f"watch.{n}": j for n, j in method.watch.items()}}
+        ),
         **summarise(out, cases, shape, benchmark, {prompt.id: prompt for prompt in method.prompts}),
     }
     comparison = headline_comparison(results)

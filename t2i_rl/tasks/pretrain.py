@@ -7,7 +7,8 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.callbacks.progress import Progress
+from t2i_rl.core.files import write_atomic
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.pretrain.card import card, facts
 
@@ -23,7 +24,7 @@ def run(cfg) -> dict:
     model, minutes = maker.make(cfg, recipe, folder)
 
     figures = maker.figures(model)
-    trainer = instantiate(cfg.trainer, logger=False)
+    trainer = instantiate(cfg.trainer, callbacks=[Progress()], logger=False)
     stages = Stages(
         trainer, model, instantiate(cfg.benchmark), out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size
     )
@@ -39,7 +40,7 @@ def run(cfg) -> dict:
         name,
         maker.LIBRARY,
         about,
-        OmegaConf.to_yaml(recipe),
+        OmegaConf.to_yaml(recipe, resolve=True),
         figures,
         maker.settings(results["sampling"]),
         results,

@@ -5,29 +5,46 @@ from pathlib import Path
 from hydra.utils import instantiate
 from rich.console import Console
 
+from t2i_rl.callbacks.no_spread import NoSpread
+from t2i_rl.callbacks.validation import Validate
 from t2i_rl.checks import interleaves, learns_from_prompts, watched
+from t2i_rl.contracts import check_data
+from t2i_rl.core.recipes import recipe_of
+from t2i_rl.data.image_text import ImageText
 from t2i_rl.evaluation.report import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table, headline
 from t2i_rl.evaluation.turn_tables import turn_tables
 from t2i_rl.loggers import build_loggers, log_results
-from t2i_rl.part_checks import check_needs, check_parts, check_share, check_teacher, check_validation, made_judge
+from t2i_rl.named_parts import named_parts
+from t2i_rl.part_checks import (
+    announce_model,
+    check_needs,
+    check_parts,
+    check_share,
+    check_teacher,
+    check_validation,
+    made_judge,
+)
+from t2i_rl.rewards.processors import image_processors
 
 
 def run(cfg) -> dict:
     """Train `cfg.method` on `cfg.model` with `cfg.reward`; returns the content of results.json."""
     out = Path(cfg.paths.output_dir)
     benchmark, data = instantiate(cfg.benchmark), instantiate(cfg.data)
+    check_data(data)
     check_needs(cfg, data.prompts)
+    if isinstance(data, ImageText) and data.encodings is None:
+        announce_model(cfg, data.work()[1])
     reward = instantiate(cfg.reward)
     watch = {name: judge for name, judge in instantiate(watched(cfg)).items() if judge is not None}
-    check_parts(
-        cfg, benchmark, data.prompts, {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
-    )
+    judges = {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
+    check_parts(cfg, benchmark, data.prompts, judges)
     if interleaves(cfg):
         check_teacher(cfg, getattr(getattr(data, "maker", None), "teacher", None))
-    callbacks = instantiate(cfg.callbacks)
-    check_validation(cfg, callbacks)
+    callbacks = named_parts(cfg, "callbacks")
+    check_validation(cfg, callbacks, getattr(data, "validation", ()))
     trainer = instantiate(cfg.trainer, callbacks=list(callbacks.values()), logger=build_loggers(cfg))
     check_share(data, trainer.world_size)
     judge = made_judge(cfg, benchmark.prompts(), benchmark.name)
@@ -47,7 +64,13 @@ def run(cfg) -> dict:
         if stage.startswith("trained"):
             stages.draw(stage)
 
-    results = write_summary(cfg, stages, steps)
+    for name, callback in callbacks.items():
+        if isinstance(callback, Validate):
+            judges |= {f"callbacks.{name}.judges.{key}": judge for key, judge in callback.judges.items()}
+    watchers = [callback for callback in trainer.callbacks if isinstance(callback, NoSpread)]
+    warnings = [line for watcher in watchers for line in watcher.warnings.values()]
+    extra = {"image_processors": image_processors(judges)} | ({"warnings": warnings} if warnings else {})
+    results = write_summary(cfg, stages, steps, method.resolved_settings(), extra)
     log_results(trainer.loggers, results)
     if trainer.is_global_zero:
         console = Console()
@@ -64,4 +87,6 @@ def build_method(cfg, model, judge=None, reward=None, watch: dict | None = None)
     parts = {"judge": judge} if interleaves(cfg) else {}
     if learns_from_prompts(cfg):
         parts |= {"reward": reward, "watch": watch or {}}
-    return instantiate(cfg.method, model=model, **parts)
+    method = instantiate(cfg.method, model=model, **parts)
+    method.recipe = recipe_of(cfg, method.decide_what_learns)
+    return method
