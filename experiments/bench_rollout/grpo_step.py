@@ -7,6 +7,7 @@ import lightning as L
 import torch
 
 from experiments.bench_rollout.sizes import SIZES, SPECIAL, build
+from t2i_rl.core.texts import Reader
 from t2i_rl.methods.grpo import GRPO
 from t2i_rl.methods.grpo_metrics import peak_memory_gib
 from t2i_rl.models.janus import Chat, Janus
@@ -18,9 +19,9 @@ from t2i_rl.rollout.engine import Engine, EngineOptions
 class Numbers:
     """Stands in for a tokenizer: words are numbers. Random weights write nothing that a real one could read."""
 
-    def __call__(self, text: str):
+    def __call__(self, text: str, add_special_tokens: bool):
         words = [5 + sum(map(ord, word)) % 90 for word in text.split()]
-        return type("Encoding", (), {"input_ids": [SPECIAL["bos"], *words]})
+        return type("Encoding", (), {"input_ids": words})
 
     def batch_decode(self, tokens, skip_special_tokens=True) -> list[str]:
         return [" ".join(map(str, row[:40].tolist())) for row in tokens]
@@ -32,6 +33,7 @@ class RandomJanus(Janus):
     def __init__(self, model, plan_tokens: int, rollout: EngineOptions):
         torch.nn.Module.__init__(self)
         self.model, self.engine, self.tokenizer = model, Engine(rollout), Numbers()
+        self.reader, self.special_texts = Reader("RandomJanus", "", []), []
         self.chat, self.special = Chat("", "describe {prompt}"), {**SPECIAL, "eos": -1}
         self.guidance_scale, self.temperature, self.max_plan_tokens = 5.0, 1.0, plan_tokens
 

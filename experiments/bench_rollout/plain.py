@@ -1,7 +1,7 @@
 """The baselines: transformers' own image generation, and the plain loop that Janus's script and T2I-R1 are built on, written anew.
 
-The plain loop feeds one token at a time to the language model with its growing cache, the batch doubled for guidance, 16 images at a time
-(both codes' chunk). It has no other fault: padding is masked, positions count real tokens, sampling is over the whole softmax.
+The plain loop feeds one token at a time to the language model with its growing cache, the batch doubled for guidance, a chunk of images at a time.
+It has no other fault: padding is masked, positions count real tokens, sampling is over the whole softmax.
 """
 
 import torch
@@ -42,8 +42,13 @@ def _plain_chunk(model, ids, mask, special, guidance_scale: float) -> torch.Tens
 
 
 @torch.no_grad()
-def plain_text(model, ids, mask, max_tokens: int) -> torch.Tensor:
+def plain_text(model, ids, mask, max_tokens: int, chunk: int) -> torch.Tensor:
     """Text tokens `(B, T)`, without stopping early (random weights never end a plan)."""
+    parts = [slice(first, first + chunk) for first in range(0, len(ids), chunk)]
+    return torch.cat([_plain_text_chunk(model, ids[part], mask[part], max_tokens) for part in parts])
+
+
+def _plain_text_chunk(model, ids, mask, max_tokens: int) -> torch.Tensor:
     cache, tokens = DynamicCache(), []
     embeds, place = model.get_input_embeddings()(ids), positions(mask)
     for _ in range(max_tokens):

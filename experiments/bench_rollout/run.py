@@ -1,8 +1,9 @@
-"""How fast a rollout is, trick by trick, beside transformers' own generation and the plain loop; one process, same weights, same prompts.
+"""How fast a rollout is, trick by trick, beside transformers' own generation and the plain loop; one process, same weights, same prompts, and every
+ratio between two of one dtype.
 
     python experiments/bench_rollout/run.py --size tiny --step --compile
     python experiments/bench_rollout/run.py --size mid --prompts 2 --repeats 3
-    python experiments/bench_rollout/run.py --size 1b --dtype bfloat16 --step --compile      (GPU: the exact shapes of Janus-Pro-1B)
+    python experiments/bench_rollout/run.py --size 1b --dtypes bfloat16 --step --compile      (GPU: the exact shapes of Janus-Pro-1B)
 
 Each writes its JSON file into results/ beside this file, and table.md anew from all of them.
 """
@@ -25,7 +26,9 @@ from t2i_rl.rollout.engine import Engine, EngineOptions
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 GUIDANCE = 5.0
-PAPERS_CHUNK = 16  # images at a time in Janus's script and in T2I-R1
+CHUNK = 8  # images at a time in T2I-R1's script: a rank holds one prompt, whose group is 8 (its split of 32 rows never binds)
+PLAIN = f"plain loop, {CHUNK} at a time"
+PLAIN_AT_ONCE = "plain loop, all at once"
 
 
 def conversations(size: str, prompts: int, group: int, length: int, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,15 +46,13 @@ def conversations(size: str, prompts: int, group: int, length: int, device) -> t
 
 
 def image_variants(model, ids, mask, device, compile_too: bool) -> tuple[dict, dict[str, Engine]]:
-    """Name -> call for the image phase, slowest tricks first; and the engines by name."""
+    """Name -> call for the image phase in the model's own dtype, slowest tricks first; and the engines by name."""
     count, seeds = model.config.vision_config.num_image_tokens, list(range(len(ids)))
-    options = EngineOptions(max_rows=PAPERS_CHUNK, graphs=False)
-    steps = {"static cache, packed weights": options}
+    options = EngineOptions(max_rows=CHUNK, graphs=False)
+    steps = {f"static cache, packed weights, {CHUNK} at a time": options}
     steps["+ all rows that fit"] = options = replace(options, max_rows=None)
     if device.type == "cuda":
         steps["+ CUDA graph"] = options = replace(options, graphs=True)
-    if model.dtype == torch.float32:
-        steps["+ bfloat16 weights and cache"] = options = replace(options, dtype="bfloat16")
     if compile_too:
         steps["+ compiled halves of a layer"] = replace(options, compile=True)
     engines = {name: Engine(settings) for name, settings in steps.items()}
@@ -63,9 +64,9 @@ def image_variants(model, ids, mask, device, compile_too: bool) -> tuple[dict, d
 
     variants = {
         "transformers generate": lambda: plain.transformers_images(model, ids, mask, GUIDANCE),
-        f"plain loop, {PAPERS_CHUNK} at a time": lambda: plain.plain_images(model, ids, mask, SPECIAL, GUIDANCE, PAPERS_CHUNK),
-        "plain loop, all at once": lambda: plain.plain_images(model, ids, mask, SPECIAL, GUIDANCE, len(ids)),
-    }  # fmt: skip
+        PLAIN: lambda: plain.plain_images(model, ids, mask, SPECIAL, GUIDANCE, CHUNK),
+        PLAIN_AT_ONCE: lambda: plain.plain_images(model, ids, mask, SPECIAL, GUIDANCE, len(ids)),
+    }
     return variants | {name: lambda engine=engine: ours(engine) for name, engine in engines.items()}, engines
 
 
@@ -85,76 +86,89 @@ def floors(engine: Engine, rows: int, prefix: int, count: int, device) -> dict[s
     }
 
 
-def bench_images(size: str, args, device) -> dict:
-    model = build(size, getattr(torch, args.dtype), device)
+def bench(size: str, args, device) -> dict:
+    """Every variant of both phases, each dtype's side by side in every round."""
     ids, mask = conversations(size, args.prompts, args.group, args.prefix, device)
-    variants, engines = image_variants(model, ids, mask, device, args.compile)
-    memory = {
-        name: measure.peak_gib(function, device) for name, function in variants.items()
-    }  # the first call: warm-up
-    times = measure.interleaved(variants, device, args.repeats)
-    count, images = model.config.vision_config.num_image_tokens, len(ids)
-    rows, baseline = [], f"plain loop, {PAPERS_CHUNK} at a time"
-    for name, taken in times.items():
-        median = statistics.median(taken)
-        row = {
-            "name": name,
-            "seconds": taken,
-            "images_per_s": images / median,
-            "tokens_per_s": images * count / median,
-            "peak_gib": memory[name],
-            "times_plain_chunked": measure.ratios(times[baseline], taken),
-            "times_plain_at_once": measure.ratios(times["plain loop, all at once"], taken),
-        }
-        if name in engines:
-            row["floors"] = floors(engines[name], 2 * images, ids.shape[1], count, device)
-            row["roofline"] = row["floors"]["memory"] / median
-            row["of_floor"] = row["floors"]["floor"] / median
-        rows.append(row)
-    plans = bench_plans(model, size, args, device)
-    return {"size": size, "dtype": args.dtype, "images": images, "image_tokens": count, "rows": rows, "plans": plans}
+    rows, plans, calls = [], [], {}
+    for dtype in args.dtypes:
+        model = build(size, getattr(torch, dtype), device)
+        images, engines = image_variants(model, ids, mask, device, args.compile)
+        count = model.config.vision_config.num_image_tokens
+        for name, function in images.items():
+            row = {
+                "name": name,
+                "dtype": dtype,
+                "peak_gib": measure.peak_gib(function, device),
+            }  # the first call: warm-up
+            if name in engines:
+                row["floors"] = floors(engines[name], 2 * len(ids), ids.shape[1], count, device)
+            rows.append(row)
+            calls["images", dtype, name] = function
+        for name, function in plan_variants(model, size, args, device).items():
+            function()
+            plans.append({"name": name, "dtype": dtype})
+            calls["plans", dtype, name] = function
+    times = measure.interleaved(calls, device, args.repeats)
+    for phase, measured in (("images", rows), ("plans", plans)):
+        for row in measured:
+            row["seconds"] = times[phase, row["dtype"], row["name"]]
+    return {"size": size, "images": len(ids), "image_tokens": count, "rows": rows, "plans": plans}
 
 
-def bench_plans(model, size: str, args, device) -> dict:
+def plan_variants(model, size: str, args, device) -> dict:
     """Phase 1: the plain loop, each row reading its own prompt, and the prompt shared by its group."""
     ids, mask = conversations(size, args.prompts, 1, args.prefix, device)
     every, every_mask = ids.repeat_interleave(args.group, 0), mask.repeat_interleave(args.group, 0)
     seeds, engine = list(range(len(every))), Engine(EngineOptions())
     settings = {"max_tokens": args.plan_tokens, "eos": -1}
-    variants = {
-        "plain loop": lambda: plain.plain_text(model, every, every_mask, args.plan_tokens),
+    return {
+        PLAIN: lambda: plain.plain_text(model, every, every_mask, args.plan_tokens, CHUNK),
+        PLAIN_AT_ONCE: lambda: plain.plain_text(model, every, every_mask, args.plan_tokens, len(every)),
         "engine, own prompts": lambda: decode_text(engine.load(model), every, every_mask, seeds, **settings),
         "engine, prompt shared by its group": lambda: decode_text(engine.load(model), ids, mask, seeds, **settings),
     }
-    for function in variants.values():
-        function()
-    times = measure.interleaved(variants, device, args.repeats)
-    return {
-        name: {"seconds": taken, "times_plain": measure.ratios(times["plain loop"], taken)}
-        for name, taken in times.items()
-    }
+
+
+def ratios_to(rows: list[dict], row: dict) -> list[str]:
+    """How many times as fast a row is as the plain loops of its own dtype, in chunks and at once; empty where one was not measured."""
+    cells = []
+    for name in (PLAIN, PLAIN_AT_ONCE):
+        loop = next((other for other in rows if (other["name"], other["dtype"]) == (name, row["dtype"])), None)
+        values = measure.ratios(loop["seconds"], row["seconds"]) if loop else ()
+        cells.append("{:.2f}x [{:.2f}, {:.2f}]".format(*values) if values else "not measured")
+    return cells
 
 
 def table(result: dict) -> str:
-    def ratio(value: tuple[float, float, float]) -> str:
-        return f"{value[0]:.1f}x [{value[1]:.1f}, {value[2]:.1f}]"
-
     lines = [
-        f"### {result['size']}, {result['dtype']}: {result['images']} images of {result['image_tokens']} tokens\n",
+        f"### {result['size']}: {result['images']} images of {result['image_tokens']} tokens\n",
         f"`{result['command']}` on {result['machine']}, torch {result['torch']}. Medians of {len(result['rows'][0]['seconds'])} interleaved "
-        "rounds; ratios are taken round by round, [least, greatest].\n",
-        "| image phase | images/s | tokens/s | peak GiB | times plain (16 at a time) | times plain (all at once) | roofline | floor |",
-        "|---|---|---|---|---|---|---|---|",
+        "rounds; ratios are taken round by round, [least, greatest], and between two of one dtype.\n",
+        *([f"{result['note']}\n"] if "note" in result else []),
+        f"| image phase | dtype | images/s | tokens/s | peak GiB | times plain ({CHUNK} at a time) | times plain (all at once) | roofline | floor |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["rows"]:
-        roof = [f"{100 * row[key]:.0f} %" if key in row else "" for key in ("roofline", "of_floor")]
-        lines.append(
-            f"| {row['name']} | {row['images_per_s']:.2f} | {row['tokens_per_s']:.0f} | {row['peak_gib']:.2f} | "
-            f"{ratio(row['times_plain_chunked'])} | {ratio(row['times_plain_at_once'])} | {roof[0]} | {roof[1]} |"
-        )
-    lines += ["\n| plan phase | seconds | times plain |", "|---|---|---|"]
-    for name, row in result["plans"].items():
-        lines.append(f"| {name} | {statistics.median(row['seconds']):.2f} | {ratio(row['times_plain'])} |")
+        median = statistics.median(row["seconds"])
+        shares = [
+            f"{100 * row['floors'][key] / median:.0f} %" if "floors" in row else "" for key in ("memory", "floor")
+        ]
+        rate = result["images"] / median
+        numbers = [f"{rate:.2f}", f"{rate * result['image_tokens']:.0f}", f"{row['peak_gib']:.2f}"]
+        cells = [row["name"], row["dtype"], *numbers, *ratios_to(result["rows"], row), *shares]
+        lines.append(f"| {' | '.join(cells)} |")
+    lines += [
+        f"\n| plan phase | dtype | seconds | times plain ({CHUNK} at a time) | times plain (all at once) |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["plans"]:
+        cells = [
+            row["name"],
+            row["dtype"],
+            f"{statistics.median(row['seconds']):.2f}",
+            *ratios_to(result["plans"], row),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     if "step" in result:
         step = result["step"]
         total = step["seconds"]
@@ -168,7 +182,7 @@ def table(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=list(SIZES), required=True)
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--group", type=int, default=8)
@@ -180,18 +194,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     args = parser.parse_args()
     device = torch.device(args.device)
-    result = bench_images(args.size, args, device)
+    result = bench(args.size, args, device)
     if args.step:
         result["step"] = grpo_step(args.size, args, device)
     given = {key.replace("_", "-"): value for key, value in vars(args).items() if value != parser.get_default(key)}
-    flags = [f"--{key}" if value is True else f"--{key} {value}" for key, value in given.items() if key != "out"]
+    written = {key: " ".join(value) if isinstance(value, list) else value for key, value in given.items()}
+    flags = [f"--{key}" if value is True else f"--{key} {value}" for key, value in written.items() if key != "out"]
     result["command"] = " ".join(["python experiments/bench_rollout/run.py", *flags])
     result["machine"] = (
-        torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads of {cpu_name()}"
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{torch.get_num_threads()} threads of {cpu_name()}, {'with' if has_bfloat16() else 'without'} bfloat16 instructions"
     )
     result["torch"] = torch.__version__
     args.out.mkdir(parents=True, exist_ok=True)
-    path = args.out / f"{device.type}_{args.size}_{args.dtype}.json"
+    path = args.out / f"{device.type}_{args.size}.json"
     path.write_text(json.dumps(result, indent=1))
     print(table(result))
     if args.out == RESULTS:
@@ -200,8 +217,14 @@ def main() -> None:
 
 
 def _place(path: Path) -> tuple:
-    device, size, dtype = path.stem.split("_")
-    return device, list(SIZES).index(size), dtype
+    device, size = path.stem.split("_")
+    return device, list(SIZES).index(size)
+
+
+def has_bfloat16() -> bool:
+    """Whether the CPU multiplies bfloat16 by itself; one that does not makes float32 of it first, which gains nothing."""
+    flags = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
 def cpu_name() -> str:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from t2i_rl.evaluation.results import read_json, write_atomic
-from t2i_rl.evaluation.stats import seed_interval
+from t2i_rl.core.files import read_json, write_atomic
+from t2i_rl.evaluation.stats import bracket, percentile_interval, seed_interval
 from t2i_rl.evaluation.tables import excludes_zero
 from t2i_rl.pretrain.measure import wilson
 from t2i_rl.shapes.edits import KINDS
@@ -61,10 +61,9 @@ def changes(arm: str, kind: str, name: str, scale: float) -> str:
     draws = rng.choice(values, (2000, len(values))).mean(axis=1)
     over = seed_interval([float(part.mean()) for part in by_seed])
     shown = []
-    for low, high in (np.percentile(draws, [2.5, 97.5]), (over["low"], over["high"])):
-        text = f"{values.mean():+.1f} [{low:+.1f}, {high:+.1f}]"
-        bold = excludes_zero({"difference": float(values.mean()), "low": float(low), "high": float(high)})
-        shown.append(f"**{text}**" if bold else text)
+    for interval in (percentile_interval(draws), over):
+        text = f"{values.mean():+.1f} {bracket(interval, '+.1f')}"
+        shown.append(f"**{text}**" if excludes_zero(interval) else text)
     return " | ".join(shown)
 
 

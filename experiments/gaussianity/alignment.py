@@ -22,9 +22,9 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from t2i_rl.core.files import read_json, write_atomic
 from t2i_rl.evaluation.noise_pictures import curves_of, hacking_figure
-from t2i_rl.evaluation.results import read_json, write_atomic
-from t2i_rl.evaluation.stats import seed_interval
+from t2i_rl.evaluation.stats import bracket, seed_interval
 from t2i_rl.evaluation.tables import excludes_zero
 from t2i_rl.gaussianity.health import bands
 
@@ -170,12 +170,9 @@ def check_one_model() -> None:
 
 
 def over_seeds(arm: str, end: str, name: str, scale: float = 1.0) -> str:
-    over = seed_interval([scale * float(values(arm, seed, end, name).mean()) for seed in SEEDS])
-    return (
-        f"{over['mean']:.1f} [{over['low']:.1f}, {over['high']:.1f}]"
-        if scale == 100
-        else f"{over['mean']:.2f} [{over['low']:.2f}, {over['high']:.2f}]"
-    )
+    means = [float(values(arm, seed, end, name).mean()) for seed in SEEDS]
+    over, form = (seed_interval(means, (0.0, 1.0)), ".1f") if scale == 100 else (seed_interval(means), ".2f")
+    return f"{scale * over['mean']:{form}} {bracket(over, form, scale)}"
 
 
 def change(
@@ -268,7 +265,7 @@ def write_steps() -> None:
 def diversity(arm: str, end: str) -> str:
     """Mean cosine distance between pictures of one prompt, in hundredths, Student's interval over seeds; of the first or the best noise."""
     over = seed_interval([100 * read(arm, seed)["diversity"][end]["mean"] for seed in SEEDS])
-    return f"{over['mean']:.1f} [{over['low']:.1f}, {over['high']:.1f}]"
+    return f"{over['mean']:.1f} {bracket(over)}"
 
 
 def write_figures() -> None:

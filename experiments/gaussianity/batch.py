@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from t2i_rl import cli
-from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.core.files import write_atomic
 from t2i_rl.shapes.suites import select_prompts
 
 HERE = Path(__file__).parent

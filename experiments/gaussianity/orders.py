@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from checkerboard import SHAPE, checkerboard
 
-from t2i_rl.evaluation.results import write_atomic
-from t2i_rl.evaluation.stats import seed_interval
+from t2i_rl.core.files import write_atomic
+from t2i_rl.evaluation.stats import bracket, seed_interval
 from t2i_rl.gaussianity.constraints import Renorm, WhitenedNoise
 from t2i_rl.gaussianity.control import WhiteNoise
 from t2i_rl.gaussianity.health import measures
@@ -135,7 +135,7 @@ def done(seeds: int, steps: int, rms: float) -> list[str]:
         cells = []
         for figure in names:
             over = seed_interval([each[figure] for each in runs])
-            cells.append(f"{over['mean']:.3g} [{over['low']:.3g}, {over['high']:.3g}]")
+            cells.append(f"{over['mean']:.3g} {bracket(over, '.3g')}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
         print(lines[-1], flush=True)
     return lines

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from told import KINDS
 
-from t2i_rl.evaluation.results import read_json, write_atomic
+from t2i_rl.core.files import read_json, write_atomic
 from t2i_rl.pretrain.card import git_commit
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]

@@ -16,7 +16,7 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.core.files import write_atomic
 from t2i_rl.irg.interleave import says_stop
 from t2i_rl.irg.toy_format import read_shard
 from t2i_rl.irg.trajectory import Segment

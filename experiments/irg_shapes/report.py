@@ -24,10 +24,11 @@ from arms import (
 )
 from PIL import Image
 
+from t2i_rl.core.files import read_json, write_atomic
 from t2i_rl.evaluation.diversity import diversity_by_prompt
 from t2i_rl.evaluation.grid import FRAME, RIGHT, WRONG, caption_grid, first_of_each_task
-from t2i_rl.evaluation.results import image_path, read_json, read_results, read_stage, write_atomic
-from t2i_rl.evaluation.stats import compare_over_seeds, seed_interval
+from t2i_rl.evaluation.results import image_path, read_results, read_stage
+from t2i_rl.evaluation.stats import bracket, compare_over_seeds, seed_interval
 from t2i_rl.evaluation.tables import excludes_zero
 from t2i_rl.evaluation.turns import reflection_metrics
 
@@ -82,22 +83,20 @@ def another_where_flagged(first: list[dict], second: list[dict]) -> list[dict]:
 
 def cell(values: dict, scale: float = 100, digits: int = 1) -> str:
     """`+3.1 [+1.0, +5.2]`, bold where the interval excludes zero."""
-    if values["low"] is None:
-        return f"{scale * values['difference']:+.{digits}f} [no interval]"
-    shown = [f"{scale * values[key]:+.{digits}f}" for key in ("difference", "low", "high")]
-    text = f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    form = f"+.{digits}f"
+    text = f"{scale * values['difference']:{form}} {bracket(values, form, scale)}"
     return f"**{text}**" if excludes_zero(values) else text
 
 
 def share(values: list[float], scale: float = 100, digits: int = 1) -> str:
     """Mean over seeds with Student's 95 % interval."""
-    over = seed_interval(values)
-    return f"{scale * over['mean']:.{digits}f} [{scale * over['low']:.{digits}f}, {scale * over['high']:.{digits}f}]"
+    over = seed_interval(values, (0.0, 1.0)) if scale == 100 else seed_interval(values)
+    return f"{scale * over['mean']:.{digits}f} {bracket(over, f'.{digits}f', scale)}"
 
 
 def student(values: list[float]) -> dict:
     over = seed_interval(values)
-    return {"difference": over["mean"], "low": over["low"], "high": over["high"]}
+    return {"difference": over["mean"], **over}
 
 
 def paired(before: list[list[dict]], after: list[list[dict]]) -> dict:

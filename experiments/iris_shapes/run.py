@@ -1,8 +1,9 @@
 """The sign experiment of IRIS (arXiv 2509.25562 section 4) at the scale of `shapes`: six rewards, three seeds, equal steps;
-the intrinsic rewards and the control once more at a gentler learning rate, and NSC on image tokens too, as the paper trains it.
+the intrinsic rewards and the control once more at a gentler learning rate, NSC on image tokens too, and NSC as IRIS's released code has it.
 
     python experiments/iris_shapes/run.py                 # everything that is not done yet, then table.md and figure.png
     python experiments/iris_shapes/run.py --only-table
+    python experiments/iris_shapes/run.py --arms "nsc released" "nsc released gentle"    # these jobs alone; prints their rows
 
 Jobs live in outputs/iris_shapes/<arm>/seed_<n>; two run side by side, each on one thread.
 """
@@ -19,9 +20,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from t2i_rl.core.files import read_json, write_atomic
 from t2i_rl.evaluation.diversity import diversity_by_prompt
-from t2i_rl.evaluation.results import read_json, read_results, read_stage, write_atomic
-from t2i_rl.evaluation.stats import compare_over_seeds, seed_interval
+from t2i_rl.evaluation.results import read_results, read_stage
+from t2i_rl.evaluation.stats import bracket, compare_over_seeds, seed_interval
 from t2i_rl.evaluation.tables import excludes_zero
 
 matplotlib.use("Agg")
@@ -36,6 +38,9 @@ GENTLE = "method.optimizer.lr=1.0e-5"
 ARMS = {reward: [f"reward={reward}"] for reward in EQUAL}
 ARMS |= {f"{reward} gentle": [f"reward={reward}", GENTLE] for reward in ("nsc", "sc", "entropy", CONTROL)}
 ARMS |= {"nsc both": ["reward=nsc", "method.image_loss_weight=1"]}
+DECAY = "{_target_: torch.optim.lr_scheduler.LinearLR, _partial_: true, start_factor: 1.0, end_factor: 0.0, total_iters: 60}"
+RELEASED = ["reward=nsc", "variant=released", f"method.scheduler={DECAY}"]  # half of the decay is run, as there
+ARMS |= {"nsc released": RELEASED, "nsc released gentle": [*RELEASED, GENTLE]}
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 METRICS = ("overall", *(f"task/{task}" for task in TASKS), "held_out", "lenient", "malformed")
 LOGGED = ("text/plan_length", "text/self_certainty", "image/self_certainty", "image/codes_used", "text/kl", "image/kl")
@@ -84,15 +89,15 @@ def smooth(values: np.ndarray) -> np.ndarray:
 def cell(values: dict, points: bool = True) -> str:
     """`+3.1 [+1.0, +5.2]`, bold where the interval excludes zero."""
     scale, digits = (100, 1) if points else (1, 3)
-    shown = [f"{scale * values[key]:+.{digits}f}" for key in ("difference", "low", "high")]
-    text = f"{shown[0]} [{shown[1]}, {shown[2]}]"
+    form = f"+.{digits}f"
+    text = f"{scale * values['difference']:{form}} {bracket(values, form, scale)}"
     return f"**{text}**" if excludes_zero(values) else text
 
 
 def over_seeds(values: list[float]) -> dict:
     """Mean of one number a seed, with Student's 95 % interval."""
     over = seed_interval(values)
-    return {"difference": over["mean"], "low": over["low"], "high": over["high"]}
+    return {"difference": over["mean"], **over}
 
 
 def records(arm: str, stage: str) -> list[list[dict]]:
@@ -148,6 +153,21 @@ def rows(names: list[str], columns: list[str], value) -> list[str]:
     return [*lines, *(f"| {name} | " + " | ".join(value(name)) + " |" for name in names), ""]
 
 
+def print_rows(arms: list[str]) -> None:
+    """Rows of some arms for the tables that need no other arm."""
+    measured = ("overall", "overall, Student", *METRICS[1:])
+    short = [name.removeprefix("task/") for name in measured]
+    changes = {arm: paired(records(arm, "base_plan"), records(arm, "trained_plan")) for arm in arms}
+    print("\n".join(rows(arms, short, lambda arm: [cell(changes[arm][name]) for name in measured])))
+    print("\n".join(rows(arms, [*LOGGED, "diversity"], moved)))
+
+
+def moved(arm: str) -> list[str]:
+    """What moves inside an arm: last five rollouts minus first five."""
+    changes = [*(logged_change(arm, name) for name in LOGGED), diversity_change(arm)]
+    return [cell(change, points=False) for change in changes]
+
+
 def write_table() -> None:
     results = read_results(folder("oracle", 0) / "results.json")
     base = results["stages"]["base_plan"]["metrics"]["overall"]
@@ -172,7 +192,8 @@ def write_table() -> None:
         f"Base with a plan, seed 0: {100 * base['mean']:.1f} % [{100 * base['low']:.1f}, {100 * base['high']:.1f}].",
         "",
         "The six rewards differ in nothing but the reward. `gentle`: a tenth of the learning rate (1e-5). `both`: image tokens trained too "
-        "(`method.image_loss_weight=1`, as the paper does).",
+        "(`method.image_loss_weight=1`, as the paper does). `released`: `variant=released`, the settings of IRIS's released code (both trained, "
+        "one mean over all tokens with log V kept, a token mean per prompt, half of a linear decay).",
         "",
         "95 % intervals by a two-level bootstrap (seeds, then prompts), which understates the spread over three seeds; `overall, Student` and all "
         "other tables: Student's interval over seeds, which is wide with three. Bold: excludes zero. No correction for the number of cells.",
@@ -187,14 +208,7 @@ def write_table() -> None:
         "",
         "Last five rollouts minus first five; diversity from the evaluation.",
         "",
-        *rows(
-            list(ARMS),
-            inside,
-            lambda arm: [
-                *(cell(logged_change(arm, name), points=False) for name in LOGGED),
-                cell(diversity_change(arm), points=False),
-            ],
-        ),
+        *rows(list(ARMS), inside, moved),
         "## At equal distance from the base",
         "",
         "Strict accuracy on the training rollouts (64 images a step, means of five steps) when the plans' KL to the base first reaches a level, "
@@ -217,7 +231,7 @@ def write_figure() -> None:
     for arm in ARMS:
         style = {
             "color": f"C{EQUAL.index(arm.split()[0])}",
-            "linestyle": {"gentle": "--", "both": ":"}.get(arm.split()[-1], "-"),
+            "linestyle": {"gentle": "--", "both": ":", "released": "-."}.get(arm.split()[-1], "-"),
         }
         for axis, name in zip(axes.flat, panels, strict=False):
             series = np.stack([smooth(column(arm, seed, name)) for seed in SEEDS])
@@ -241,9 +255,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only-table", action="store_true", help="rebuild table and figure from finished jobs")
     parser.add_argument("--workers", type=int, default=2, help="jobs side by side, one thread each")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), help="these alone; prints their rows, writes no table")
     options = parser.parse_args()
     if not options.only_table:
         with ThreadPoolExecutor(options.workers) as pool:
-            list(pool.map(run_job, [(arm, seed) for arm in ARMS for seed in SEEDS]))
-    write_table()
-    write_figure()
+            list(pool.map(run_job, [(arm, seed) for arm in options.arms or ARMS for seed in SEEDS]))
+    if options.arms:
+        print_rows(options.arms)
+    else:
+        write_table()
+        write_figure()

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from t2i_rl.evaluation.results import write_atomic
+from t2i_rl.core.files import write_atomic
 from t2i_rl.models.janus import Janus
 from t2i_rl.pretrain.measure import wilson
 from t2i_rl.pretrain.vq import nearest_codes
