@@ -240,7 +240,9 @@ def sana_sprint() -> SanaSprintPipeline:
         - {"<|startoftext|>", "<|endoftext|>"}
     )
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "\u2581", *words, *(f"\u2581{word}" for word in words)]
-    tokenizer = GemmaTokenizer(vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=[])
+    tokenizer = GemmaTokenizer(
+        vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=[], add_bos_token=True
+    )
     gemma = Gemma2Config(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
         head_dim=16, pad_token_id=0, eos_token_id=1, bos_token_id=2,

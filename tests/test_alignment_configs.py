@@ -11,8 +11,9 @@ import pytest
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from omegaconf import OmegaConf
 
-from t2i_rl.checks import _check_method, _check_types
+from t2i_rl.checks import _check_method
 from t2i_rl.models.soft_tokens import SoftTokens, load_soft_tokens
+from t2i_rl.settings import check_settings
 from tests.small_diffusers import pipeline
 from tests.small_rewards import save_small_hps_open_clip
 from tests.test_configs import composed
@@ -42,8 +43,7 @@ def test_the_numbers_are_the_published_ones(method, model):
     chosen = {"data.batch_size": batch, "trainer.max_steps": steps, "method.schedule_every": every}
     for key, value in {**SHARED, **DRAWN[model], **chosen}.items():
         assert OmegaConf.select(cfg, key) == value, key
-    for group in ("method", "model", "data"):
-        _check_types(cfg[group], group)
+    check_settings(cfg, ("method", "model", "data"))
     _check_method(cfg)
 
 

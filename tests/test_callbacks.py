@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 from types import SimpleNamespace
 
 import lightning as L
@@ -57,7 +58,8 @@ def saved_at(path) -> int:
     return torch.load(path, weights_only=True)["global_step"]
 
 
-def test_the_bar_counts_steps_and_not_epochs(tmp_path, capsys):
+def test_the_bar_counts_steps_and_not_epochs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("t2i_rl.callbacks.progress.watched", lambda: True)  # a terminal
     shown = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_model_summary": False}
     L.Trainer(max_steps=4, default_root_dir=tmp_path, callbacks=[Progress()], **shown).fit(Module())
     said = capsys.readouterr().out
@@ -141,3 +143,27 @@ def test_sample_grids_show_the_model_as_it_is(tmp_path):
             with torch.no_grad():
                 module.model.model.model.language_model.layers[0].mlp.down_proj.weight.mul_(-2)
     assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_an_offline_wandb_run_that_is_resumed_goes_on_at_its_row_and_says_how_to_upload_it(
+    tmp_path, monkeypatch, capfd
+):
+    wandb = pytest.importorskip("wandb")
+    for name, value in {"WANDB_MODE": "offline", "WANDB_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(name, value)
+    first = wandb_logger(str(tmp_path), None, project="p")
+    assert "WARNING" not in capfd.readouterr().err
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    for step in range(3):
+        first.log_metrics({"x": float(step)}, step=step)
+    wandb.finish()
+    assert "wandb sync" not in capfd.readouterr().out
+    time.sleep(1)  # W&B names a part by the second it begins in
+    second = wandb_logger(str(tmp_path), "last.ckpt", project="p")
+    row = second.experiment.step
+    second.log_metrics({"x": 3.0}, step=3)
+    run, after = second.experiment.id, second.experiment.step
+    wandb.finish()
+    assert (row, after) == (3, 4) and len(list(tmp_path.glob(f"wandb/offline-run-*-{run}"))) == 2
+    lines = [line for line in capfd.readouterr().out.splitlines() if "wandb sync" in line]
+    assert len(lines) == 1 and lines[0].endswith(f"{tmp_path}/wandb/offline-run-*-{run}")

@@ -47,7 +47,7 @@ def metrics(folder: Path) -> list[dict]:
         (["+trainer.gradient_clip_val=1"], "method.max_grad_norm"),
         (["+trainer.accumulate_grad_batches=4"], "method.micro_batch_size"),
         (["trainer.precision=17"], "bf16-mixed"),
-        (["method.max_grad_norm=-1"], "method.max_grad_norm must be above 0"),
+        (["method.max_grad_norm=-1"], "method.max_grad_norm must be a number above 0"),
         (["method.kl_coef=nan"], "method.kl_coef must be a finite number"),
         (["task=generate"], "prompts_file"),
         (["task=pretrain", "model=janus_pro_1b"], "janus_tiny"),

@@ -14,9 +14,11 @@ from t2i_rl.cli import CONF, one_line
 from t2i_rl.errors import UserError
 from t2i_rl.manual import GROUPS, summary
 from t2i_rl.part_checks import made_judge
+from t2i_rl.settings import check_root, check_settings
 from t2i_rl.tasks import export
 
-FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
+TABLES = CONF / "method" / "variant"  # of presets, which the configs of methods read
+FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml" and path.parent != TABLES)
 GIVEN = {  # what has no default
     "data/prompts": ["data.path=prompts.jsonl"],
     "data/t2i_r1": ["data.path=prompts.jsonl"],
@@ -85,7 +87,10 @@ def targets(node) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{group_of(path)}/{path.stem}")
 def test_a_config_opens_with_what_it_is_and_how_to_use_it(path):
     header = [line for line in path.read_text().splitlines() if line.startswith("#") and "@package" not in line]
-    assert len(header) >= 2 and summary(path)[0].isupper() or summary(path)[0].islower(), path
+    assert len(header) >= 2 and summary(path)[0].isalpha(), path
+    assert summary(path).endswith((".", ")", "]")), (
+        f"{path}: --help shows its first line alone, which ends in mid-sentence"
+    )
     assert any(re.search(r"python (run\.py|experiments)", line) for line in header), f"{path}: no command in its header"
 
 
@@ -102,6 +107,8 @@ def test_a_config_composes_resolves_and_names_what_exists(path):
     container = OmegaConf.to_container(OmegaConf.create(OmegaConf.to_container(config, resolve=True)), resolve=True)
     for target in targets({key: container[key] for key in own}):
         get_object(target)
+    check_root(config)
+    check_settings(config, list(own))
 
 
 def test_the_root_is_what_the_issue_asks_for():
@@ -126,6 +133,17 @@ def test_unknown_keys_and_choices_fail_in_one_line(override):
     with pytest.raises(Exception) as error:
         composed(override)
     assert "\n" not in one_line(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "setting", "choices"),
+    [([], "reward.aggregation", "ours, released"), (["method=agsm", "model=sd_tiny"], "method.tokens", "ours, paper")],
+)
+def test_a_variant_that_is_none_is_refused_in_plain_words(overrides, setting, choices):
+    config = composed(*overrides, "variant=published")
+    with pytest.raises(Exception) as error:
+        OmegaConf.select(config, setting)
+    assert one_line(error.value).startswith(f"variant must be one of {choices}")
 
 
 def test_removing_and_adding_works_as_typed():

@@ -3,6 +3,7 @@
 from functools import partial
 
 import lightning as L
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -18,7 +19,7 @@ class ThreePrompts(PromptData):
         self.prompts, self.batch_size, self.seed = PROMPTS, 2, 0
 
 
-def train(folder: str, ranks: int) -> dict[str, torch.Tensor]:
+def train(folder: str, ranks: int, loss_reduction: str) -> dict[str, torch.Tensor]:
     """Plain SGD, so that the change of a weight is its gradient; plans differ in length, so token counts differ over ranks."""
     optimizer = partial(torch.optim.SGD, lr=1.0)
     module = GRPO(
@@ -29,6 +30,7 @@ def train(folder: str, ranks: int) -> dict[str, torch.Tensor]:
         optimizer=optimizer,
         kl_coef=0.1,
         max_grad_norm=1e9,
+        loss_reduction=loss_reduction,
     )
     strategy = "ddp_spawn" if ranks > 1 else "auto"
     trainer = L.Trainer(
@@ -39,10 +41,11 @@ def train(folder: str, ranks: int) -> dict[str, torch.Tensor]:
     return module.state_dict()
 
 
-def test_two_ranks_train_as_one(tmp_path):
+@pytest.mark.parametrize("loss_reduction", ["token", pytest.param("prompt", marks=pytest.mark.slow)])
+def test_two_ranks_train_as_one(tmp_path, loss_reduction):
     folder = save_tiny_janus(tmp_path)
     start = GRPO(load_tiny_janus(folder), SelfCertainty(), optimizer=torch.optim.SGD, kl_coef=0.0).state_dict()
-    one, two = train(folder, 1), train(folder, 2)
+    one, two = train(folder, 1, loss_reduction), train(folder, 2, loss_reduction)
     change = max(float((one[name] - start[name]).abs().max()) for name in one)
     for name in one:
         torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-4 * change)

@@ -58,7 +58,7 @@ def moved(folder, **options) -> DiffusionDPO:
 
 @pytest.mark.parametrize("passes", [1, 3, 16])
 def test_a_step_is_the_gradient_of_the_written_loss(folder, preferences, passes):
-    method = moved(folder, beta=30.0, pairs_per_pass=passes)
+    method = moved(folder, beta=60.0, pairs_per_pass=passes)
     method.manual_backward = lambda loss: loss.backward()
     batch = next(iter(PreferenceStream(preferences, Preferences(str(preferences), 3).rows, 3, 0, 0)))
     grid = method.grid(batch)
@@ -76,6 +76,20 @@ def test_a_step_is_the_gradient_of_the_written_loss(folder, preferences, passes)
         torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-3)
     assert max(float(gradient.abs().max()) for gradient in expected) > 1e-3
     assert metrics["train/loss"] == pytest.approx(float(loss.detach()), rel=1e-4)
+
+
+def test_beta_counts_as_in_the_released_code(folder, preferences):
+    """The loss of planted errors in float64, at the released scripts' 5000: half of beta times the difference of the differences."""
+    method = moved(folder, beta=5000.0)
+    method.manual_backward = lambda loss: None
+    grid = method.grid(next(iter(PreferenceStream(preferences, Preferences(str(preferences), 2).rows, 2, 0, 0))))
+    with torch.no_grad():
+        tuned = np.array([float(_error(method, grid, row)) for row in range(4)], dtype=np.float64)
+        with method._untouched():
+            reference = np.array([float(_error(method, grid, row)) for row in range(4)], dtype=np.float64)
+    grown = tuned - reference
+    expected = np.mean(np.logaddexp(0, 0.5 * 5000 * (grown[:2] - grown[2:])))
+    assert method.accumulate(grid, None)["train/loss"] == pytest.approx(expected, rel=1e-3)
 
 
 def _error(method, grid, row: int) -> torch.Tensor:
@@ -136,7 +150,7 @@ def test_what_was_learnt_is_exported_as_a_stock_pipeline(folder, tmp_path, monke
 def test_preferences_are_made_of_right_and_wrong_pictures(folder, tmp_path):
     cfg = OmegaConf.create({
         "model": {"_target_": "t2i_rl.models.stable_diffusion.StableDiffusion", "path": folder, "steps": 1},
-        "task": {"out": str(tmp_path / "made"), "prompts_per_task": 2, "samples": 2}, "evaluation": {"batch_size": 5}, "seed": 0,
+        "task": {"out": str(tmp_path / "made"), "prompts_per_task": 2, "samples": 2}, "evaluation": {"batch_size": 5}, "seed": 0, "trainer": {"accelerator": "cpu"},
     })  # fmt: skip
     made = make_preferences.run(cfg)
     rows = [json.loads(line) for line in (tmp_path / "made/preferences.jsonl").read_text().splitlines()]

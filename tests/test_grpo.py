@@ -120,7 +120,7 @@ def test_lora_trains_adapters_only_and_its_reference_is_the_base(folder):
     assert (rollout.image_stats.logprobs - expected[1].logprobs).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("loss_reduction", ["token", "sequence"])
+@pytest.mark.parametrize("loss_reduction", ["token", "sequence", "prompt"])
 def test_the_micro_batch_size_changes_no_gradient(folder, loss_reduction):
     whole, split = (
         gradient(module, tiny_rollout(module))
@@ -181,9 +181,11 @@ def test_an_offloaded_reference_scores_the_same(folder):
     torch.testing.assert_close(kept.score(rollout), offloaded.score(rollout), rtol=0, atol=0)
 
 
-def test_the_gradient_is_that_of_the_written_objective(folder):
-    """Against the loss written out anew, for a policy that has left its reference: -A exp(logp - old) + beta k3, over all live tokens."""
-    module = build(folder, micro_batch_size=64, kl_coef=2.0)
+@pytest.mark.parametrize(("loss_reduction", "rows"), [("token", 6), ("prompt", 3), ("sequence", 1)])
+def test_the_gradient_is_that_of_the_written_objective(folder, loss_reduction, rows):
+    """Against the loss written out anew, for a policy that has left its reference: -A exp(logp - old) + beta k3, a mean over the live
+    tokens of so many rows, and the mean of these."""
+    module = build(folder, micro_batch_size=64, kl_coef=2.0, loss_reduction=loss_reduction)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -200,7 +202,8 @@ def test_the_gradient_is_that_of_the_written_objective(folder):
     d = logprobs(load_tiny_janus(folder))[0].detach() - logp
     kl = torch.exp(d) - d - 1
     assert float((kl * mask).sum() / mask.sum()) > 0.01
-    loss = ((-advantages[:, None] * torch.exp(logp - logp.detach()) + 2.0 * kl) * mask).sum() / mask.sum()
+    losses = (-advantages[:, None] * torch.exp(logp - logp.detach()) + 2.0 * kl) * mask
+    loss = (losses.sum(1).view(-1, rows).sum(1) / mask.sum(1).view(-1, rows).sum(1)).mean()
     names = [name for name, p in module.named_parameters() if p.requires_grad]
     expected = torch.autograd.grad(loss, [dict(module.named_parameters())[name] for name in names])
     for name, value in zip(names, expected, strict=True):
@@ -237,7 +240,7 @@ def test_a_reward_that_is_not_a_number_stops_the_run(folder):
             output.total[1] = float("nan")
             return output
 
-    with pytest.raises(ValueError, match="not finite in 1 of 6 rows"):
+    with pytest.raises(UserError, match="not finite in 1 of 6 rows"):
         train(build(folder, reward=Broken()), steps=1)
 
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from t2i_rl.errors import UserError
-from t2i_rl.methods.grpo_loss import group_advantages, k3, policy_loss, token_weights
+from t2i_rl.methods.grpo_loss import (
+    LARGEST_LOG_RATIO,
+    group_advantages,
+    importance_ratio,
+    k3,
+    policy_loss,
+    token_weights,
+)
+from t2i_rl.methods.grpo_metrics import masked_mean, update_metrics
 
 
 def test_advantages_by_hand():
@@ -142,3 +150,50 @@ def test_which_logprob_gives_the_gradient_of_the_expected_reward(convention, unb
     assert (error < 1e-6) == unbiased, error
     if not unbiased:
         assert error > 0.05
+
+
+FAR = [-3000.0, -95.0, -20.5, -19.0, -1.0, 0.0, 0.1, 1.0, 19.0, 20.5, 95.0, 3000.0]
+
+
+def value_and_slope(loss, logprob: float) -> tuple[float, float]:
+    logprobs = torch.tensor([[logprob]], requires_grad=True)
+    value = loss(logprobs).sum()
+    value.backward()
+    return value.item(), logprobs.grad.item()
+
+
+@pytest.mark.parametrize("logprob", FAR)
+def test_k3_and_its_slope_in_closed_form_however_far_a_token_is(logprob):
+    """`e^d - d - 1` with `d = min(-logprob, 20)`: beyond 20 nats it stands still."""
+    value, slope = value_and_slope(lambda logprobs: k3(logprobs, torch.zeros(1, 1)), logprob)
+    d = min(-logprob, LARGEST_LOG_RATIO)
+    assert value == pytest.approx(math.exp(d) - d - 1, rel=1e-6, abs=1e-6)
+    assert slope == pytest.approx(1 - math.exp(d) if -logprob <= LARGEST_LOG_RATIO else 0.0, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("logprob", FAR)
+@pytest.mark.parametrize("advantage", [-1.5, 0.0, 1.5])
+def test_the_clipped_loss_and_its_slope_in_closed_form_however_far_a_token_is(logprob, advantage):
+    value, slope = value_and_slope(
+        lambda logprobs: policy_loss(logprobs, torch.zeros(1, 1), torch.tensor([advantage]), 0.2), logprob
+    )
+    ratio = math.exp(min(logprob, LARGEST_LOG_RATIO))
+    clipped = min(max(ratio, 0.8), 1.2)
+    assert value == pytest.approx(-min(ratio * advantage, clipped * advantage), rel=1e-6, abs=1e-6)
+    moves = ratio * advantage < clipped * advantage or ratio == clipped
+    wanted = -ratio * advantage if moves and logprob <= LARGEST_LOG_RATIO else 0.0
+    assert slope == (0.0 if wanted == 0 else pytest.approx(wanted, rel=1e-6))
+
+
+def test_ordinary_ratios_and_kl_are_what_they_were_to_the_last_bit():
+    difference = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 3
+    assert torch.equal(importance_ratio(difference), difference.exp())
+    assert torch.equal(k3(-difference, torch.zeros_like(difference)), difference.exp() - difference - 1)
+
+
+def test_padding_and_runaway_tokens_leave_metrics_finite():
+    mask = torch.tensor([[True, False], [True, True]])
+    assert masked_mean(torch.tensor([[1.0, float("inf")], [2.0, 3.0]]), mask) == 2.0
+    part = (torch.tensor(0.5), torch.tensor([[500.0, 0.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[True, True]]))
+    update = {"parts": [part], "clip_range": 0.2, "norm": torch.tensor(1.0), "plan_length": 0}
+    assert all(map(math.isfinite, update_metrics([update]).values()))

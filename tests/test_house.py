@@ -1,5 +1,6 @@
 """The command line from within: folder names of sweeps, what `last` stands for, one-line errors, classes read from source."""
 
+import logging
 import sys
 from pathlib import Path
 
@@ -8,12 +9,12 @@ import torch
 from omegaconf import OmegaConf
 
 from t2i_rl import cli
-from t2i_rl.checks import class_attribute
-from t2i_rl.cli import optimized
+from t2i_rl.class_attributes import class_attribute
 from t2i_rl.errors import UserError
 from t2i_rl.methods.grpo import GRPO
-from t2i_rl.methods.trainable import own_part
+from t2i_rl.methods.identity import own_part
 from t2i_rl.models.janus import Janus
+from t2i_rl.optimized import optimized
 from t2i_rl.provenance import record
 from t2i_rl.resume import COMPARED, continue_in_place
 
@@ -38,10 +39,15 @@ def call(monkeypatch, folder: Path, *arguments: str) -> int:
     """Exit code of `python run.py <arguments>` in `folder`, within this process."""
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
     try:
         cli.main()
     except SystemExit as stop:
         return stop.code
+    finally:  # Hydra sets it up for the whole process, on a stream that the test will close
+        root.handlers[:] = handlers
+        root.setLevel(level)
     return 0
 
 
@@ -56,6 +62,7 @@ def test_a_sweep_names_its_folders_by_what_differs_and_leaks_nothing(tmp_path, m
     captured = capsys.readouterr()
     assert captured.out.count("failed:") == 2 and "RuntimeError: a bug" in captured.err
     assert len(list(tmp_path.rglob("provenance.json"))) == 6
+    assert not list(tmp_path.rglob("*.log"))  # Hydra's, which was always empty
     assert sys.argv == ["run.py", "-m", FAKE_TASK, "method.kl_coef=0", "seed=0,1,2", "trainer=cpu,auto"]
 
 
@@ -94,7 +101,7 @@ def test_a_checkpoint_of_another_method_is_named(kind, checkpoint, said):
         (["evaluation.stages=[trained]"], "trained_plan"),
         ([FAKE_TASK, "optimized_metric=nonsense"], "choose from overall"),
         (["method.optimizer.lr=abc"], "must be a number"),
-        (["method.optimizer.lr=-1"], "Invalid learning rate"),
+        (["method.optimizer.lr=-1"], "method.optimizer.lr must be a number above 0"),
         (["method.group_size=2.5"], "whole number"),
         (["method.group_size=1"], "2 or more"),
         (["method.lora={rr:3}"], "unexpected keyword argument 'rr'"),
@@ -103,7 +110,7 @@ def test_a_checkpoint_of_another_method_is_named(kind, checkpoint, said):
         (["model.temperature=0"], "above 0"),
         (["model.dtype=bfloat16"], "bf16-mixed"),
         (["model.rollout.dtype=float99"], "model.rollout.dtype"),
-        (["model.rollout.max_rows=many"], "must be a number"),
+        (["model.rollout.max_rows=many"], "must be a whole number"),
         (["model=janus"], "path=<folder"),
         (["model=janus", "path=./nowhere"], "no such folder"),
         (["reward=hpsv2", "reward.processor=./nowhere"], "no such folder"),
@@ -118,7 +125,7 @@ def test_a_checkpoint_of_another_method_is_named(kind, checkpoint, said):
         (["task=export", "task.adapter=true"], "ckpt_path"),
         (["benchmark.split=val"], "validation"),
         (["task=generate", "prompt=a red circle", "num_images=0"], "num_images"),
-        (["trainer.devices=0"], "devices=0"),
+        (["trainer.devices=0"], "trainer.devices must be"),
         (["reward=length", "method.plan=false", "method.image_loss_weight=1"], "set method.plan=true"),
         (["benchmark.size=48"], "draws 32x32"),
         (["task=evaluate", "benchmark.size=48"], "draws 32x32"),
@@ -135,13 +142,13 @@ def test_a_checkpoint_of_another_method_is_named(kind, checkpoint, said):
         (["method=agsm", "model=sd_tiny", "data=shapes"], "data=shapes_pairs"),
         (["method=agsm", "model=sd_tiny", "variant=old"], "ours, paper, released"),
         (["method=agsm", "model=sd_tiny", "method.reduction=max"], "mean, sum"),
-        (["method=agsm", "model=sd_tiny", "method.optimizer.lr=-1"], "Invalid learning rate"),
+        (["method=agsm", "model=sd_tiny", "method.optimizer.lr=-1"], "method.optimizer.lr must be a number above 0"),
         (["method=agsm", "model=sd_tiny", "trainer=fsdp_sim"], "trainer=ddp"),
         (["method=agsm", "model=sd_tiny", "trainer.precision=16-mixed"], "bf16-mixed"),
         (["method=agsm", "model=sd_tiny", "trainer.precision=bf16-true"], "rounds what learns"),
         (["method=agsm", "model=sd_tiny", "model.dtype=float16"], "loss scaling"),
         (["method=softrepa", "model=sd_tiny", "data.tasks=[single_object]", "data.batch_size=16"], "more tasks"),
-        (["task=export", "model=sd_tiny", "method=denoising", "ckpt_path=plain.txt"], "soft_tokens.safetensors"),
+        (["task=export", "model=sd_tiny", "method=denoising", "ckpt_path=tokens.ckpt"], "soft_tokens.safetensors"),
         (["method=agsm", "model=sd_tiny", "evaluation.stages=[base_plan]"], "no plans"),
         (["method=agsm", "model=sd_tiny", "data.batch_size=1"], "2 or more"),
         (["method=agsm", "model=sd_tiny", "model.size=48"], "draws 48x48"),
@@ -158,7 +165,7 @@ def test_a_checkpoint_of_another_method_is_named(kind, checkpoint, said):
         (["method=noise_opt", "model=janus_tiny"], "flux_tiny"),
         (["method=noise_opt", "method.eta=1"], "DDIM"),
         (["method=noise_opt", "method.balance=0"], "above 0"),
-        (["method=noise_opt", "method.optimizer.lr=-1"], "Invalid learning rate"),
+        (["method=noise_opt", "method.optimizer.lr=-1"], "method.optimizer.lr must be a number above 0"),
         (["method=noise_opt", "method.held_out=beauty"], "not watched"),
         (["method=noise_opt", "regularizer.terms.spectrum.permutation=often"], "natural+fresh"),
         (["method=noise_search", "method.algorithm=genetic"], "best_of_n, zero_order"),
@@ -184,12 +191,14 @@ def test_a_checkpoint_of_another_method_is_named(kind, checkpoint, said):
         (["task=generate", "model=sd_tiny", "prompt=a red circle", "mode=plan"], "mode=direct"),
         (["task=import_soft_tokens", "model=sd15", "task.tokens=plain.txt", "task.times=plain.txt"], "torch.save"),
         (["task=encode", "model=sd_tiny", "method=agsm", "task.out=enc"], "data=coco"),
-        (["task=export", "model=sd_tiny", "method=agsm", "ckpt_path=plain.txt"], "soft_tokens.safetensors"),
+        (["task=export", "model=sd_tiny", "method=agsm", "ckpt_path=tokens.ckpt"], "soft_tokens.safetensors"),
+        (["task=export", "model=sd_tiny", "method=agsm", "ckpt_path=plain.txt"], "no checkpoint of a training run"),
         (["task=pretrain", "model=sd15"], "sd_tiny, sd3_tiny"),
     ],
 )
 def test_refusals_are_exactly_one_line_before_any_weight_loads(tmp_path, monkeypatch, capfd, arguments, named):
     (tmp_path / "plain.txt").write_text("a red circle\n")
+    torch.save({"state_dict": {}, "global_step": 1, "pairs": {}}, tmp_path / "tokens.ckpt")
     row = '{"prompt": "a car", "task_type": "object", "nouns": ["car"], "include": [{"class": "car", "count": 1}]}'
     (tmp_path / "annotated.jsonl").write_text(row + "\n")
     monkeypatch.setattr("t2i_rl.models.janus.load_pretrained", None)
@@ -202,8 +211,6 @@ def test_refusals_are_exactly_one_line_before_any_weight_loads(tmp_path, monkeyp
 def test_a_path_out_of_a_sweep_may_be_pasted_as_it_is(tmp_path, monkeypatch):
     job = tmp_path / "reward=oracle,seed=0"
     job.mkdir()
-    assert cli.quoted(f"ckpt_path={job}") == f'ckpt_path="{job}"' == cli.quoted(cli.quoted(f"ckpt_path={job}"))
-    assert cli.quoted("reward=nsc") == "reward=nsc" and cli.quoted("a=b=c") == "a=b=c"
     seen.clear()
     assert call(monkeypatch, tmp_path, FAKE_TASK, f"hydra.run.dir={job}") == 0 and seen[0][0] == job.name
 
@@ -234,8 +241,8 @@ def finished_run(folder: Path) -> Path:
         cfg = compose("config", overrides=["reward=oracle"])
     run = folder / "outputs" / "train" / "it's a run"
     (run / "checkpoints").mkdir(parents=True)
-    (run / "checkpoints" / "last.ckpt").touch()
-    kept = {key: OmegaConf.to_container(cfg, resolve=False)[key] for key in ("paths", "seed", *COMPARED)}
+    torch.save({"state_dict": {}, "global_step": 1}, run / "checkpoints" / "last.ckpt")
+    kept = {key: OmegaConf.to_container(cfg, resolve=False)[key] for key in ("paths", "seed", "variant", *COMPARED)}
     kept["paths"].pop("output_dir")
     OmegaConf.save(OmegaConf.create(kept), run / "config.yaml", resolve=True)
     return run.relative_to(folder)

@@ -112,7 +112,7 @@ def test_what_is_wrong_with_a_data_set_is_one_line(tmp_path):
     (tmp_path / "a/003.txt").unlink()
     refused("003.png has no caption", tmp_path / "a")
     (tmp_path / "a/003.txt").write_text(" \n")
-    refused("003.png has an empty caption", tmp_path / "a")
+    refused("003.txt: the caption is empty", tmp_path / "a")
     (make("coco", tmp_path / "c") / f"train2017/{2:012d}.png").unlink()
     refused(f"{2:012d}.png is named", tmp_path / "c")
     refused("annotations/captions_train2017.json", tmp_path / "a", "coco")

@@ -105,7 +105,7 @@ def test_given_pictures_are_found_by_prompt_and_lacking_ones_named(given, tmp_pa
     with pytest.raises(UserError, match="0.png is named in images.jsonl and does not exist"):
         given.check(PROMPTS)
     (tmp_path / "0.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="0.png is no picture"):
+    with pytest.raises(UserError, match="0.png cannot be read as an image"):
         given.pictures(PROMPTS[:1], [0])
     (tmp_path / "images.jsonl").write_text('{"prompt": "a", "image": 5}\n')
     with pytest.raises(UserError, match="images.jsonl:1"):

@@ -222,7 +222,7 @@ def test_a_reward_that_fails_stops_the_run(model, tmp_path):
         def score_pixels(self, pixels, prompts):
             return super().score_pixels(pixels, prompts) * math.nan
 
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         run(optimization(model, tmp_path, reward=Broken()))
 
 

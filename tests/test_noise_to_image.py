@@ -73,7 +73,8 @@ def test_gradients_are_the_stock_body_s_and_reach_every_value(model):
     weights = torch.rand(3, model.size, model.size, generator=torch.Generator().manual_seed(1))
     (ours,) = torch.autograd.grad((noise_to_image(model, noise, model.encode_prompts(PROMPTS)) * weights).sum(), noise)
     (theirs,) = torch.autograd.grad((stock(model, noise) * weights).sum(), noise)
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+    rounding = 1e-4 * float(theirs.abs().max())  # of float32, in sums that nearly cancel
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=rounding)
     assert (ours != 0).float().mean() > 0.99
 
 
@@ -145,6 +146,34 @@ def test_noise_of_every_step_is_searched_where_ddim_adds_some(tmp_path):
     torch.testing.assert_close(image.detach(), theirs, rtol=0, atol=1e-4)
     (gradient,) = torch.autograd.grad(image.sum(), noise)
     assert (gradient[:, :3].abs().sum(dim=(0, 2, 3, 4)) > 0).all()
+
+
+@pytest.mark.parametrize("last_step_noise", [True, False])
+def test_ddims_last_step_adds_its_noise_or_none(tmp_path, last_step_noise):
+    """Against DDIM written out in float64 from its equations (arXiv 2010.02502 eq. 12, 16), eta 1, with a denoiser that is a formula."""
+    model = StableDiffusion(str(pipeline("sd15", tmp_path)), guidance_scale=1.0, steps=4).requires_grad_(False)
+    model.pipe.scheduler.register_to_config(
+        set_alpha_to_one=False
+    )  # as SD1.5 has it: something is left to do in the last step
+    scheduler, draws = model.scheduled(4), torch.Generator().manual_seed(0)
+    noise = torch.randn(2, 5, 4, 3, 3, generator=draws, dtype=torch.float64)
+
+    def denoise(x, t):
+        return 0.3 * x + 0.1 * torch.sin(x) + t.view(-1, 1, 1, 1) / 5000
+
+    alphas, gap = scheduler.alphas_cumprod.double(), scheduler.config.num_train_timesteps // 4
+    x = noise[:, 0]
+    for step, t in enumerate(scheduler.timesteps.tolist()):
+        a, before = alphas[t], alphas[t - gap] if t >= gap else scheduler.final_alpha_cumprod.double()
+        eps = denoise(x, torch.full((2,), t))
+        start = (x - (1 - a).sqrt() * eps) / a.sqrt()
+        sigma = ((1 - before) / (1 - a) * (1 - a / before)).sqrt() if last_step_noise or step < 3 else torch.zeros(())
+        x = before.sqrt() * start + (1 - before - sigma**2).sqrt() * eps + sigma * noise[:, step + 1]
+    asked = noise.float().requires_grad_()
+    latents = model.noise_to_latents(asked, denoise, 4, eta=1.0, last_step_noise=last_step_noise)
+    torch.testing.assert_close(latents.double(), x, rtol=1e-4, atol=1e-4)
+    (gradient,) = torch.autograd.grad(latents.sum(), asked)
+    assert (gradient.abs().sum(dim=(0, 2, 3, 4)) > 0).tolist() == [True] * 4 + [last_step_noise]
 
 
 def test_packing_of_flux_is_a_round_trip_and_reshaping_is_not_the_same(tmp_path):

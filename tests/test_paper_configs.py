@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -14,8 +15,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from t2i_rl import loading
-from t2i_rl.checks import _check_method, _check_types
+from t2i_rl.checks import _check_method
 from t2i_rl.data.make_prompts import make_prompts
+from t2i_rl.settings import check_settings
 from tests.small_rewards import save_small_gdino, save_small_git, save_small_hps_open_clip, save_small_orm
 from tests.test_configs import composed
 from tests.tiny import save_tiny_janus
@@ -33,9 +35,10 @@ DIFFERENT = {
     "iris_janus_pro_1b": {"model.path": "deepseek-community/Janus-Pro-1B", "reward.text_sign": -1, "method.plan": True},
     "iris_janus_pro_7b": {"model.path": "deepseek-community/Janus-Pro-7B", "trainer.strategy._target_": "t2i_rl.fsdp.FSDP2"},
     "t2i_r1_janus_pro_7b": {
-        "data.batch_size": 16, "trainer.max_steps": 1600, "method.loss_reduction": "token", "reward.image_sign": None,
+        "data.batch_size": 16, "trainer.max_steps": 1600, "method.loss_reduction": "prompt", "reward.image_sign": None,
         "reward._target_": "t2i_rl.rewards.weighted_sum.WeightedSum", "reward.weights": {"hpsv2": 1.0, "gdino": 1.0, "git_vqa": 1.0, "orm": 1.0},
-        "reward.parts.gdino.box_threshold": 0.3, "callbacks.checkpoint.keep_every_n_steps": 400,
+        "reward.parts.gdino.box_threshold": 0.3, "reward.parts.gdino.compat": "released", "reward.parts.orm.compat": "released",
+        "reward.parts.orm.yes_word": "yes", "model.chat.final_stop": "keep", "method.scheduler.total_iters": 1600, "callbacks.checkpoint.keep_every_n_steps": 400,
     },
     "iris_image_only": {"reward.text_sign": 0, "method.text_loss_weight": 0.0, "method.plan": True},
     "iris_text_only": {"reward.image_sign": 0, "method.image_loss_weight": 0.0},
@@ -59,24 +62,55 @@ def test_the_numbers_are_the_papers_and_all_but_the_weights_comes_up(name, tmp_p
     for key, value in {**IRIS, **DIFFERENT[name]}.items():
         assert OmegaConf.select(cfg, key) == value, key
     cfg.paths.output_dir = str(tmp_path)
-    for group in ("method", "model", "reward", "data"):
-        _check_types(cfg[group], group)
+    check_settings(cfg, ("method", "model", "reward", "data"))
     monkeypatch.setattr(loading, "load_model", lambda *args, **kw: None)
+    sizes = SimpleNamespace(vocab_size=1, max_position_embeddings=1)
+    config, model = SimpleNamespace(text_config=sizes, **vars(sizes)), torch.nn.Identity()
+    model.config = config
     for module in ("gdino", "git_vqa", "orm", "clip_score"):
         monkeypatch.setattr(f"t2i_rl.rewards.{module}.load_part", lambda *args, **kw: None)
+        monkeypatch.setattr(f"t2i_rl.rewards.{module}.load_config", lambda *args: config)
         if module == "clip_score":
-            monkeypatch.setattr("t2i_rl.rewards.clip_score.load_open_clip", lambda *args, **kw: torch.nn.Identity())
+            monkeypatch.setattr("t2i_rl.rewards.clip_score.load_open_clip", lambda *args, **kw: model)
         else:
             monkeypatch.setattr(f"t2i_rl.rewards.{module}.load_model", lambda *args, **kw: None)
     for module in ("git_vqa", "orm"):
         monkeypatch.setattr(f"t2i_rl.rewards.{module}.single_token", lambda *args: 0)
     monkeypatch.setattr("t2i_rl.rewards.clip_score.load_part", lambda *args, **kw: type("T", (), {"eos_token_id": 1}))
+    for name in ("gdino", "git_vqa"):
+        monkeypatch.setattr(f"t2i_rl.rewards.{name}.load_tokenizer", lambda *args, **kw: None)
+    for name in ("check_tokenizer", "special_texts"):
+        monkeypatch.setattr(f"t2i_rl.rewards.orm.{name}", lambda *args, **kw: None)
+    for name in ("_check_words", "_longest"):
+        monkeypatch.setattr(f"t2i_rl.rewards.clip_score.ClipScore.{name}", lambda *args: None)
     reward, data = instantiate(cfg.reward), instantiate(cfg.data)
     assert callable(reward) and len(data.prompts) == 16
     _check_method(cfg)
     trainer = instantiate(cfg.trainer, callbacks=list(instantiate(cfg.callbacks).values()), logger=False)
     assert isinstance(trainer, L.Trainer) and trainer.max_steps == cfg.trainer.max_steps
     instantiate(cfg.model.rollout)
+
+
+RELEASED = {  # github.com/yhangchen/IRIS at 9778e58
+    "reward.aggregation": "token_mean", "reward.constant": "kept", "method.loss_reduction": "prompt", "method.image_loss_weight": 1.0,
+    "method.scheduler.total_iters": 1600, "trainer.max_steps": 800, "model.chat.final_stop": "keep", "method.optimizer.lr": 1e-6,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["iris_janus_pro_1b", "iris_janus_pro_7b"])
+def test_iris_as_released_is_one_word_and_ours_differs_in_every_number_it_changes(name):
+    released, ours = (composed(f"experiment={name}", "data.path=x", f"variant={variant}") for variant in ("released", "ours"))  # fmt: skip
+    changed = {key for key, value in RELEASED.items() if OmegaConf.select(ours, key) != value}
+    for key, value in RELEASED.items():
+        assert OmegaConf.select(released, key) == value, key
+    assert changed == {"reward.aggregation", "reward.constant", "method.loss_reduction", "method.scheduler.total_iters", "model.chat.final_stop"}  # fmt: skip
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = instantiate(released.method.optimizer)([weight])
+    scheduler = instantiate(released.method.scheduler)(optimizer)
+    for _ in range(800):
+        optimizer.step()
+        scheduler.step()
+    assert scheduler.get_last_lr()[0] == pytest.approx(0.5e-6)
 
 
 def run(folder: Path, *arguments: str) -> list[dict]:

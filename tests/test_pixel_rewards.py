@@ -5,12 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
+from t2i_rl.core.pixels import to_bytes
 from t2i_rl.errors import UserError
 from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.aesthetic import Aesthetic
 from t2i_rl.rewards.clip_score import ClipScore
 from t2i_rl.rewards.image_reward import ImageReward
-from t2i_rl.rewards.pixels import prepared, to_bytes, to_unit
+from t2i_rl.rewards.pixels import prepared, to_unit
 from t2i_rl.rewards.weighted_sum import WeightedSum
 from tests.small_rewards import BERT, save_small_hps, tokenizer
 from tests.test_image_reward import HEADS, released_state
@@ -42,7 +43,7 @@ def folder(tmp_path_factory):
     for seed in (0, 1):
         torch.save(head(seed=seed), made / f"head_{seed}.pth")
     (made / "image_reward").mkdir()
-    words = tokenizer(BERT)
+    words = tokenizer(BERT, post="[CLS] $A [SEP]")
     words.save_pretrained(made / "bert")
     torch.save(released_state(len(words)), made / "image_reward" / "ImageReward.pt")
     return made

@@ -38,7 +38,13 @@ def test_prompt_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "named"), [(None, "does not exist"), ("", "no prompt"), ('{"text": 1}', ":1:"), ("ok\n{broken", ":2:")]
+    ("content", "named"),
+    [
+        (None, "does not exist"),
+        ("", "no prompt"),
+        ('{"text": 1}', ":1:"),
+        ('{"prompt": "ok"}\n{broken', ":2 is not JSON"),
+    ],
 )
 def test_a_broken_prompt_file_is_named_with_its_line(tmp_path, content, named):
     path = tmp_path / "prompts.jsonl"

@@ -6,14 +6,15 @@ import re
 
 import numpy as np
 import pytest
+from PIL import ImageFont
 from rich.console import Console
 
 from t2i_rl.errors import UserError
 from t2i_rl.evaluation.curves import chart, group_columns, read_metrics
-from t2i_rl.evaluation.grid import caption_grid, grid_png
+from t2i_rl.evaluation.grid import caption_grid, grid_png, wrap
 from t2i_rl.evaluation.report import write_report, write_sweep_report
 from t2i_rl.evaluation.results import read_job, read_records, read_results, write_records, write_results
-from t2i_rl.evaluation.tables import before_after_table, headline, sweep_tables, with_interval
+from t2i_rl.evaluation.tables import Table, before_after_table, headline, sweep_tables, with_interval
 from tests.made_up_run import make_records, make_run
 
 
@@ -119,6 +120,69 @@ def test_sweep_tables_group_by_seed(tmp_path):
         sweep_tables([jobs[0], jobs[0], jobs[1]])
 
 
+def test_two_seeds_are_too_few_for_an_interval_in_every_table_and_on_the_page(tmp_path):
+    folders = [make_run(tmp_path / str(seed), seed) for seed in (0, 1)]
+    jobs = [read_job(folder) for folder in folders]
+    over_seeds = sweep_tables(jobs)[1]
+    assert all(cell.endswith("[too few seeds]") for cell in over_seeds.rows[0][2:])
+    assert "[too few seeds]" in over_seeds.markdown() and "three seeds or more" in over_seeds.note
+    assert "[too few seeds]" in write_sweep_report(tmp_path).read_text()
+
+
+def test_percentages_over_seeds_stay_within_what_percentages_can_be(tmp_path):
+    jobs = []
+    for seed, share in enumerate((0.1, 0.5, 0.95)):
+        folder = make_run(tmp_path / str(seed), seed)
+        results = read_results(folder / "results.json")
+        for stage in results["stages"].values():
+            stage["metrics"]["overall"]["mean"] = share
+        write_results(folder / "results.json", results)
+        jobs.append(read_job(folder))
+    before = sweep_tables(jobs)[1].rows[0][-3]
+    assert before == "51.7 [0.0, 100.0]"
+
+
+def test_a_sweep_of_evaluations_shows_every_stage_that_was_measured(tmp_path):
+    jobs = []
+    for seed in (0, 1, 2):
+        folder = make_run(tmp_path / str(seed), seed)
+        results = read_results(folder / "results.json") | {"comparisons": []}
+        results["stages"] = {
+            "base_direct": results["stages"]["base_plan"],
+            "base_plan": results["stages"]["trained_plan"],
+        }
+        write_results(folder / "results.json", results)
+        jobs.append(read_job(folder))
+    all_jobs, over_seeds = sweep_tables(jobs)
+    assert all_jobs.columns == ["seed", "base_direct", "base_plan"] and over_seeds.columns[2:] == all_jobs.columns[1:]
+    cell = jobs[0].results["stages"]["base_plan"]["metrics"]["overall"]
+    assert all_jobs.rows[0][-1] == with_interval("overall", cell, "mean")
+    assert over_seeds.rows[0][1] == "3"
+
+
+def test_a_job_without_a_comparison_shows_what_it_measured_beside_those_with_one(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / str(seed), seed)
+    results = read_results(tmp_path / "1" / "results.json") | {"comparisons": []}
+    del results["stages"]["trained_plan"]
+    write_results(tmp_path / "1" / "results.json", results)
+    rows = sweep_tables([read_job(tmp_path / seed) for seed in "01"])[0].rows
+    cell = results["stages"]["base_plan"]["metrics"]["overall"]
+    assert rows[1] == ["1", with_interval("overall", cell, "mean"), "-", "-"]
+
+
+def test_a_narrow_terminal_gets_every_number_of_a_wide_table():
+    columns = ["", *(f"trained_turn{n} - base_plan" for n in range(8))]
+    rows = [["wrong pictures that the turn mends", *(f"{n}1.5 [{n}0.2, {n}2.8] *" for n in range(8))]]
+    narrow = Console(width=80, file=io.StringIO())
+    narrow.print(Table("Turn against turn", columns, rows, "how to read it"))
+    shown = narrow.file.getvalue()
+    for n in range(8):
+        assert f"{n}1.5" in shown and f"[{n}0.2, {n}2.8] *" in shown and f"trained_turn{n}" in shown
+    assert shown.count("- base_plan") == 8 and shown.count("how to read it") == 1
+    assert max(map(len, shown.splitlines())) <= 80
+
+
 def test_overrides_tell_jobs_apart(tmp_path):
     jobs = []
     for rate in ("0.1", "0.2"):
@@ -165,6 +229,10 @@ def test_sweep_report(tmp_path):
     text = write_sweep_report(tmp_path).read_text()
     assert "<b>base</b>" in text and "<b>reward=nsc</b>" in text and "<b>reward=oracle</b>" in text
     assert text.count("<img") == 6 * 3 * 3
+    write_report(tmp_path / "nsc")
+    text = write_sweep_report(tmp_path).read_text()
+    links = re.findall(r'<dt><a href="([^"]+)">', text)
+    assert links == ["nsc/report.html", "oracle"] and all((tmp_path / link).exists() for link in links)
     with pytest.raises(UserError, match=r"no results\.json"):
         write_sweep_report(tmp_path / "nsc" / "evaluation")
 
@@ -188,6 +256,20 @@ def test_chart_of_a_constant():
     assert "nan" not in chart("Reward", [("r", np.arange(3.0), np.zeros(3))])
 
 
+def test_an_axis_of_steps_has_no_half_of_one():
+    svg = chart("Reward", [("r", np.array([0.0, 1.0, 2.0]), np.arange(3.0))])
+    steps = re.findall(r'text-anchor="middle">([^<]+)<', svg)
+    assert steps == ["0", "1", "2"]
+
+
+def test_a_caption_is_wrapped_by_the_width_of_its_letters():
+    font = ImageFont.load_default(size=12)
+    text = "WWWWWWWWWWWWWWWWWWWW and iiiiiiiiii, seven"
+    lines = wrap(text, 100, font)
+    assert all(font.getlength(line) <= 100 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+
+
 def test_caption_grid():
     images = [np.full((8, 8, 3), value, np.uint8) for value in (10, 20, 30)]
     grid = np.asarray(caption_grid(images, ["a", "a longer caption that wraps", ""], columns=2, scale=4))
@@ -200,3 +282,18 @@ def test_caption_grid():
 def test_grid_png(run, tmp_path):
     grid_png(run, tmp_path / "grid.png")
     assert (tmp_path / "grid.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_page_says_of_where_a_run_came_from_only_what_there_is_to_say(run):
+    facts = {"command": "python run.py", "git_dirty": False, "sweep": None, "earlier": [], "packages": {"torch": "2"}}
+    (run / "provenance.json").write_text(json.dumps(facts))
+    text = write_report(run).read_text()
+    assert "<dt>git dirty</dt><dd>no</dd>" in text and "<summary>packages</summary>" in text
+    assert not any(word in text for word in ("sweep</dt>", "earlier</summary>", "<dd>None</dd>"))
+
+
+def test_a_table_says_why_a_number_has_no_interval(tmp_path):
+    reasons = [
+        before_after_table(read_job(make_run(tmp_path / str(count), per_task=count)).results).note for count in (1, 6)
+    ]
+    assert [note.endswith("No interval: a task has one prompt only.") for note in reasons] == [True, False]

@@ -1,5 +1,7 @@
 """Parity of every decoding and scoring path, on a random Janus of the real classes loaded through the real path."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -253,3 +255,20 @@ def test_weights_go_straight_to_their_dtype_and_device(janus, tmp_path):
 def test_what_cannot_be_loaded_names_the_fix(path, message, fix):
     text = str(cannot_load(path, OSError(message)))
     assert fix in text and path in text and "\n" not in text
+
+
+def test_a_prompts_full_stop_is_stripped_before_its_plan_or_kept_as_released():
+    kept = Chat("", "{prompt}", final_stop="keep")
+    assert kept.image(" a cat. ", "a grey cat") == "<|User|>: a cat.. a grey cat\n\n<|Assistant|>:"
+    assert Chat("", "{prompt}").image(" a cat. ", "a grey cat") == "<|User|>: a cat. a grey cat\n\n<|Assistant|>:"
+    assert kept.image("a cat.") == Chat("", "{prompt}").image("a cat.") == "<|User|>: a cat.\n\n<|Assistant|>:"
+    with pytest.raises(UserError, match="strip or keep, not 'both'"):
+        Chat("", "{prompt}", final_stop="both")
+
+
+def test_pictures_of_another_full_stop_are_not_taken_for_the_same(janus):
+    assert janus.chat.final_stop == "strip"
+    before, chat = janus.sampling(), janus.chat
+    janus.chat = replace(chat, final_stop="keep")
+    assert janus.sampling() != before
+    janus.chat = chat

@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from t2i_rl.cli import PACKAGE
+from t2i_rl.core.pixels import to_bytes
 from t2i_rl.errors import UserError
 from t2i_rl.pretrain.recognizer import LabelledScenes, agreement
 from t2i_rl.prompts import Prompt
-from t2i_rl.rewards.pixels import to_bytes, to_unit
+from t2i_rl.rewards.pixels import to_unit
 from t2i_rl.rewards.soft_oracle import SoftOracle, exactly, related
 from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.recognizer import COLOR_NAMES, GRID, Recognizer, cells_of

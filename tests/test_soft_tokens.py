@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from t2i_rl.errors import UserError
 from t2i_rl.models.soft_tokens import Attached, SoftTokens, TokenSpec, load_soft_tokens, spec_for
 from t2i_rl.tasks.import_soft_tokens import SPECS, imported
-from tests.small_diffusers import denoiser, inputs
+from tests.small_diffusers import denoiser
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "softrepa_tokens"
 
@@ -101,29 +101,6 @@ def test_wrong_files_and_wrong_models_are_one_line(tmp_path):
     for wrong in ({"position": "middle"}, {"tables": 2}):
         with pytest.raises(UserError):
             bank(**wrong)
-
-
-def test_the_first_half_of_the_rows_reads_the_null_branch():
-    """A pipeline puts the empty prompts first."""
-    model, made = denoiser("sd3"), inputs("sd3")
-    two = SoftTokens(spec_for(model, 2, 3, branches=2), std=1.0)
-    alone = []
-    for branch in (1, 0):
-        with Attached(model, two, branch=branch):
-            alone.append(model(**made)[0])
-    with Attached(model, two, branch=0, null_branch=1):
-        both = model(**made)[0]
-    torch.testing.assert_close(both, torch.cat([alone[0][:1], alone[1][1:]]))
-    assert (alone[0] - alone[1]).abs().max() > 1e-3
-
-
-def test_a_null_branch_needs_an_even_number_of_rows():
-    model = denoiser("sd3")
-    with (
-        Attached(model, SoftTokens(spec_for(model, 2, 3, branches=2)), null_branch=1) as handle,
-        pytest.raises(UserError, match="halves"),
-    ):
-        handle._tokens(torch.zeros(3))
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs ../shared/data/softrepa_tokens, which a plain clone lacks")

@@ -35,7 +35,7 @@ def test_no_tokens_change_no_bit_and_any_token_changes_the_output(name, training
     before = run(model, name)
     with Attached(model, bank_for(model, name, tokens=0)):
         assert torch.equal(run(model, name), before)
-    splice = Splice(model, layout_of(model, layers(name)), provide=lambda t: None)
+    splice = Splice(model, layout_of(model, layers(name)), provide=lambda t, call: None)
     assert torch.equal(run(model, name), before)
     splice.remove()
     with Attached(model, bank_for(model, name)) as handle:
@@ -160,7 +160,9 @@ def test_a_pipelines_scalar_time_and_fluxs_unit_time_reach_the_right_bucket():
     ):
         model, seen = denoiser(name), []
         bank = bank_for(model, name)
-        splice = Splice(model, bank.spec.layout, provide=lambda t, seen=seen, bank=bank: (seen.append(t), bank(t))[1])
+        splice = Splice(
+            model, bank.spec.layout, provide=lambda t, call, seen=seen, bank=bank: (seen.append(t), bank(t))[1]
+        )
         made = inputs(name) | {"timestep": given}
         if name == "sd15":
             model(made["sample"], made["timestep"], encoder_hidden_states=made["encoder_hidden_states"])

@@ -1,5 +1,8 @@
 """The statistics against independent computation: plain loops, closed forms, simulated coverage."""
 
+import math
+import statistics
+
 import numpy as np
 import pytest
 
@@ -8,6 +11,7 @@ from t2i_rl.evaluation.diversity import compare_diversity, diversity, mean_cosin
 from t2i_rl.evaluation.stats import (
     aggregate,
     bootstrap,
+    bracket,
     compare,
     compare_over_seeds,
     percentile_interval,
@@ -15,6 +19,7 @@ from t2i_rl.evaluation.stats import (
     t_quantile,
     two_sided_p,
 )
+from t2i_rl.evaluation.tables import excludes_zero
 from t2i_rl.shapes.text import GENEVAL_TASKS
 from tests.made_up_run import make_records
 
@@ -141,7 +146,53 @@ def test_t_quantile_against_tables():
 def test_seed_interval():
     cell = seed_interval([0.1, 0.2, 0.3])
     assert cell["mean"] == pytest.approx(0.2) and cell["high"] - 0.2 == pytest.approx(4.30265 * 0.1 / 3**0.5, abs=1e-5)
-    assert seed_interval([0.1]) == {"mean": 0.1, "low": None, "high": None, "n": 1}
+    assert seed_interval([0.1]) == {"mean": 0.1, "low": None, "high": None, "no_interval": "too few seeds", "n": 1}
+
+
+@pytest.mark.parametrize("values", [[0.3, 0.3], [0.3, 0.5]])
+def test_two_seeds_have_no_interval(values):
+    cell = seed_interval(values)
+    assert cell["mean"] == pytest.approx(np.mean(values)) and cell["low"] is cell["high"] is None
+    assert bracket(cell) == "[too few seeds]"
+
+
+def test_seeds_that_all_agree_have_no_interval_whatever_their_rounding():
+    for values in ([0.0] * 3, [0.7] * 5, [0.1 + 0.2, 0.3, 0.3]):
+        assert bracket(seed_interval(values)) == "[seeds agree]"
+    assert seed_interval([0.3, 0.3, 0.3001])["low"] is not None
+
+
+def test_intervals_over_seeds_are_students_by_an_independent_computation():
+    rng = np.random.default_rng(0)
+    for n, quantile in ((3, 4.302652730), (4, 3.182446305), (9, 2.306004135)):  # of printed tables
+        values = rng.normal(0.5, 0.01, n).tolist()
+        mean, half = statistics.fmean(values), quantile * statistics.stdev(values) / math.sqrt(n)
+        cell = seed_interval(values)
+        assert (cell["low"], cell["high"]) == pytest.approx((mean - half, mean + half), abs=1e-7)
+        assert seed_interval(values, (0.0, 1.0)) == seed_interval(values)  # within the limits nothing changes
+
+
+def test_an_interval_of_shares_ends_where_shares_do_and_holds_the_truth_as_often():
+    """Cut at 0 and 1 it holds every possible truth exactly where the whole interval does."""
+    rng, truth = np.random.default_rng(1), np.linspace(0, 1, 101)
+    for _ in range(50):
+        values = rng.beta(0.5, 0.5, 3)
+        whole, cut = seed_interval(values), seed_interval(values, (0.0, 1.0))
+        assert 0 <= cut["low"] <= cut["mean"] <= cut["high"] <= 1
+        held = [(cell["low"] <= truth) & (truth <= cell["high"]) for cell in (whole, cut)]
+        assert (held[0] == held[1]).all()
+    assert seed_interval([0.9, 1.0, 0.2], (0.0, 1.0))["high"] == 1.0
+
+
+def test_two_runs_have_no_two_level_interval():
+    pairs = [(make_records(0.5, 0, 20), make_records(0.7, seed, 20)) for seed in (1, 2)]
+    cell = compare_over_seeds(pairs)["overall"]
+    assert cell["low"] is cell["high"] is cell["p_value"] is None and cell["no_interval"] == "too few seeds"
+
+
+def test_a_difference_that_is_one_number_but_for_rounding_excludes_nothing():
+    assert not excludes_zero({"low": 0.1 + 0.2, "high": 0.3})
+    assert excludes_zero({"low": 0.3, "high": 0.4})
 
 
 def test_two_levels_are_wider_than_prompts_alone():

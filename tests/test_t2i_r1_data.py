@@ -132,7 +132,7 @@ def test_twice_the_same_prompt_an_unknown_kind_and_too_many_are_refused(tmp_path
     with pytest.raises(UserError, match=r"twice.jsonl:2: .* earlier one"):
         read_t2i_r1(str(tmp_path / "twice.jsonl"))
     (tmp_path / "broken.jsonl").write_text(f"{row}\n\n{row[:20]}\n")
-    with pytest.raises(UserError, match="broken.jsonl:3: not JSON"):
+    with pytest.raises(UserError, match="broken.jsonl:3 is not JSON"):
         read_t2i_r1(str(tmp_path / "broken.jsonl"))
     with pytest.raises(UserError, match=r"\[object\]"):
         T2IR1Data(str(tmp_path / "broken.jsonl"), task_types="object")

@@ -113,7 +113,7 @@ def test_gdino_refuses_what_it_cannot_look_for(folders):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_that_are_no_numbers_raise(folders, tmp_path, kind):
+def test_weights_that_are_no_numbers_are_refused_when_they_load(folders, tmp_path, kind):
     shutil.copytree(folders[kind], tmp_path / "broken")
     file = tmp_path / "broken" / "model.safetensors"
     state = load_file(file)
@@ -121,10 +121,19 @@ def test_weights_that_are_no_numbers_raise(folders, tmp_path, kind):
         if name.endswith("weight") and state[name].ndim > 1:
             state[name] = torch.full_like(state[name], float("nan"))
     save_file(state, file, metadata={"format": "pt"})
-    reward = KINDS[kind][1](tmp_path / "broken")
-    wrapped = WeightedSum({"only": reward}, {"only": 1.0})
-    with pytest.raises(ValueError):
-        wrapped(Sized())
+    with pytest.raises(UserError, match="weights that are not finite"):
+        KINDS[kind][1](tmp_path / "broken")
+
+
+def test_a_part_that_is_no_number_is_raised_by_the_sum():
+    class Broken:
+        needs_images, distribution = True, None
+
+        def __call__(self, rollout):
+            return RewardOutput(torch.full((len(rollout),), float("nan"), dtype=torch.float64))
+
+    with pytest.raises(UserError, match="not finite"):
+        WeightedSum({"only": Broken()}, {"only": 1.0})(Sized())
 
 
 class Sized(SimpleNamespace):
@@ -267,7 +276,7 @@ def test_the_orm_sees_what_transformers_own_forward_sees(folders):
         text = TEMPLATE.format(image="<image>" * count, question=QUESTION.format(prompt=TEXTS[row]))
         with torch.no_grad():
             p = model(**words(text, return_tensors="pt"), **sizes).logits[0, -1].softmax(-1)
-        yes, no = (p[words.convert_tokens_to_ids(word)] for word in ("Yes", "No"))
+        yes, no = (p[words.convert_tokens_to_ids(word)] for word in ("yes", "no"))
         assert float(ours[row]) == pytest.approx(float(yes / (yes + no)), abs=1e-5)
 
 
@@ -280,7 +289,7 @@ def test_the_released_orm_is_sharpened(folders):
 def test_yes_share_needs_numbers_and_survives_extremes():
     logits = torch.tensor([[0.0, -1e4, -2e4], [0.0, 3.0, 3.0]])
     assert yes_share(logits, 1, 2).tolist() == [1.0, 0.5]
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         yes_share(torch.tensor([[0.0, float("-inf"), 0.0]]), 1, 2)
 
 

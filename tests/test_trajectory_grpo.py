@@ -189,7 +189,7 @@ def test_a_reward_that_is_no_number_stops(folder):
 
     module = method(folder)
     module.reward = Broken()
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         module.judged(module.roll_out([(0, PROMPTS[0])]), [PROMPTS[0]] * 3)
 
 

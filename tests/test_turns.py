@@ -156,7 +156,7 @@ def test_a_trajectory_on_disk_is_the_trajectory(tmp_path):
     assert load_trajectory(tmp_path / "t") == drawn()
     assert {path.name for path in (tmp_path / "t").iterdir()} == {"trajectory.json", "turn1.png", "strip.png"}
     (tmp_path / "t" / "turn1.png").write_bytes(b"x")
-    with pytest.raises(UserError, match="segment 2: turn1.png is no picture"):
+    with pytest.raises(UserError, match="segment 2: turn1.png cannot be read as an image"):
         load_trajectory(tmp_path / "t")
     (tmp_path / "t" / "trajectory.json").write_text("{}")
     with pytest.raises(UserError, match="the key 'segments' is missing"):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 
 from t2i_rl.benchmarks.shapes import Shapes
@@ -138,6 +139,15 @@ def test_a_finished_run_that_is_resumed_still_ends_with_its_best_and_last_is_the
     assert torch.equal(SoftTokens.load(tmp_path / "soft_tokens.safetensors").tokens, best["bank.tokens"])
 
 
+def test_a_run_that_is_stopped_in_its_last_step_has_judged_that_step_too(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(CheckpointEvery, "_asked_to_stop", lambda _, trainer: trainer.global_step == 3)
+    with pytest.raises(SIGTERMException):
+        fit(folder, tmp_path, [share(1.0, 0.3), share(1.0, 0.8)], steps=3, every=1)
+    monkeypatch.undo()
+    _, callback, _ = fit(folder, tmp_path, [], steps=3, every=1, ckpt=tmp_path / "checkpoints" / "last.ckpt")
+    assert (callback.best_step, callback.best_value) == (3, pytest.approx(0.9))
+
+
 def test_a_run_resumed_into_another_folder_chooses_among_what_comes_now(folder, tmp_path):
     fit(folder, tmp_path / "a", [share(1.0, 1.0)], steps=2, every=2)
     made = fit(folder, tmp_path / "b", [share(1.0, 0.3)], steps=4, ckpt=tmp_path / "a" / "checkpoints" / "last.ckpt")
@@ -145,7 +155,7 @@ def test_a_run_resumed_into_another_folder_chooses_among_what_comes_now(folder, 
 
 
 def test_an_unmeasured_metric_cannot_choose(folder, tmp_path):
-    with pytest.raises(ValueError, match="val/clip was not measured"):
+    with pytest.raises(UserError, match="val/clip was not measured"):
         fit(folder, tmp_path, [share(1.0, 1.0)], steps=2, best="val/clip")
 
 
@@ -230,7 +240,7 @@ def test_what_inception_needs_is_said_before_anything_is_drawn(tmp_path, monkeyp
     for number in range(2):
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / f"{number}.png")
     monkeypatch.setattr("t2i_rl.evaluation.inception.find_spec", lambda name: None)
-    with pytest.raises(UserError, match="pip install torch-fidelity"):
+    with pytest.raises(UserError, match="pip install -c constraints.txt torch-fidelity"):
         InceptionFeatures(str(tmp_path))
     monkeypatch.setattr("t2i_rl.evaluation.inception.find_spec", lambda name: True)
     with pytest.raises(UserError, match="no such file"):
