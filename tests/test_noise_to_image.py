@@ -73,8 +73,12 @@ def test_gradients_are_the_stock_body_s_and_reach_every_value(model):
     weights = torch.rand(3, model.size, model.size, generator=torch.Generator().manual_seed(1))
     (ours,) = torch.autograd.grad((noise_to_image(model, noise, model.encode_prompts(PROMPTS)) * weights).sum(), noise)
     (theirs,) = torch.autograd.grad((stock(model, noise) * weights).sum(), noise)
-    rounding = 1e-4 * float(theirs.abs().max())  # of float32, in sums that nearly cancel
-    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=rounding)
+    if isinstance(
+        model, SanaSprint
+    ):  # its linear attention divides by sums that nearly cancel: single values round far
+        assert (ours - theirs).norm() < 1e-4 * theirs.norm()
+    else:
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
     assert (ours != 0).float().mean() > 0.99
 
 
