@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from t2i_rl.evaluation.results import write_records, write_results
+from t2i_rl.evaluation.records import write_records, write_results
 from t2i_rl.evaluation.stats import aggregate, compare
 from t2i_rl.shapes.text import GENEVAL_TASKS
 

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 
 from t2i_rl.data.pairs import ShapesStream
 from t2i_rl.evaluation.fid import frechet_distance
-from t2i_rl.methods.agsm import AGSM
-from t2i_rl.methods.denoising import Denoising
-from t2i_rl.methods.softrepa import SoftREPA
-from t2i_rl.models.sd3 import SD3
+from t2i_rl.methods.pairs.agsm import AGSM
+from t2i_rl.methods.pairs.denoising import Denoising
+from t2i_rl.methods.pairs.softrepa import SoftREPA
+from t2i_rl.models.diffusion.sd3 import SD3
 
 CASES = {
     "softrepa": (

@@ -36,7 +36,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from t2i_rl.models.diffusion_tiny import BOS, EOS, build_tokenizer
+from t2i_rl.models.diffusion.tiny import BOS, EOS, build_tokenizer
 
 TEXT = 7  # tokens of the texts that `inputs` makes
 DENOISERS = ("sd15", "sdxl", "sd3", "sd35", "flux")

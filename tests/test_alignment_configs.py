@@ -11,9 +11,9 @@ import pytest
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from omegaconf import OmegaConf
 
-from t2i_rl.checks import _check_method
-from t2i_rl.models.soft_tokens import SoftTokens, load_soft_tokens
-from t2i_rl.settings import check_settings
+from t2i_rl.command.checks import _check_method
+from t2i_rl.command.settings import check_settings
+from t2i_rl.models.diffusion.soft_tokens import SoftTokens, load_soft_tokens
 from tests.small_diffusers import pipeline
 from tests.small_rewards import save_small_hps_open_clip
 from tests.test_configs import composed

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from t2i_rl.methods.alignment_loss import (
+from t2i_rl.methods.pairs.loss import (
     agsm_targets,
     alignment_guidance,
     pair_errors,

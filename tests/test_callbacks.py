@@ -16,9 +16,9 @@ from t2i_rl.callbacks.checkpoint import CheckpointEvery
 from t2i_rl.callbacks.progress import Progress
 from t2i_rl.callbacks.rng_state import RNGState, generators, set_generators
 from t2i_rl.callbacks.sample_grid import SampleGrid
-from t2i_rl.loggers import log_results, wandb_logger
-from t2i_rl.methods.grpo import GRPO
+from t2i_rl.methods.policy.tokens import GRPO
 from t2i_rl.rewards.random import Random
+from t2i_rl.tasks.loggers import log_results, wandb_logger
 from tests.tiny import load_tiny_janus, save_tiny_janus
 
 

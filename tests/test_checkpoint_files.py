@@ -15,17 +15,17 @@ import torch
 from hydra.utils import instantiate
 from safetensors.torch import save_file
 
-from t2i_rl import cli
 from t2i_rl.callbacks.checkpoint import CheckpointEvery
-from t2i_rl.checkpoint_io import WholeCheckpoints
+from t2i_rl.command import cli
+from t2i_rl.command.resume import continue_in_place
 from t2i_rl.core import checkpoints
+from t2i_rl.core.checkpoint_io import WholeCheckpoints
 from t2i_rl.core.checkpoints import newest_whole, read_checkpoint, write_checkpoint
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import replacing_folder
-from t2i_rl.errors import UserError
-from t2i_rl.models.soft_tokens import SoftTokens, TokenSpec
-from t2i_rl.models.stable_diffusion import StableDiffusion
+from t2i_rl.models.diffusion.soft_tokens import SoftTokens, TokenSpec
+from t2i_rl.models.diffusion.stable_diffusion import StableDiffusion
 from t2i_rl.pretrain.fit import fit
-from t2i_rl.resume import continue_in_place
 from tests.test_callbacks import Module
 from tests.test_configs import composed
 from tests.test_house import call, finished_run
@@ -184,14 +184,14 @@ def test_anything_else_given_as_a_checkpoint_is_named_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("arguments", [["task=evaluate"], ["task=generate", "prompt=a red circle"], ["task=train"], ["task=export"]])  # fmt: skip
 def test_a_foreign_checkpoint_is_refused_on_the_command_line_before_any_weight_loads(tmp_path, monkeypatch, capfd, arguments):  # fmt: skip
-    monkeypatch.setattr("t2i_rl.models.janus.load_pretrained", None)
+    monkeypatch.setattr("t2i_rl.models.autoregressive.janus.load_pretrained", None)
     (tmp_path / "half.ckpt").write_bytes(b"PK half")
     assert call(monkeypatch, tmp_path, *arguments, "ckpt_path=half.ckpt") == 2
     assert capfd.readouterr().err.count("\n") == 1
 
 
 def test_foreign_soft_tokens_are_refused_in_one_line_before_any_weight_loads(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr("t2i_rl.models.diffusion.load_pipeline", None)
+    monkeypatch.setattr("t2i_rl.models.diffusion.base.load_pipeline", None)
     spec = TokenSpec("UNet2DConditionModel", {"mid_block": 0}, 4, 16)
     files = {**foreign_files(tmp_path), "of another shape": SoftTokens(spec).save(tmp_path / "tokens.safetensors")}
     files["of another model"] = SoftTokens(replace(spec, architecture="SD3")).save(tmp_path / "sd3.safetensors")

@@ -12,13 +12,13 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
-from t2i_rl import cli
-from t2i_rl.checkpoint_choice import check_checkpoint, in_words_of_hydra, with_choices_of_checkpoint
+from t2i_rl.command import cli
+from t2i_rl.command.checkpoint_choice import check_checkpoint, in_words_of_hydra, with_choices_of_checkpoint
 from t2i_rl.core.checkpoints import read_checkpoint, write_checkpoint
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.recipes import recipe_of, settings_used
-from t2i_rl.errors import UserError
-from t2i_rl.methods.grpo import GRPO
 from t2i_rl.methods.identity import ABOUT
+from t2i_rl.methods.policy.tokens import GRPO
 from t2i_rl.rewards.random import Random
 from t2i_rl.tasks.train import build_method
 from tests.test_configs import composed
@@ -104,7 +104,7 @@ def test_a_command_that_chooses_something_else_is_refused_with_what_to_give(file
 
 @pytest.mark.parametrize("name", ["lora8", "irg", "softrepa"])
 def test_training_goes_on_from_no_checkpoint_of_another_method(files, monkeypatch, tmp_path, capfd, name):
-    monkeypatch.setattr("t2i_rl.models.janus.load_pretrained", None)
+    monkeypatch.setattr("t2i_rl.models.autoregressive.janus.load_pretrained", None)
     assert call(monkeypatch, tmp_path, f"ckpt_path={files[name]}") == 2
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and f"method={RUNS[name][0].removeprefix('method=')}" in said

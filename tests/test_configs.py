@@ -10,12 +10,12 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
-from t2i_rl.cli import CONF, one_line
-from t2i_rl.errors import UserError
-from t2i_rl.manual import GROUPS, summary
-from t2i_rl.part_checks import made_judge
-from t2i_rl.settings import check_root, check_settings
+from t2i_rl.command.cli import CONF, one_line
+from t2i_rl.command.manual import GROUPS, summary
+from t2i_rl.command.settings import check_root, check_settings
+from t2i_rl.core.errors import UserError
 from t2i_rl.tasks import export
+from t2i_rl.tasks.part_checks import made_judge
 
 TABLES = CONF / "method" / "variant"  # of presets, which the configs of methods read
 FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml" and path.parent != TABLES)
@@ -161,7 +161,7 @@ def test_a_judge_of_pictures_of_another_size_is_refused(monkeypatch):
         type(made_judge(cfg, [], None)).__name__ == "SoftOracle"
         and made_judge(composed("method=irg"), [], None) is None
     )
-    monkeypatch.setattr("t2i_rl.models.janus.Janus.image_size", staticmethod(lambda cfg: 64))
+    monkeypatch.setattr("t2i_rl.models.autoregressive.janus.Janus.image_size", staticmethod(lambda cfg: 64))
     with pytest.raises(UserError, match="method.judge .* reads images of 32 pixels, but this model draws 64x64"):
         made_judge(cfg, [], None)
 

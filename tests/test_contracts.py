@@ -7,19 +7,19 @@ import pytest
 import torch
 
 from t2i_rl.benchmarks.shapes import Shapes
-from t2i_rl.checks import _check_method
-from t2i_rl.contracts import check_benchmark, check_data, check_reward, features_of, verdicts_of
-from t2i_rl.data.prompt_stream import PromptData
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt
+from t2i_rl.command.checks import _check_method
+from t2i_rl.core.contract_checks import check_benchmark, check_reward, checked, features_of, verdicts_of
+from t2i_rl.core.contracts import Benchmark, Reward, RewardOutput, Verdict
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.data.base import Data, check_data
+from t2i_rl.data.prompts import PromptData
 from t2i_rl.rewards.length import Length
 from t2i_rl.rewards.none import NoReward
 from t2i_rl.rewards.oracle import Oracle
-from t2i_rl.rewards.output import RewardOutput, checked
 from t2i_rl.rewards.random import Random
 from t2i_rl.rewards.self_certainty import SelfCertainty
 from t2i_rl.rewards.weighted_sum import WeightedSum
-from t2i_rl.shapes.judge import Verdict
 from t2i_rl.tasks.optimize_noise import judging
 from tests.test_configs import composed
 
@@ -55,9 +55,7 @@ def test_whole_numbers_and_gradients_are_taken_and_no_gradient_goes_on():
     assert output.total.tolist() == [1, 2, 3] and not output.parts["a"].requires_grad
 
 
-class Mine:
-    needs_images, distribution = True, None
-
+class Mine(Reward):
     def __call__(self, rollout):
         return RewardOutput(torch.zeros(len(rollout)))
 
@@ -69,11 +67,12 @@ def mine(**attributes):
 @pytest.mark.parametrize(
     ("reward", "named"),
     [
-        (type("Bare", (), {"__call__": lambda self, rollout: None})(), "must say needs_images = True or False"),
+        (type("Bare", (), {"__call__": lambda self, drawn: None})(), "must derive from t2i_rl.Reward"),
+        (type("Bare", (Reward,), {})(), r"must have __call__\(drawn\)"),
+        (mine(reads=dict), "reads = Drawn, or a class derived from it"),
         (mine(needs_images="yes"), "needs_images = True or False.*not 'yes'"),
         (mine(distribution="mine"), "distribution = None, or 'conditional' or 'guided'"),
-        (mine(__call__=lambda self: None), r"must be callable as reward\(rollout\)"),
-        (SimpleNamespace(needs_images=True, distribution=None), r"must be callable as reward\(rollout\)"),
+        (mine(__call__=lambda self: None), r"must have __call__\(drawn\)"),
         (mine(needs_meta="include"), "needs_meta as several names"),
         (mine(image_sizes=32), "image_sizes as whole numbers of pixels"),
         (mine(needs_plans=1), "needs_plans = True or False"),
@@ -113,7 +112,7 @@ def test_a_watched_reward_of_tokens_is_refused_where_pictures_alone_are_judged(a
         _check_method(composed(*arguments, "+reward@watch.nsc=nsc", "trainer.accelerator=cpu"))
 
 
-class Board:
+class Board(Benchmark):
     """A benchmark of a user's own that has all it needs."""
 
     name, version, overall_tasks, samples_per_prompt = "board", 1, ("color",), 2
@@ -140,7 +139,10 @@ def board(**attributes):
     [
         (board(prompts=None), r"must have prompts\(\)"),
         (board(prompts=lambda self: []), "a list of one Prompt or more"),
-        (board(prompts=lambda self: ["a red circle"]), r"prompts\(\)\[0\] must be a t2i_rl.prompts.Prompt, not a str"),
+        (
+            board(prompts=lambda self: ["a red circle"]),
+            r"prompts\(\)\[0\] must be a t2i_rl.Prompt, not a str",
+        ),
         (board(judge=lambda self, images: []), r"must have judge\(images, prompts\)"),
         (board(features=None), r"must have features\(images\)"),
         (board(fingerprint=lambda self: {"a": object()}), "plain values"),
@@ -167,10 +169,10 @@ IMAGES, PROMPTS = np.zeros((2, 4, 4, 3), np.uint8), [Prompt("a", "a", "color", {
     [
         ([Verdict(True, True, 1.0, [])], "2 verdicts, one a picture, not 1 of them"),
         (None, "not nothing"),
-        ([True, False], "a bool has no strict"),
+        ([True, False], "each a t2i_rl.Verdict, not a bool"),
         ([Verdict(np.bool_(True), True, 1.0, [])] * 2, "strict and lenient as True or False"),
         ([Verdict(True, True, float("nan"), [])] * 2, "a score from 0 to 1, not nan"),
-        ([Verdict(True, True, 1.0, "missing")] * 2, "defects as a list of texts"),
+        ([Verdict(True, True, 1.0, "missing")] * 2, "defects as a list of t2i_rl.Defect"),
     ],
 )
 def test_what_a_judge_gives_is_a_verdict_a_picture(verdicts, named):
@@ -188,18 +190,25 @@ def test_features_are_a_row_of_finite_numbers_a_picture(features):
         features_of(board(features=lambda self, images: features), IMAGES)
 
 
+class Endless(Data):
+    def train_dataloader(self):
+        return None
+
+
 def test_a_data_module_that_lacks_something_is_refused_by_name():
     check_data(PromptData(batch_size=1, prompts=PROMPTS))
-    loader = {"train_dataloader": lambda: None}
-    for given, named in (
-        ({}, r"must have train_dataloader\(\)"),
-        (loader, "batch_size must be a whole number"),
-        ({**loader, "batch_size": 0, "prompts": PROMPTS}, "batch_size must be a whole number of 1 or more, not 0"),
-        ({**loader, "batch_size": 1}, "prompts must be a list of one Prompt or more, not nothing"),
-        ({**loader, "batch_size": 1, "prompts": ["a"]}, r"prompts\[0\] must be a t2i_rl.prompts.Prompt"),
+    for kind, given, named in (
+        (SimpleNamespace, {}, "must derive from t2i_rl.Data"),
+        (Data, {"prompts": PROMPTS}, r"must have train_dataloader\(\)"),
+        (Endless, {"batch_size": 0, "prompts": PROMPTS}, "batch_size must be a whole number of 1 or more, not 0"),
+        (Endless, {}, "prompts must be a list of one Prompt or more, not a tuple"),
+        (Endless, {"prompts": ["a"]}, r"prompts\[0\] must be a t2i_rl.Prompt"),
     ):
-        with pytest.raises(UserError, match=rf"data \(SimpleNamespace\).*{named}"):
-            check_data(SimpleNamespace(**given))
+        data = kind()
+        for name, value in given.items():
+            setattr(data, name, value)
+        with pytest.raises(UserError, match=rf"data \({kind.__name__}\).*{named}"):
+            check_data(data)
 
 
 def test_a_benchmark_judges_the_pictures_of_a_search_only_where_it_can_read_their_prompts():

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.members import matched
 from t2i_rl.data.encodings import Encodings
-from t2i_rl.data.members import matched
 from t2i_rl.data.preferences import Preferences, PreferenceStream
 from t2i_rl.data.sources import find_source
-from t2i_rl.errors import UserError
-from t2i_rl.evaluation.results import read_job, read_records, read_results
+from t2i_rl.evaluation.records import read_job, read_records, read_results
 
 SEPARATORS = "\u2028\u2029\u0085"
 

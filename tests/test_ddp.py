@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from t2i_rl.data.prompt_stream import PromptData
-from t2i_rl.methods.grpo import GRPO
+from t2i_rl.data.prompts import PromptData
+from t2i_rl.methods.policy.tokens import GRPO
 from t2i_rl.rewards.self_certainty import SelfCertainty
 from tests.tiny import PROMPTS, load_tiny_janus, save_tiny_janus
 

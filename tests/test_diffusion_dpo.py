@@ -14,10 +14,10 @@ from diffusers import StableDiffusionPipeline
 from omegaconf import OmegaConf
 from PIL import Image
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.data.preferences import Preferences, PreferenceStream
-from t2i_rl.errors import UserError
-from t2i_rl.methods.diffusion_dpo import DiffusionDPO
-from t2i_rl.models.stable_diffusion import StableDiffusion
+from t2i_rl.methods.pairs.diffusion_dpo import DiffusionDPO
+from t2i_rl.models.diffusion.stable_diffusion import StableDiffusion
 from t2i_rl.tasks import export, make_preferences
 from tests.small_diffusers import pipeline
 
@@ -135,7 +135,7 @@ def test_what_was_learnt_is_exported_as_a_stock_pipeline(folder, tmp_path, monke
             "task": {"out": str(tmp_path / "out"), "adapter": False},
             "ckpt_path": None,
             "model": {},
-            "method": {"_target_": "t2i_rl.methods.diffusion_dpo.DiffusionDPO", "lora": {"r": 2}},
+            "method": {"_target_": "t2i_rl.methods.pairs.diffusion_dpo.DiffusionDPO", "lora": {"r": 2}},
             "paths": {},
         }
     )
@@ -149,7 +149,7 @@ def test_what_was_learnt_is_exported_as_a_stock_pipeline(folder, tmp_path, monke
 
 def test_preferences_are_made_of_right_and_wrong_pictures(folder, tmp_path):
     cfg = OmegaConf.create({
-        "model": {"_target_": "t2i_rl.models.stable_diffusion.StableDiffusion", "path": folder, "steps": 1},
+        "model": {"_target_": "t2i_rl.models.diffusion.stable_diffusion.StableDiffusion", "path": folder, "steps": 1},
         "task": {"out": str(tmp_path / "made"), "prompts_per_task": 2, "samples": 2}, "evaluation": {"batch_size": 5}, "seed": 0, "trainer": {"accelerator": "cpu"},
     })  # fmt: skip
     made = make_preferences.run(cfg)

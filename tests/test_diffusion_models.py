@@ -5,11 +5,11 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 
-from t2i_rl.errors import UserError
-from t2i_rl.models.diffusion import TextEncoding
-from t2i_rl.models.sd3 import SD3
-from t2i_rl.models.soft_tokens import SoftTokens, load_soft_tokens, spec_for
-from t2i_rl.models.stable_diffusion import StableDiffusion, StableDiffusionXL
+from t2i_rl.core.errors import UserError
+from t2i_rl.models.diffusion.base import TextEncoding
+from t2i_rl.models.diffusion.sd3 import SD3
+from t2i_rl.models.diffusion.soft_tokens import SoftTokens, load_soft_tokens, spec_for
+from t2i_rl.models.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from tests.small_diffusers import pipeline
 
 KINDS = ("sd15", "sdxl", "sd3", "sd3_t5", "sd35")

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_rl.errors import UserError
-from t2i_rl.models.flow_edit import flow_edit, guided
-from t2i_rl.models.sd3 import SD3
-from t2i_rl.models.soft_tokens import SoftTokens, spec_for
-from t2i_rl.seeding import derive_seed, row_normals
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.seeding import derive_seed, row_normals
+from t2i_rl.models.diffusion.flow_edit import flow_edit, guided
+from t2i_rl.models.diffusion.sd3 import SD3
+from t2i_rl.models.diffusion.soft_tokens import SoftTokens, spec_for
 from t2i_rl.shapes.edits import KINDS, psnr, sample_edit
 from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect
@@ -88,7 +88,7 @@ def test_tokens_are_read_by_all_four_predictions(model, latents):
     touched = flow_edit(model, latents, SOURCE, TARGET, [1, 2], steps=2, start=1)
     hook.remove()
     handle.remove()
-    model.tokens = None
+    model.attached = None
     assert rows == [[8]] and (touched - plain).abs().max() > 1e-4
 
 
@@ -102,7 +102,7 @@ def test_empty_prompts_and_they_alone_read_the_null_branch(model, latents):
     flow_edit(model, latents, SOURCE, TARGET, [1, 2], steps=2, start=1)
     hook.remove()
     handle.remove()
-    model.tokens = None
+    model.attached = None
     (text, carried), empty = given[0], encode([""]).embeds[0]
     tokens, t = next(iter(carried.values())), torch.full((1,), float(model.pipe.scheduler.timesteps[1]))
     for row in range(8):

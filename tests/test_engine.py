@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 from t2i_rl.methods.trainable import select_trainable
-from t2i_rl.models.janus import Janus
-from t2i_rl.rollout import memory
-from t2i_rl.rollout.decode import decode_text
-from t2i_rl.rollout.emit import ImageEmitter
-from t2i_rl.rollout.engine import Engine, EngineOptions
-from t2i_rl.rollout.rows import unconditional
+from t2i_rl.models.autoregressive.engine import memory
+from t2i_rl.models.autoregressive.engine.decode import decode_text
+from t2i_rl.models.autoregressive.engine.emit import ImageEmitter
+from t2i_rl.models.autoregressive.engine.engine import Engine, EngineOptions
+from t2i_rl.models.autoregressive.engine.rows import unconditional
+from t2i_rl.models.autoregressive.janus import Janus
 from tests.tiny import CHAT, load_tiny_janus, save_tiny_janus
 
 TEXTS = ["a red circle", "a drawing of a green cross left of a black triangle", "three blue squares"]
@@ -272,7 +272,11 @@ def test_an_unknown_rollout_dtype_is_one_line(folder):
 def test_options_of_configs_reach_the_engine(folder):
     from hydra.utils import instantiate
 
-    settings = {"_target_": "t2i_rl.models.janus.Janus", "path": folder, "chat": CHAT}
-    rollout = {"_target_": "t2i_rl.rollout.engine.EngineOptions", "max_rows": 3, "dtype": "bfloat16"}
+    settings = {"_target_": "t2i_rl.models.autoregressive.janus.Janus", "path": folder, "chat": CHAT}
+    rollout = {
+        "_target_": "t2i_rl.models.autoregressive.engine.engine.EngineOptions",
+        "max_rows": 3,
+        "dtype": "bfloat16",
+    }
     janus = instantiate({**settings, "rollout": rollout})
     assert janus.engine.options == EngineOptions(dtype="bfloat16", max_rows=3) and json.dumps(janus.sampling())

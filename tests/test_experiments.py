@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from t2i_rl.evaluation.results import write_records
+from t2i_rl.evaluation.records import write_records
 from tests.made_up_run import make_records, make_run
 from tests.test_configs import composed
 

@@ -9,9 +9,9 @@ from omegaconf import OmegaConf
 from peft import PeftModel
 from transformers import AutoProcessor, JanusForConditionalGeneration
 
-from t2i_rl.errors import UserError
-from t2i_rl.methods.grpo import GRPO
-from t2i_rl.models.janus import Janus
+from t2i_rl.core.errors import UserError
+from t2i_rl.methods.policy.tokens import GRPO
+from t2i_rl.models.autoregressive.janus import Janus
 from t2i_rl.rewards.random import Random
 from t2i_rl.tasks import export
 from tests.tiny import CHAT, save_tiny_janus
@@ -26,9 +26,9 @@ def folder(tmp_path_factory) -> str:
 
 
 def settings(folder: str, tmp_path, lora=None, adapter=False, dtype="float32"):
-    model = {"_target_": "t2i_rl.models.janus.Janus", "path": folder, "chat": CHAT, "guidance_scale": 3.0, "temperature": 0.0, "dtype": dtype}  # fmt: skip
+    model = {"_target_": "t2i_rl.models.autoregressive.janus.Janus", "path": folder, "chat": CHAT, "guidance_scale": 3.0, "temperature": 0.0, "dtype": dtype}  # fmt: skip
     optimizer = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}
-    method = {"_target_": "t2i_rl.methods.grpo.GRPO", "lora": lora, "optimizer": optimizer, "trainable": [r"model\.language_model\.", r"lm_head\."]}  # fmt: skip
+    method = {"_target_": "t2i_rl.methods.policy.tokens.GRPO", "lora": lora, "optimizer": optimizer, "trainable": [r"model\.language_model\.", r"lm_head\."]}  # fmt: skip
     return OmegaConf.create(
         {
             "model": model, "method": method, "reward": {"_target_": "t2i_rl.rewards.random.Random"},

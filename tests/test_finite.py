@@ -10,30 +10,31 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from t2i_rl.core.contracts import Reward
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.finite import check_weights
 from t2i_rl.core.pixels import to_bytes
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.data.encodings import KINDS, Encodings, finished, write_shard
-from t2i_rl.errors import UserError
 from t2i_rl.gaussianity.regularizer import Regularizer
-from t2i_rl.irg.interleave import Interleave
-from t2i_rl.methods.agsm import AGSM
-from t2i_rl.methods.grpo import GRPO
-from t2i_rl.methods.irg import IRG
-from t2i_rl.methods.noise_cases import Case
-from t2i_rl.methods.noise_opt import NoiseOptimization
-from t2i_rl.methods.noise_search import NoiseSearch
-from t2i_rl.models.flow_edit import flow_edit
-from t2i_rl.models.flux import Flux
-from t2i_rl.models.janus import Janus
-from t2i_rl.models.noise_to_image import noise_to_image
-from t2i_rl.models.sd3 import SD3
-from t2i_rl.models.stable_diffusion import StableDiffusion
+from t2i_rl.methods.irg.rounds import Interleave
+from t2i_rl.methods.irg.training import IRG
+from t2i_rl.methods.noise.base import Case
+from t2i_rl.methods.noise.climb import NoiseOptimization
+from t2i_rl.methods.noise.search import NoiseSearch
+from t2i_rl.methods.pairs.agsm import AGSM
+from t2i_rl.methods.policy.tokens import GRPO
+from t2i_rl.models.autoregressive.codes import nearest_codes
+from t2i_rl.models.autoregressive.engine.emit import TextEmitter
+from t2i_rl.models.autoregressive.janus import Janus
+from t2i_rl.models.diffusion.flow_edit import flow_edit
+from t2i_rl.models.diffusion.flux import Flux
+from t2i_rl.models.diffusion.noise_to_image import noise_to_image
+from t2i_rl.models.diffusion.sd3 import SD3
+from t2i_rl.models.diffusion.stable_diffusion import StableDiffusion
 from t2i_rl.pretrain.fit import fit
 from t2i_rl.pretrain.vae import VAEStage
-from t2i_rl.pretrain.vq import nearest_codes
-from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.self_certainty import SelfCertainty
-from t2i_rl.rollout.emit import TextEmitter
 from t2i_rl.shapes.recognizer import Recognizer
 from tests.small_diffusers import pipeline, small_vae
 from tests.tiny import CHAT, load_tiny_janus, save_tiny_janus
@@ -261,10 +262,10 @@ class Steep(torch.autograd.Function):
         return gradient * ctx.slope, None
 
 
-class Bright:
+class Bright(Reward):
     """How bright a picture is, with a gradient as steep as it is asked to be."""
 
-    differentiable, distribution, needs_images = True, None, True
+    differentiable = True
 
     def __init__(self, slope: float = 1.0):
         self.slope = slope

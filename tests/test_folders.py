@@ -11,14 +11,14 @@ import time
 import pytest
 from omegaconf import OmegaConf
 
-from t2i_rl import folders
-from t2i_rl.errors import UserError
-from t2i_rl.folders import Lock, claim, claimed_outputs, give_back, in_turn, run_id
+from t2i_rl.core import folders
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.folders import Lock, claim, claimed_outputs, give_back, in_turn, run_id
 from tests.test_house import FAKE_TASK, call
 
 HOLD = """
 import sys, time
-from t2i_rl.folders import Lock
+from t2i_rl.core.folders import Lock
 assert Lock(sys.argv[1]).take() is None
 print('held', flush=True)
 time.sleep(60)

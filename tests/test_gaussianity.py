@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 from t2i_rl.gaussianity.autocorrelation import AutoCorrelation
 from t2i_rl.gaussianity.constraints import Renorm, WhitenedNoise, project_block
 from t2i_rl.gaussianity.health import SPECTRUM, GaussianityReport, bands, measures

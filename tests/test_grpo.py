@@ -7,11 +7,11 @@ import lightning as L
 import pytest
 import torch
 
-from t2i_rl.data.prompt_stream import PromptBatches
-from t2i_rl.errors import UserError
-from t2i_rl.methods.grpo import GRPO
-from t2i_rl.methods.grpo_loss import group_advantages
-from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.core.contracts import Reward, RewardOutput
+from t2i_rl.core.errors import UserError
+from t2i_rl.data.prompts import PromptBatches
+from t2i_rl.methods.policy.loss import group_advantages
+from t2i_rl.methods.policy.tokens import GRPO
 from t2i_rl.rewards.random import Random
 from t2i_rl.rewards.self_certainty import SelfCertainty
 from tests.tiny import PROMPTS, load_tiny_janus, save_tiny_janus, tiny_rollout
@@ -160,8 +160,8 @@ def test_half_precision_weights_are_not_trained_but_adapters_on_them_are(folder)
 
 
 def test_a_reward_computes_in_its_own_dtype_where_training_has_autocast_on(folder):
-    class Product:
-        needs_images, distribution = False, None
+    class Product(Reward):
+        needs_images = False
 
         def __call__(self, rollout):
             a = torch.full((len(rollout), 1), 1.001)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_rl.errors import UserError
-from t2i_rl.methods.grpo_loss import (
+from t2i_rl.core.errors import UserError
+from t2i_rl.methods.policy.loss import (
     LARGEST_LOG_RATIO,
     group_advantages,
     importance_ratio,
@@ -15,7 +15,7 @@ from t2i_rl.methods.grpo_loss import (
     policy_loss,
     token_weights,
 )
-from t2i_rl.methods.grpo_metrics import masked_mean, update_metrics
+from t2i_rl.methods.policy.metrics import masked_mean, update_metrics
 
 
 def test_advantages_by_hand():
@@ -101,7 +101,7 @@ class ToyPolicy:
         self.reward = torch.randn(3, 3, dtype=torch.float64, generator=generator)
 
     def logprobs(self, convention: str) -> torch.Tensor:
-        """Log-prob of every sequence, `(3, 3)`, under a convention of `t2i_rl.rollout.score`."""
+        """Log-prob of every sequence, `(3, 3)`, under a convention of `t2i_rl.models.autoregressive.engine.score`."""
         first, second, shared = (self.parameters[name] for name in ("first", "second", "shared"))
         steps = []
         for conditional, unconditional in (

@@ -8,15 +8,15 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from t2i_rl import cli
-from t2i_rl.class_attributes import class_attribute
-from t2i_rl.errors import UserError
-from t2i_rl.methods.grpo import GRPO
+from t2i_rl.command import cli
+from t2i_rl.command.class_attributes import class_attribute
+from t2i_rl.command.provenance import record
+from t2i_rl.command.resume import COMPARED, continue_in_place
+from t2i_rl.core.errors import UserError
+from t2i_rl.evaluation.optimized import optimized
 from t2i_rl.methods.identity import own_part
-from t2i_rl.models.janus import Janus
-from t2i_rl.optimized import optimized
-from t2i_rl.provenance import record
-from t2i_rl.resume import COMPARED, continue_in_place
+from t2i_rl.methods.policy.tokens import GRPO
+from t2i_rl.models.autoregressive.janus import Janus
 
 FAKE_TASK = "task._target_=tests.test_house.fake_task"
 seen: list[tuple[str, float, str]] = []
@@ -201,8 +201,8 @@ def test_refusals_are_exactly_one_line_before_any_weight_loads(tmp_path, monkeyp
     torch.save({"state_dict": {}, "global_step": 1, "pairs": {}}, tmp_path / "tokens.ckpt")
     row = '{"prompt": "a car", "task_type": "object", "nouns": ["car"], "include": [{"class": "car", "count": 1}]}'
     (tmp_path / "annotated.jsonl").write_text(row + "\n")
-    monkeypatch.setattr("t2i_rl.models.janus.load_pretrained", None)
-    monkeypatch.setattr("t2i_rl.models.diffusion.load_pipeline", None)
+    monkeypatch.setattr("t2i_rl.models.autoregressive.janus.load_pretrained", None)
+    monkeypatch.setattr("t2i_rl.models.diffusion.base.load_pipeline", None)
     assert call(monkeypatch, tmp_path, *arguments) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and named in lines[0]
@@ -268,5 +268,5 @@ def test_a_folder_run_in_again_keeps_where_it_came_from(tmp_path):
 
 
 def test_class_attributes_are_read_as_python_reads_them():
-    assert class_attribute("t2i_rl.methods.grpo.GRPO", "trains") == GRPO.trains
-    assert class_attribute("t2i_rl.models.janus.Janus", "family") == Janus.family
+    assert class_attribute("t2i_rl.methods.policy.tokens.GRPO", "trains") == GRPO.trains
+    assert class_attribute("t2i_rl.models.autoregressive.janus.Janus", "family") == Janus.family

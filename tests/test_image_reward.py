@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.rewards.image_reward import ImageReward
 from tests.small_rewards import BERT, tokenizer
 

@@ -15,15 +15,16 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.pixels import square
 from t2i_rl.data.encodings import Encodings
-from t2i_rl.data.image_text import ImageText, ImageTextStream, square
+from t2i_rl.data.image_text import ImageText, ImageTextStream
 from t2i_rl.data.pairs import PixelPairs
 from t2i_rl.data.preferences import Preferred
 from t2i_rl.data.sources import find_source
-from t2i_rl.errors import UserError
-from t2i_rl.methods.agsm import AGSM
-from t2i_rl.models.sd3 import SD3
-from t2i_rl.models.stable_diffusion import StableDiffusion, StableDiffusionXL
+from t2i_rl.methods.pairs.agsm import AGSM
+from t2i_rl.models.diffusion.sd3 import SD3
+from t2i_rl.models.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from t2i_rl.tasks import encode
 from tests.small_diffusers import pipeline
 
@@ -208,7 +209,7 @@ def encoding(tmp_path: Path, model, data: Path, **task):
 @pytest.fixture
 def small(tmp_path):
     model = {
-        "_target_": "t2i_rl.models.sd3.SD3",
+        "_target_": "t2i_rl.models.diffusion.sd3.SD3",
         "path": str(pipeline("sd3", tmp_path / "sd3")),
         "max_sequence_length": 2,
     }

@@ -16,4 +16,4 @@ def test_core_imports_nothing_of_the_package_but_itself_and_errors(file):
     names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
     names += [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     own = [name for name in names if name.partition(".")[0] == "t2i_rl"]
-    assert all(name == "t2i_rl.errors" or name.startswith("t2i_rl.core.") for name in own), own
+    assert all(name == "t2i_rl.core.errors" or name.startswith("t2i_rl.core.") for name in own), own

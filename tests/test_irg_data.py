@@ -8,10 +8,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from t2i_rl.data import irgl
-from t2i_rl.errors import UserError
-from t2i_rl.irg.toy_format import conversation, parsed, png, read_toy, segments_of, write_shard
-from t2i_rl.irg.trajectory import BOTH, MODES, STAGES, Segment, Trajectory, in_mode
+from t2i_rl.core.errors import UserError
+from t2i_rl.methods.irg import data as irgl
+from t2i_rl.methods.irg.toy_format import conversation, parsed, png, read_toy, segments_of, write_shard
+from t2i_rl.methods.irg.trajectory import MODES, STAGES, Trajectory, in_mode
+from t2i_rl.models.autoregressive.segments import BOTH, Segment
 
 # (texts learnt, pictures learnt, texts of the context, pictures of the context), specification section 2.1
 COUNTS = {

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from t2i_rl.errors import UserError
-from t2i_rl.irg.interleave import Interleave, says_stop
-from t2i_rl.irg.trajectory import Written
+from t2i_rl.core.errors import UserError
+from t2i_rl.methods.irg.rounds import Interleave, says_stop
+from t2i_rl.models.autoregressive.segments import Written
 
 
 class Scripted:

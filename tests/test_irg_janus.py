@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_rl.errors import UserError
-from t2i_rl.irg.interleave import Interleave, windowed, without_images, without_reflection
-from t2i_rl.irg.janus import NO_LABEL, InterleavedJanus
-from t2i_rl.irg.trajectory import BOTH, MODES, Segment
-from t2i_rl.models.janus import Chat
-from t2i_rl.pretrain.vq import nearest_codes
-from t2i_rl.rollout.decode import decode_image
-from t2i_rl.rollout.rows import guided
+from t2i_rl.core.errors import UserError
+from t2i_rl.methods.irg.rounds import Interleave, windowed, without_images, without_reflection
+from t2i_rl.methods.irg.trajectory import MODES
+from t2i_rl.models.autoregressive.chat import Chat
+from t2i_rl.models.autoregressive.codes import nearest_codes
+from t2i_rl.models.autoregressive.engine.decode import decode_image
+from t2i_rl.models.autoregressive.engine.rows import guided
+from t2i_rl.models.autoregressive.interleaved import NO_LABEL, InterleavedJanus
+from t2i_rl.models.autoregressive.segments import BOTH, Segment
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.text import plan

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from t2i_rl.data.irgl import Trajectories
-from t2i_rl.errors import UserError
-from t2i_rl.irg.make import Maker
-from t2i_rl.irg.world import World
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.methods.irg.data import Trajectories
+from t2i_rl.methods.irg.make import Maker
+from t2i_rl.methods.irg.world import World
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.scene import COLORS, Object, Scene

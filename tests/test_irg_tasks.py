@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from t2i_rl.irg.files import load_trajectory
-from t2i_rl.irg.toy_format import read_toy
+from t2i_rl.methods.irg.files import load_trajectory
+from t2i_rl.methods.irg.toy_format import read_toy
 from tests.test_house import call
 from tests.tiny import save_tiny_janus
 

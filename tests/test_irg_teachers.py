@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from t2i_rl.errors import UserError
-from t2i_rl.irg.make import Maker
-from t2i_rl.irg.teachers import DrawnPictures, GivenPictures, Teacher
-from t2i_rl.irg.toy_format import read_toy
-from t2i_rl.irg.writers import ChatWriter, LocalWriter
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.methods.irg.make import Maker
+from t2i_rl.methods.irg.teachers import DrawnPictures, GivenPictures, Teacher
+from t2i_rl.methods.irg.toy_format import read_toy
+from t2i_rl.methods.irg.writers import ChatWriter, LocalWriter
 from tests.tiny import load_tiny_janus, save_tiny_janus
 
 RED, BLUE = (np.full((32, 32, 3), color, np.uint8) for color in ((200, 0, 0), (0, 0, 200)))

@@ -10,18 +10,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from t2i_rl.data.irgl import Trajectories, TrajectoryStream
-from t2i_rl.errors import UserError
-from t2i_rl.irg.interleave import Interleave
-from t2i_rl.irg.janus import NO_LABEL
-from t2i_rl.irg.make import Maker
-from t2i_rl.irg.packing import block_mask, pack, places
-from t2i_rl.irg.rows import Material, row_of
-from t2i_rl.irg.toy_format import write_shard
-from t2i_rl.irg.trajectory import MODES, STAGES, Trajectory
-from t2i_rl.irg.world import World
-from t2i_rl.methods.irg import IRG, saved_average, saved_by_irg
-from t2i_rl.pretrain.vq import nearest_codes
+from t2i_rl.core.errors import UserError
+from t2i_rl.methods.irg.data import Trajectories, TrajectoryStream
+from t2i_rl.methods.irg.make import Maker
+from t2i_rl.methods.irg.rounds import Interleave
+from t2i_rl.methods.irg.rows import Material, row_of
+from t2i_rl.methods.irg.toy_format import write_shard
+from t2i_rl.methods.irg.training import IRG, saved_average, saved_by_irg
+from t2i_rl.methods.irg.trajectory import MODES, STAGES, Trajectory
+from t2i_rl.methods.irg.world import World
+from t2i_rl.models.autoregressive.codes import nearest_codes
+from t2i_rl.models.autoregressive.interleaved import NO_LABEL
+from t2i_rl.models.autoregressive.packing import block_mask, pack, places
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.text import plan

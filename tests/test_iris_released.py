@@ -8,11 +8,11 @@ from numpy.testing import assert_allclose
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from t2i_rl.errors import UserError
-from t2i_rl.methods.grpo_loss import group_advantages, token_weights
+from t2i_rl.core.errors import UserError
+from t2i_rl.methods.policy.loss import group_advantages, token_weights
+from t2i_rl.models.autoregressive.engine.stats import token_stats
+from t2i_rl.models.autoregressive.rollout import TokenRollout
 from t2i_rl.rewards.self_certainty import SelfCertainty
-from t2i_rl.rollout.buffer import Rollout
-from t2i_rl.rollout.stats import token_stats
 from tests.test_configs import composed
 
 GROUP, PROMPTS = 8, 3
@@ -33,11 +33,11 @@ def logits() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return text, image, torch.randint(1, LONGEST_PLAN + 1, (ROWS,), generator=generator)
 
 
-def rollout_of(text: torch.Tensor, image: torch.Tensor, lengths: torch.Tensor) -> Rollout:
+def rollout_of(text: torch.Tensor, image: torch.Tensor, lengths: torch.Tensor) -> TokenRollout:
     plan_mask = torch.arange(text.shape[1]) < lengths[:, None]
     image_mask = torch.ones(image.shape[:2], dtype=torch.bool)
     nothing = torch.zeros(len(text), 1, dtype=torch.long)
-    rollout = Rollout(
+    rollout = TokenRollout(
         prompts=[None] * len(text), group_size=GROUP, seeds=[0] * len(text), plans=[""] * len(text), image_ids=nothing, image_mask=nothing,
         image_tokens=nothing, drawn=None, text_vocabulary=TEXT_VOCABULARY, image_vocabulary=IMAGE_VOCABULARY,
     )  # fmt: skip

@@ -4,11 +4,11 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from t2i_rl.checks import check as check_config
-from t2i_rl.complaints import choices
-from t2i_rl.errors import UserError
-from t2i_rl.kinds import check_kinds
-from t2i_rl.settings import check_root, check_settings
+from t2i_rl.command.checks import check as check_config
+from t2i_rl.command.kinds import check_kinds
+from t2i_rl.command.messages import choices
+from t2i_rl.command.settings import check_root, check_settings
+from t2i_rl.core.errors import UserError
 from tests.test_configs import composed
 
 

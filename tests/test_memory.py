@@ -4,27 +4,37 @@ import pytest
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
-from t2i_rl.models.memory import Memory, bytes_of, counted, predict
-from t2i_rl.models.noise_to_image import noise_to_image
+from t2i_rl.models.diffusion.memory import Memory, bytes_of, counted, predict
+from t2i_rl.models.diffusion.noise_to_image import noise_to_image
 from tests.small_diffusers import pipeline
 from tests.test_noise_to_image import MODELS, noise_for
 
 TARGETS = {
-    "flux": {"_target_": "t2i_rl.models.flux.Flux", "size": 32, "max_sequence_length": 16},
-    "sd35": {"_target_": "t2i_rl.models.sd3.SD3", "guidance_scale": 0.0, "steps": 1, "max_sequence_length": 16},
+    "flux": {"_target_": "t2i_rl.models.diffusion.flux.Flux", "size": 32, "max_sequence_length": 16},
+    "sd35": {
+        "_target_": "t2i_rl.models.diffusion.sd3.SD3",
+        "guidance_scale": 0.0,
+        "steps": 1,
+        "max_sequence_length": 16,
+    },
     "sd_turbo": {
-        "_target_": "t2i_rl.models.stable_diffusion.StableDiffusion",
+        "_target_": "t2i_rl.models.diffusion.stable_diffusion.StableDiffusion",
         "guidance_scale": 0.0,
         "steps": 1,
         "scheduler": "own",
     },
     "sdxl_turbo": {
-        "_target_": "t2i_rl.models.stable_diffusion.StableDiffusionXL",
+        "_target_": "t2i_rl.models.diffusion.stable_diffusion.StableDiffusionXL",
         "guidance_scale": 0.0,
         "steps": 1,
         "scheduler": "own",
     },
-    "sana": {"_target_": "t2i_rl.models.sana.SanaSprint", "size": 32, "max_sequence_length": 16, "dtype": "float32"},
+    "sana": {
+        "_target_": "t2i_rl.models.diffusion.sana.SanaSprint",
+        "size": 32,
+        "max_sequence_length": 16,
+        "dtype": "float32",
+    },
 }
 
 

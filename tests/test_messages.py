@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 from transformers import CLIPImageProcessorPil
 
-from t2i_rl import cli, complaints, manual
 from t2i_rl.benchmarks.shapes import Shapes
-from t2i_rl.errors import UserError
-from t2i_rl.folder_names import LONGEST, folder_name
-from t2i_rl.named_parts import named_parts
-from t2i_rl.optimized import check_optimized, check_optimized_noise
+from t2i_rl.command import cli, manual
+from t2i_rl.command import messages as complaints
+from t2i_rl.command.folder_names import LONGEST, folder_name
+from t2i_rl.core.contracts import Reward
+from t2i_rl.core.errors import UserError
+from t2i_rl.evaluation.optimized import check_optimized, check_optimized_noise
 from t2i_rl.rewards.processors import image_processors
+from t2i_rl.tasks.named_parts import named_parts
 from tests.test_configs import composed
 from tests.test_house import call
 
@@ -96,7 +98,7 @@ def test_a_choice_of_another_group_is_pointed_at():
     ],
 )
 def test_a_wrong_command_ends_in_one_line(tmp_path, monkeypatch, capfd, arguments, said):
-    monkeypatch.setattr("t2i_rl.models.janus.load_pretrained", None)
+    monkeypatch.setattr("t2i_rl.models.autoregressive.janus.load_pretrained", None)
     assert call(monkeypatch, tmp_path, *arguments) == 2
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0]
@@ -113,7 +115,7 @@ def test_what_is_composed_can_be_shown(tmp_path, monkeypatch, capsys, what):
 
 def test_the_manual_page_needs_no_hydra_and_comes_at_once(tmp_path):
     """Hydra, torch and lightning take seconds; what the page needs is read from files."""
-    program = "import sys; from t2i_rl.start import main; sys.argv = ['run.py', '--help']; main();"
+    program = "import sys; from t2i_rl.command.start import main; sys.argv = ['run.py', '--help']; main();"
     program += "print(sorted({'torch', 'hydra', 'lightning', 'omegaconf'} & set(sys.modules)))"
     start = time.process_time()
     page = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True).stdout
@@ -231,7 +233,7 @@ def test_a_torchvision_that_does_not_fit_torch_is_one_line(tmp_path, monkeypatch
 
 
 def test_which_image_processor_a_reward_reads_through_is_told():
-    class Judge:
+    class Judge(Reward):
         def __init__(self, pictures=None, parts=None):
             self.pictures, self.parts = pictures, parts
 

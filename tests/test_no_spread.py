@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from t2i_rl.callbacks.no_spread import NoSpread
-from t2i_rl.data.prompt_stream import PromptBatches
+from t2i_rl.core.contracts import Reward, RewardOutput
+from t2i_rl.data.prompts import PromptBatches
 from t2i_rl.evaluation.tables import headline
-from t2i_rl.rewards.output import RewardOutput
 from tests.test_grpo import build
 from tests.tiny import PROMPTS, save_tiny_janus
 
@@ -77,8 +77,8 @@ def test_the_finding_of_the_run_ends_with_it():
     assert headline(results).endswith("(evaluation.stages=[]). In 5 steps in a row nothing varied.")
 
 
-class Constant:
-    needs_images, distribution = False, None
+class Constant(Reward):
+    needs_images = False
 
     def __call__(self, rollout):
         return RewardOutput(torch.zeros(len(rollout), dtype=torch.float64))

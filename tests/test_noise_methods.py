@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.contracts import Reward, RewardOutput
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.gaussianity.constraints import Renorm, WhitenedNoise
 from t2i_rl.gaussianity.moments import KL, Moment
 from t2i_rl.gaussianity.regularizer import Regularizer
 from t2i_rl.gaussianity.spectrum import Spectrum
-from t2i_rl.methods.langevin import Langevin
-from t2i_rl.methods.noise_opt import NoiseOptimization
-from t2i_rl.methods.noise_search import NoiseSearch
-from t2i_rl.models.flux import Flux
-from t2i_rl.prompts import Prompt
-from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.methods.noise.climb import NoiseOptimization
+from t2i_rl.methods.noise.langevin import Langevin
+from t2i_rl.methods.noise.search import NoiseSearch
+from t2i_rl.models.diffusion.flux import Flux
 from tests.small_diffusers import pipeline
 
 PROMPTS = [
@@ -30,12 +30,10 @@ MPGR = {"1": Moment(1), "2": Moment(2), "s": Spectrum(bins="full", permutation="
 SGD = partial(torch.optim.SGD, lr=5.0, momentum=0.9, nesterov=True)
 
 
-class Redness:
+class Redness(Reward):
     """How red a picture is: differentiable, and its own held-out judge when asked as one."""
 
     differentiable = True
-    distribution = None
-    needs_images = True
 
     def score_pixels(self, pixels, prompts):
         return pixels[:, 0].mean(dim=(1, 2)) - pixels[:, 1:].mean(dim=(1, 2, 3))
@@ -257,9 +255,7 @@ def test_neighbours_have_the_stated_cosine_and_length(model, tmp_path):
 
 
 def test_rewards_without_gradients_can_be_searched(model, tmp_path):
-    class Counted:
-        needs_images, distribution = True, None
-
+    class Counted(Reward):
         def __call__(self, pictures):
             return RewardOutput(torch.tensor([float(np.asarray(image).mean()) for image in pictures.images]))
 

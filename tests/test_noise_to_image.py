@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_rl.errors import UserError
-from t2i_rl.models.flux import Flux
-from t2i_rl.models.noise_to_image import noise_to_image
-from t2i_rl.models.sana import SanaSprint
-from t2i_rl.models.sd3 import SD3
-from t2i_rl.models.stable_diffusion import StableDiffusion, StableDiffusionXL
+from t2i_rl.core.errors import UserError
+from t2i_rl.models.diffusion.flux import Flux
+from t2i_rl.models.diffusion.noise_to_image import noise_to_image
+from t2i_rl.models.diffusion.sana import SanaSprint
+from t2i_rl.models.diffusion.sd3 import SD3
+from t2i_rl.models.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from tests.small_diffusers import pipeline
 
 PROMPTS = ["a red circle", "two blue squares"]

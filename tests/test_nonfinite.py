@@ -7,12 +7,12 @@ import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
 
-from t2i_rl.errors import UserError
-from t2i_rl.irg.interleave import Interleave
-from t2i_rl.methods.irg import IRG
-from t2i_rl.methods.pairs import PairMethod
+from t2i_rl.command.resume import COMPARED, _newest_run
+from t2i_rl.core.errors import UserError
+from t2i_rl.methods.irg.rounds import Interleave
+from t2i_rl.methods.irg.training import IRG
+from t2i_rl.methods.pairs.base import PairMethod
 from t2i_rl.methods.trainable import NonFinite
-from t2i_rl.resume import COMPARED, _newest_run
 from tests.test_configs import composed
 from tests.test_grpo import build, train
 from tests.tiny import save_tiny_janus, tiny_rollout

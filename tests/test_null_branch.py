@@ -6,12 +6,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from t2i_rl.errors import UserError
-from t2i_rl.models.flux import Flux
-from t2i_rl.models.noise_to_image import noise_to_image
-from t2i_rl.models.sd3 import SD3
-from t2i_rl.models.soft_tokens import Attached, SoftTokens, load_soft_tokens, spec_for
-from t2i_rl.models.stable_diffusion import StableDiffusion, StableDiffusionXL
+from t2i_rl.core.errors import UserError
+from t2i_rl.models.diffusion.flux import Flux
+from t2i_rl.models.diffusion.noise_to_image import noise_to_image
+from t2i_rl.models.diffusion.sd3 import SD3
+from t2i_rl.models.diffusion.soft_tokens import Attached, SoftTokens, load_soft_tokens, spec_for
+from t2i_rl.models.diffusion.stable_diffusion import StableDiffusion, StableDiffusionXL
 from tests.small_diffusers import denoiser, inputs, pipeline
 
 LOADERS = {
@@ -63,7 +63,7 @@ def test_through_noise_the_prompts_read_their_branch_as_in_the_stock_pipeline(ki
     with torch.no_grad():
         ours = through_noise(model, noise, prompts)
         torch.testing.assert_close(ours, stock(model, noise, prompts), rtol=0, atol=1e-4)
-        model.tokens.null_branch = None
+        model.attached.null_branch = None
         assert (through_noise(model, noise, prompts) - ours).abs().max() > 1e-3  # the branch is read at all
 
 
@@ -92,11 +92,11 @@ def test_without_guidance_every_picture_reads_the_prompts_branch(folders):
 
 def branches_read(model, draw) -> list[list[int]]:
     """Which branch each row of each of the denoiser's calls read while `draw` ran."""
-    calls, look = [], lambda module, args, kwargs: calls.append(kwargs[model.tokens.splice.carrier])
+    calls, look = [], lambda module, args, kwargs: calls.append(kwargs[model.attached.splice.carrier])
     hook = model.denoiser.register_forward_pre_hook(look, with_kwargs=True)
     draw()
     hook.remove()
-    bank, read = model.tokens.bank, []
+    bank, read = model.attached.bank, []
     for carried in calls:
         (tokens,) = carried.values()
         offsets = tokens - bank.tokens[0]

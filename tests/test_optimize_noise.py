@@ -11,8 +11,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from t2i_rl.checks import _check_method
-from t2i_rl.settings import check_settings
+from t2i_rl.command.checks import _check_method
+from t2i_rl.command.settings import check_settings
 from tests.small_diffusers import pipeline
 from tests.small_rewards import save_small_hps
 from tests.test_configs import composed

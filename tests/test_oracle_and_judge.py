@@ -5,9 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from t2i_rl.errors import UserError
-from t2i_rl.shapes.judge import judge, relations
-from t2i_rl.shapes.oracle import Detection, components, detect
+from t2i_rl.core.contracts import Defect
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.geneval_rule import relations
+from t2i_rl.shapes.judge import judge
+from t2i_rl.shapes.oracle import ShapeDetection, components, detect
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.scene import BASE_SHAPES, Object, Scene, sample_scene
 from t2i_rl.shapes.suites import wishes
@@ -23,7 +25,7 @@ def drawn(tag: str, count: int, size: int = 32, seed: int = 0):
 
 
 def box(shape, x, y, color="red", score=1.0, r=5.0, **extra):
-    return Detection(shape, color, (x - r, y - r, x + r, y + r), score, **extra)
+    return ShapeDetection(shape, (x - r, y - r, x + r, y + r), score, color, **extra)
 
 
 @pytest.mark.parametrize("size", [32, 48])
@@ -112,9 +114,7 @@ def test_a_blob_that_is_no_shape_is_malformed():
     image[4:7, 4:25] = (215, 30, 35)
     image[20:28, 4:8] = (35, 70, 225)
     assert all(item.malformed for item in detect(image[None])[0])
-    assert (
-        judge({"include": [{"class": "square", "count": 1}]}, detect(image[None])[0]).defects[0].startswith("missing")
-    )
+    assert judge({"include": [{"class": "square", "count": 1}]}, detect(image[None])[0]).defects[0].kind == "missing"
 
 
 @pytest.mark.parametrize(
@@ -185,11 +185,11 @@ def test_strict_is_the_brute_force_rule_and_score_one_says_the_same():
                 found.append(box("circle", 30, 30, "cyan", malformed=bool(rng.integers(2))))
             elif change == 3:
                 first = found[0]
-                found[0] = Detection(
+                found[0] = ShapeDetection(
                     BASE_SHAPES[rng.integers(4)],
-                    first.color,
                     first.box[2:] + first.box[:2] if rng.integers(2) else first.box,
                     1.0,
+                    first.color,
                 )
             verdict = judge(prompt.meta, found)
             assert (
@@ -229,11 +229,12 @@ def test_mending_a_defect_never_lowers_the_score():
      ([box("circle", 9, 9), box("cross", 20, 20, "black")], "extra: a black cross"), ([box("circle", 9, 9), box("cross", 20, 20, malformed=True)], "malformed: a red blob at (20, 20)")],
 )  # fmt: skip
 def test_defects_are_named(found, word):
-    assert word in judge({"include": [{"class": "circle", "count": 1, "color": "red"}]}, found).defects
+    defects = judge({"include": [{"class": "circle", "count": 1, "color": "red"}]}, found).defects
+    assert Defect(word.partition(":")[0], word) in defects
 
 
 def test_the_wrong_side_is_named():
     meta = {"include": [{"class": "square", "count": 1}, {"class": "circle", "count": 1, "position": ["left of", 0]}]}
     assert judge(meta, [box("square", 5, 16), box("circle", 25, 16)]).defects == [
-        "wrong side: the circle is not left of the square"
+        Defect("wrong side", "wrong side: the circle is not left of the square")
     ]

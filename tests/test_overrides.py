@@ -4,10 +4,10 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from t2i_rl.complaints import choices
+from t2i_rl.command.messages import choices
+from t2i_rl.command.overrides import LISTS, SENTENCES, TEXTS, readable
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.places import CONF
-from t2i_rl.errors import UserError
-from t2i_rl.overrides import LISTS, SENTENCES, TEXTS, readable
 from tests.test_configs import composed
 
 SENTENCES_TYPED = (

@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.hashing import weights_sha256
 from t2i_rl.data.pairs import PixelPairs, ShapesPairs, ShapesStream, as_found, share_of
-from t2i_rl.errors import UserError
-from t2i_rl.hashing import weights_sha256
-from t2i_rl.methods.agsm import AGSM, NEGATIVE, POSITIVE
-from t2i_rl.methods.denoising import Denoising
-from t2i_rl.methods.pairs import Grid
-from t2i_rl.methods.softrepa import SoftREPA
-from t2i_rl.models.diffusion import TextEncoding
-from t2i_rl.models.sd3 import SD3
-from t2i_rl.models.stable_diffusion import StableDiffusion
+from t2i_rl.methods.pairs.agsm import AGSM, NEGATIVE, POSITIVE
+from t2i_rl.methods.pairs.base import Grid
+from t2i_rl.methods.pairs.denoising import Denoising
+from t2i_rl.methods.pairs.softrepa import SoftREPA
+from t2i_rl.models.diffusion.base import TextEncoding
+from t2i_rl.models.diffusion.sd3 import SD3
+from t2i_rl.models.diffusion.stable_diffusion import StableDiffusion
 from t2i_rl.shapes.judge import judge
 from tests.pair_ranks import fit
 from tests.small_diffusers import pipeline
@@ -180,7 +180,7 @@ def test_the_backbone_stays_and_the_tokens_learn(folders, kind, name):
     assert weights_sha256(module.model) == before
     assert after.keys() == start.keys() and all(not torch.equal(after[key], start[key]) for key in start)
     assert all(value.dtype == torch.float32 for value in after.values())
-    assert module.model.tokens.enabled
+    assert module.model.attached.enabled
 
 
 @pytest.mark.parametrize("name, options", [("softrepa", {}), ("agsm", {}), ("denoising", LORA)])
@@ -332,7 +332,7 @@ def test_tokens_remember_what_the_empty_prompt_reads(folders, tmp_path):
     fit(module, 1, folder=tmp_path)
     assert module.model.sampling()["null_branch"] == 1
     model = SD3(folders["sd3"], max_sequence_length=2, steps=1, soft_tokens=str(tmp_path / "soft_tokens.safetensors"))
-    assert model.tokens.null_branch == 1
+    assert model.attached.null_branch == 1
     with pytest.raises(UserError, match="branch for the empty prompt"):
         model.sample(["a red circle", "a cross"], [0, 1], guidance_scale=1.0)
     assert len(model.sample(["a red circle"], [0])) == 1
@@ -394,7 +394,7 @@ def test_rows_of_a_batch_do_not_depend_on_one_another(folders):
 def test_plain_attention_products_are_chosen_in_bfloat16_on_a_cpu_alone(folders):
     from contextlib import nullcontext
 
-    from t2i_rl.models.diffusion import attention_for_training
+    from t2i_rl.models.diffusion.base import attention_for_training
 
     model = load(folders)
     assert isinstance(attention_for_training(model), nullcontext)

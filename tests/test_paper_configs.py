@@ -14,10 +14,10 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from t2i_rl import loading
-from t2i_rl.checks import _check_method
+from t2i_rl.command.checks import _check_method
+from t2i_rl.command.settings import check_settings
+from t2i_rl.core import loading
 from t2i_rl.data.make_prompts import make_prompts
-from t2i_rl.settings import check_settings
 from tests.small_rewards import save_small_gdino, save_small_git, save_small_hps_open_clip, save_small_orm
 from tests.test_configs import composed
 from tests.tiny import save_tiny_janus
@@ -33,7 +33,7 @@ IRIS = {
 }  # fmt: skip
 DIFFERENT = {
     "iris_janus_pro_1b": {"model.path": "deepseek-community/Janus-Pro-1B", "reward.text_sign": -1, "method.plan": True},
-    "iris_janus_pro_7b": {"model.path": "deepseek-community/Janus-Pro-7B", "trainer.strategy._target_": "t2i_rl.fsdp.FSDP2"},
+    "iris_janus_pro_7b": {"model.path": "deepseek-community/Janus-Pro-7B", "trainer.strategy._target_": "t2i_rl.core.fsdp.FSDP2"},
     "t2i_r1_janus_pro_7b": {
         "data.batch_size": 16, "trainer.max_steps": 1600, "method.loss_reduction": "prompt", "reward.image_sign": None,
         "reward._target_": "t2i_rl.rewards.weighted_sum.WeightedSum", "reward.weights": {"hpsv2": 1.0, "gdino": 1.0, "git_vqa": 1.0, "orm": 1.0},

@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.pixels import to_bytes
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.rewards.aesthetic import Aesthetic
 from t2i_rl.rewards.clip_score import ClipScore
 from t2i_rl.rewards.image_reward import ImageReward

@@ -5,7 +5,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from t2i_rl import cli
+from t2i_rl.command import cli
 from t2i_rl.core import precision
 
 INTEL_OLD = "flags\t\t: fpu sse2 avx2 avx512f avx512bw avx512vl avx512_vnni\n"

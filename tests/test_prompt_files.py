@@ -6,15 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import read_json, read_json_lines, read_text
+from t2i_rl.core.prompts import Prompt, read_prompts
 from t2i_rl.data.make_prompts import make_prompts
-from t2i_rl.data.prompt_stream import PromptData
+from t2i_rl.data.prompts import PromptData
 from t2i_rl.data.t2i_r1 import read_t2i_r1
-from t2i_rl.errors import UserError
 from t2i_rl.evaluation.evaluator import Evaluator
-from t2i_rl.evaluation.results import read_records
-from t2i_rl.irg.teachers import GivenPictures
-from t2i_rl.prompts import Prompt, read_prompts
+from t2i_rl.evaluation.records import read_records
+from t2i_rl.methods.irg.teachers import GivenPictures
 
 MARK = "\ufeff"
 T2I_R1_ROW = {"task_type": "object", "prompt": "a dot", "nouns": ["dot"]}

@@ -4,9 +4,9 @@ from itertools import islice
 
 import pytest
 
-from t2i_rl.data.prompt_stream import PromptBatches, PromptData
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt, read_prompts, write_prompts
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt, read_prompts, write_prompts
+from t2i_rl.data.prompts import PromptBatches, PromptData
 
 PROMPTS = [Prompt(str(i), f"prompt {i}") for i in range(12)]
 

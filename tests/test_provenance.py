@@ -6,11 +6,11 @@ import subprocess
 import pytest
 from omegaconf import OmegaConf
 
-from t2i_rl import cli, provenance
-from t2i_rl.errors import UserError
-from t2i_rl.folders import Lock
-from t2i_rl.provenance import finish, outcome, record
-from t2i_rl.resume import continue_in_place
+from t2i_rl.command import cli, provenance
+from t2i_rl.command.provenance import finish, outcome, record
+from t2i_rl.command.resume import continue_in_place
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.folders import Lock
 from tests.test_house import FAKE_TASK, call, finished_run
 
 

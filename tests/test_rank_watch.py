@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from t2i_rl.command.provenance import read_record
 from t2i_rl.core.ranks import LAUNCHED_BY, RANK_VARIABLES
-from t2i_rl.provenance import read_record
 
 # A rank that waits for ever, as in a collective. `main` starts another process beside it, as Lightning does.
 RANK = """
 import subprocess, sys, threading
 from pathlib import Path
-from t2i_rl.rank_watch import RankWatch
-from t2i_rl.folders import Lock
+from t2i_rl.command.rank_watch import RankWatch
+from t2i_rl.core.folders import Lock
 out = Path(sys.argv[1])
 watch = RankWatch(out)
 if sys.argv[2] == "rank 0 of torchrun":

@@ -10,12 +10,12 @@ import pytest
 from PIL import Image, PngImagePlugin
 
 from t2i_rl.core import pixels
-from t2i_rl.core.pixels import read_image
-from t2i_rl.data.image_text import square
-from t2i_rl.errors import UserError
-from t2i_rl.irg.files import load_trajectory, save_trajectory
-from t2i_rl.irg.toy_format import png, segments_of
-from t2i_rl.irg.trajectory import Segment, Trajectory
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.pixels import read_image, square
+from t2i_rl.methods.irg.files import load_trajectory, save_trajectory
+from t2i_rl.methods.irg.toy_format import png, segments_of
+from t2i_rl.methods.irg.trajectory import Trajectory
+from t2i_rl.models.autoregressive.segments import Segment
 from t2i_rl.tasks.judge import read_canvas
 
 WHITE = (255, 255, 255)

@@ -68,7 +68,7 @@ def test_every_command_composes():
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from t2i_rl.cli import CONF
+    from t2i_rl.command.cli import CONF
 
     pages = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))]
     lines = [line for page in pages for line in page.splitlines() if line.startswith("python run.py")]

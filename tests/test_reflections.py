@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from t2i_rl.models.janus_tiny import build_tokenizer
+from t2i_rl.models.autoregressive.janus_tiny import build_tokenizer
 from t2i_rl.shapes.examples import misremembered, sample_example
 from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect

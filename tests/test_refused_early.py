@@ -4,13 +4,13 @@ import pytest
 
 from t2i_rl.benchmarks.shapes import Shapes
 from t2i_rl.callbacks.sample_grid import SampleGrid
-from t2i_rl.callbacks.turns import WatchTurns
 from t2i_rl.callbacks.validation import Validate
-from t2i_rl.core.text import fault_of_text
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.written_texts import fault_of_text
+from t2i_rl.methods.irg.watch import WatchTurns
 from t2i_rl.methods.trainable import check_trainable
-from t2i_rl.models.janus import Chat
-from t2i_rl.part_checks import check_validation
+from t2i_rl.models.autoregressive.chat import Chat
+from t2i_rl.tasks.part_checks import check_validation
 from tests.test_configs import composed
 
 

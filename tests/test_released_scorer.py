@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.rewards.gdino import GroundingDino
 from t2i_rl.rewards.git_vqa import GitVQA
 from t2i_rl.rewards.orm import ORM

@@ -9,11 +9,11 @@ import pytest
 from PIL import ImageFont
 from rich.console import Console
 
-from t2i_rl.errors import UserError
-from t2i_rl.evaluation.curves import chart, group_columns, read_metrics
-from t2i_rl.evaluation.grid import caption_grid, grid_png, wrap
-from t2i_rl.evaluation.report import write_report, write_sweep_report
-from t2i_rl.evaluation.results import read_job, read_records, read_results, write_records, write_results
+from t2i_rl.core.errors import UserError
+from t2i_rl.evaluation.records import read_job, read_records, read_results, write_records, write_results
+from t2i_rl.evaluation.report.curves import chart, group_columns, read_metrics
+from t2i_rl.evaluation.report.grid import caption_grid, grid_png, wrap
+from t2i_rl.evaluation.report.html import write_report, write_sweep_report
 from t2i_rl.evaluation.tables import Table, before_after_table, headline, sweep_tables, with_interval
 from tests.made_up_run import make_records, make_run
 

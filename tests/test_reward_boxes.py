@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 from t2i_rl.rewards.boxes import (
     NEAR,
     SIDES,

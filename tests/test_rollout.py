@@ -5,13 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from t2i_rl.errors import UserError
-from t2i_rl.loading import cannot_load
-from t2i_rl.models.janus import Chat, Janus
-from t2i_rl.rollout.decode import decode_image, decode_text
-from t2i_rl.rollout.rows import unconditional
-from t2i_rl.rollout.score import score_image, score_text
-from t2i_rl.rollout.stats import self_certainty
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.loading import cannot_load
+from t2i_rl.models.autoregressive.chat import Chat
+from t2i_rl.models.autoregressive.engine.decode import decode_image, decode_text
+from t2i_rl.models.autoregressive.engine.rows import unconditional
+from t2i_rl.models.autoregressive.engine.score import score_image, score_text
+from t2i_rl.models.autoregressive.engine.stats import self_certainty
+from t2i_rl.models.autoregressive.janus import Janus
 from tests.tiny import CHAT, load_tiny_janus, save_tiny_janus
 
 TEXTS = ["a red circle", "a drawing of a green cross left of a black triangle", "three blue squares"]
@@ -203,7 +204,7 @@ def test_scores_and_gradients_do_not_depend_on_the_chunk(janus, monkeypatch, kin
 
     whole, gradient, calls = scores_and_gradient()
     vocabulary = 48 if kind == "image" else janus.model.config.text_config.vocab_size
-    monkeypatch.setattr("t2i_rl.rollout.score.CHUNK_BYTES", 4 * vocabulary * 7)
+    monkeypatch.setattr("t2i_rl.models.autoregressive.engine.score.CHUNK_BYTES", 4 * vocabulary * 7)
     cut, gradient_cut, calls_cut = scores_and_gradient()
     hook.remove()
     janus.model.zero_grad()

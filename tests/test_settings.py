@@ -6,15 +6,15 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
+from t2i_rl.command.settings import check_root, check_settings
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Decay, Guidances, Positive, Temperature, check_arguments, check_value
 from t2i_rl.data.pairs import ShapesPairs
-from t2i_rl.data.prompt_stream import PromptData
-from t2i_rl.errors import UserError
-from t2i_rl.irg.interleave import Interleave
+from t2i_rl.data.prompts import PromptData
+from t2i_rl.methods.irg.rounds import Interleave
 from t2i_rl.methods.trainable import check_optimizer
+from t2i_rl.models.autoregressive.engine.engine import EngineOptions
 from t2i_rl.rewards.weighted_sum import WeightedSum
-from t2i_rl.rollout.engine import EngineOptions
-from t2i_rl.settings import check_root, check_settings
 from tests.test_configs import composed
 
 BASE = {

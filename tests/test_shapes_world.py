@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 from t2i_rl.pretrain.measure import plan_holds
 from t2i_rl.shapes.examples import sample_example, scene_pairs
 from t2i_rl.shapes.render import render
@@ -117,7 +117,7 @@ def test_unknown_splits_tasks_and_canvases_are_refused(arguments):
 
 
 def test_every_word_of_the_world_is_in_the_tiny_vocabulary():
-    from t2i_rl.models.janus_tiny import build_tokenizer
+    from t2i_rl.models.autoregressive.janus_tiny import build_tokenizer
 
     tokenizer = build_tokenizer()
     texts = [prompt.text for tag in (*GENEVAL_TASKS, *EXTRA_TASKS) for prompt in enumerate_prompts(tag, 48)][::37]

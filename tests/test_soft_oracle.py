@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_rl.cli import PACKAGE
+from t2i_rl.command.cli import PACKAGE
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.pixels import to_bytes
-from t2i_rl.errors import UserError
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.pretrain.recognizer import LabelledScenes, agreement
-from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.pixels import to_unit
 from t2i_rl.rewards.soft_oracle import SoftOracle, exactly, related
 from t2i_rl.shapes.oracle import detect

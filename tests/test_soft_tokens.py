@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2i_rl.errors import UserError
-from t2i_rl.models.soft_tokens import Attached, SoftTokens, TokenSpec, load_soft_tokens, spec_for
+from t2i_rl.core.errors import UserError
+from t2i_rl.models.diffusion.soft_tokens import Attached, SoftTokens, TokenSpec, load_soft_tokens, spec_for
 from t2i_rl.tasks.import_soft_tokens import SPECS, imported
 from tests.small_diffusers import denoiser
 

@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 
-from t2i_rl.errors import UserError
-from t2i_rl.models.soft_tokens import Attached, SoftTokens, spec_for
-from t2i_rl.models.splice import KEY, Splice, carrier, layout_of, text_blocks
+from t2i_rl.core.errors import UserError
+from t2i_rl.models.diffusion.soft_tokens import Attached, SoftTokens, spec_for
+from t2i_rl.models.diffusion.splice import KEY, Splice, carrier, layout_of, text_blocks
 from tests.small_diffusers import DENOISERS, TEXT, denoiser, inputs
 
 UNETS = ("sd15", "sdxl")

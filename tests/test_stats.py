@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 from t2i_rl.evaluation.diversity import compare_diversity, diversity, mean_cosine_distance, vendi_score
 from t2i_rl.evaluation.stats import (
     aggregate,

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from t2i_rl import stopping
-from t2i_rl.cli import CONF
+from t2i_rl.command.cli import CONF
+from t2i_rl.core import stopping
 from tests.test_house import call
 
 STOPPED = "task._target_=tests.test_stopping.stopped_task"
 SAVING = """
 import os, signal, time
-from t2i_rl import stopping
+from t2i_rl.core import stopping
 with stopping.listening():
     stopping.save_first(True)
     print("ready", flush=True)

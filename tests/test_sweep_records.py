@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from t2i_rl import cli, sweep
-from t2i_rl.sweep import Launch, conclude, read_launch, unfinished_jobs
+from t2i_rl.command import cli, sweep
+from t2i_rl.command.sweep import Launch, conclude, read_launch, unfinished_jobs
 from tests.made_up_run import make_run
 from tests.test_house import FAKE_TASK, call
 

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import read_prompts
 from t2i_rl.data.make_prompts import KINDS, make_prompts, meaning
 from t2i_rl.data.t2i_r1 import T2IR1Data, plain, read_t2i_r1
 from t2i_rl.data.words import MORE_OBJECTS, OBJECTS, plural, with_article
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import read_prompts
 from t2i_rl.rewards.boxes import SIDES, nouns_of
 from t2i_rl.rewards.git_vqa import phrases_of
 

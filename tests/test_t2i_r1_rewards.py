@@ -9,15 +9,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.contracts import Reward, RewardOutput
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.rewards.clip_score import ClipScore
 from t2i_rl.rewards.gdino import GroundingDino, spans
 from t2i_rl.rewards.git_vqa import GitVQA, phrases_of
 from t2i_rl.rewards.length import Length
 from t2i_rl.rewards.open_clip import convert
 from t2i_rl.rewards.orm import ORM
-from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rewards.weighted_sum import WeightedSum
 from t2i_rl.rewards.yes_no import yes_share
 from tests.small_rewards import OpenClip, save_small_gdino, save_small_git, save_small_hps, save_small_orm
@@ -126,9 +126,7 @@ def test_weights_that_are_no_numbers_are_refused_when_they_load(folders, tmp_pat
 
 
 def test_a_part_that_is_no_number_is_raised_by_the_sum():
-    class Broken:
-        needs_images, distribution = True, None
-
+    class Broken(Reward):
         def __call__(self, rollout):
             return RewardOutput(torch.full((len(rollout),), float("nan"), dtype=torch.float64))
 
@@ -310,9 +308,7 @@ def test_options_that_cannot_be_are_one_line(folders, load, kind, settings, name
     assert named in str(error.value) and "\n" not in str(error.value)
 
 
-class Fixed:
-    needs_images, distribution = True, None
-
+class Fixed(Reward):
     def __init__(self, *values: float):
         self.values = values
 

@@ -10,20 +10,21 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from t2i_rl import cli, part_checks
-from t2i_rl.core.texts import forget_announcements
-from t2i_rl.errors import UserError
-from t2i_rl.models.diffusion_tiny import build_tokenizer
-from t2i_rl.models.flux import Flux
-from t2i_rl.models.sana import SanaSprint
-from t2i_rl.models.sd3 import SD3
-from t2i_rl.models.stable_diffusion import StableDiffusionXL
-from t2i_rl.prompts import Prompt
+from t2i_rl.command import cli
+from t2i_rl.core.encoder_texts import forget_announcements
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.models.diffusion.flux import Flux
+from t2i_rl.models.diffusion.sana import SanaSprint
+from t2i_rl.models.diffusion.sd3 import SD3
+from t2i_rl.models.diffusion.stable_diffusion import StableDiffusionXL
+from t2i_rl.models.diffusion.tiny import build_tokenizer
 from t2i_rl.rewards.clip_score import ClipScore
 from t2i_rl.rewards.git_vqa import GitVQA
 from t2i_rl.rewards.image_reward import ImageReward
 from t2i_rl.rewards.orm import ORM
 from t2i_rl.rewards.weighted_sum import WeightedSum
+from t2i_rl.tasks import part_checks
 from tests.small_diffusers import pipeline
 from tests.small_rewards import BERT, save_small_git, save_small_hps, save_small_orm, tokenizer
 from tests.test_configs import composed
@@ -121,7 +122,7 @@ def test_sana_s_window_is_what_the_pipeline_leaves_behind_its_instruction(tmp_pa
 def test_task_generate_says_it_before_any_weight_loads(tmp_path, monkeypatch, capsys):
     file = tmp_path / "prompts.txt"
     file.write_text(f"{LONG} cross\na red circle\n{LONG} star\n")
-    monkeypatch.setattr("t2i_rl.models.stable_diffusion.load_pipeline", None)
+    monkeypatch.setattr("t2i_rl.models.diffusion.stable_diffusion.load_pipeline", None)
     arguments = ["task=generate", "model=sd_tiny", f"prompts_file={file}", f"hydra.run.dir={tmp_path}/run"]
     monkeypatch.setattr("sys.argv", ["run.py", *arguments])
     with pytest.raises(SystemExit):
@@ -217,7 +218,7 @@ def test_captions_of_a_folder_are_counted_before_training_and_encoding(tmp_path,
         )
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     cfg = composed("task=encode", "model=sd_tiny", "method=agsm", "data=image_text", f"data.path={folder}", "data.held_out=0", "data.batch_size=2", f"task.out={tmp_path}/out")  # fmt: skip
-    monkeypatch.setattr("t2i_rl.models.stable_diffusion.load_pipeline", None)
+    monkeypatch.setattr("t2i_rl.models.diffusion.stable_diffusion.load_pipeline", None)
     with pytest.raises(Exception, match="NoneType"):
         encode.run(cfg)
     assert "1 of 4 prompts are longer" in capsys.readouterr().out

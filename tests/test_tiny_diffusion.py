@@ -7,9 +7,9 @@ import pytest
 from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from t2i_rl.benchmarks.shapes import Shapes
-from t2i_rl.models.diffusion_tiny import TEXT_LENGTH, build_tokenizer
-from t2i_rl.models.sd3 import SD3
-from t2i_rl.models.stable_diffusion import StableDiffusion
+from t2i_rl.models.diffusion.sd3 import SD3
+from t2i_rl.models.diffusion.stable_diffusion import StableDiffusion
+from t2i_rl.models.diffusion.tiny import TEXT_LENGTH, build_tokenizer
 from t2i_rl.shapes.text import EXTRA_TASKS, GENEVAL_TASKS, enumerate_prompts
 
 WEIGHTS = Path(__file__).parents[1] / "t2i_rl" / "weights"

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_rl.rollout.stats import entropy, sample_tokens, self_certainty, token_stats
-from t2i_rl.seeding import row_uniforms
+from t2i_rl.core.seeding import row_uniforms
+from t2i_rl.models.autoregressive.engine.stats import entropy, sample_tokens, self_certainty, token_stats
 
 
 def brute_force_certainty(row: np.ndarray) -> float:

@@ -15,20 +15,20 @@ from tokenizers import Tokenizer as RawTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.core.tokenizing import check_tokenizer, ids_of, marked, special_texts
-from t2i_rl.errors import UserError
-from t2i_rl.irg.janus import InterleavedJanus
-from t2i_rl.irg.trajectory import Segment
-from t2i_rl.irg.writers import LocalWriter
-from t2i_rl.models.diffusion_tiny import build_t5_tokenizer, build_tokenizer
-from t2i_rl.models.flux import Flux
-from t2i_rl.models.janus_tiny import BOI, BOS, EOS, PAD, SPECIAL, USER
-from t2i_rl.models.janus_tiny import build_tokenizer as build_janus_tokenizer
-from t2i_rl.prompts import Prompt
+from t2i_rl.methods.irg.writers import LocalWriter
+from t2i_rl.models.autoregressive.interleaved import InterleavedJanus
+from t2i_rl.models.autoregressive.janus_tiny import build_tokenizer as build_janus_tokenizer
+from t2i_rl.models.autoregressive.segments import Segment
+from t2i_rl.models.diffusion.flux import Flux
+from t2i_rl.models.diffusion.tiny import build_t5_tokenizer, build_tokenizer
 from t2i_rl.rewards.clip_score import ClipScore
 from t2i_rl.rewards.git_vqa import GitVQA
 from t2i_rl.rewards.orm import ORM
 from t2i_rl.shapes.text import EXTRA_TASKS, GENEVAL_TASKS, enumerate_prompts
+from t2i_rl.shapes.vocabulary import BOI, BOS, EOS, PAD, SPECIAL, USER
 from tests.small_diffusers import pipeline
 from tests.small_rewards import save_small_git, save_small_hps, save_small_hps_open_clip, save_small_orm
 from tests.test_configs import composed
@@ -69,7 +69,7 @@ def test_a_conversation_has_one_bos_whatever_the_tokenizer_puts_around_a_text(ja
 def test_a_janus_without_one_of_its_tokens_is_refused_before_weights_load(janus_folder, tmp_path, monkeypatch, token):
     folder = shutil.copytree(janus_folder, tmp_path / "janus")
     edit(folder / "tokenizer_config.json", lambda content: content.pop(token))
-    monkeypatch.setattr("t2i_rl.loading.load_model", None)
+    monkeypatch.setattr("t2i_rl.core.loading.load_model", None)
     with pytest.raises(UserError, match=f"lacks \\['{token[:3]}'\\]"):
         load_tiny_janus(folder)
 
@@ -77,7 +77,7 @@ def test_a_janus_without_one_of_its_tokens_is_refused_before_weights_load(janus_
 def test_a_tokenizer_of_another_checkpoint_is_refused_before_weights_load(janus_folder, tmp_path, monkeypatch):
     folder = shutil.copytree(janus_folder, tmp_path / "janus")
     edit(folder / "tokenizer.json", lambda content: content["model"]["vocab"].update(giraffe=98))
-    monkeypatch.setattr("t2i_rl.loading.load_model", None)
+    monkeypatch.setattr("t2i_rl.core.loading.load_model", None)
     with pytest.raises(UserError, match="tokens up to number 98, and the model has embeddings for 98"):
         load_tiny_janus(folder)
 
@@ -263,7 +263,7 @@ def test_a_local_writer_refuses_prompts_that_spell_a_token_of_its_own(tmp_path):
 
 
 def test_the_weights_that_are_shipped_carry_the_template_that_the_code_has(tmp_path):
-    from t2i_rl.models.janus_tiny import build_processor
+    from t2i_rl.models.autoregressive.janus_tiny import build_processor
 
     build_processor().save_pretrained(tmp_path)
     shipped = Path(composed("model=janus_tiny").model.path)
@@ -275,8 +275,8 @@ PICTURE = np.zeros((32, 32, 3), dtype=np.uint8)
 
 
 def test_the_chat_template_takes_parts_as_transformers_has_them():
-    from t2i_rl.models.janus import special_ids
-    from t2i_rl.models.janus_tiny import build_processor
+    from t2i_rl.models.autoregressive.janus import special_ids
+    from t2i_rl.models.autoregressive.janus_tiny import build_processor
     from t2i_rl.pretrain.janus_lm import LOOK, look_ids
 
     processor = build_processor()

@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_rl.data.prompt_stream import PromptData
-from t2i_rl.errors import UserError
-from t2i_rl.irg.interleave import Interleave
-from t2i_rl.irg.janus import NO_LABEL
-from t2i_rl.irg.trajectory import BOTH, MODES
-from t2i_rl.methods.irg import IRG
-from t2i_rl.methods.trajectory_grpo import TrajectoryGRPO, actions
-from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.core.contracts import Reward, RewardOutput
+from t2i_rl.core.errors import UserError
+from t2i_rl.data.prompts import PromptData
+from t2i_rl.methods.irg.policy import TrajectoryGRPO, actions
+from t2i_rl.methods.irg.rounds import Interleave
+from t2i_rl.methods.irg.training import IRG
+from t2i_rl.methods.irg.trajectory import MODES
+from t2i_rl.models.autoregressive.interleaved import NO_LABEL
+from t2i_rl.models.autoregressive.segments import BOTH
 from tests.tiny import PROMPTS, load_tiny_janus, save_tiny_janus
 
 
-class Brightness:
+class Brightness(Reward):
     """Reads pictures alone."""
-
-    needs_images, distribution = True, None
 
     def __call__(self, rollout):
         return RewardOutput(torch.tensor([float(image.mean()) / 255 for image in rollout.images], dtype=torch.float64))

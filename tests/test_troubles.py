@@ -5,9 +5,9 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from t2i_rl import cli
-from t2i_rl.rank_watch import RankWatch
-from t2i_rl.troubles import as_one_line
+from t2i_rl.command import cli
+from t2i_rl.command.rank_watch import RankWatch
+from t2i_rl.command.troubles import as_one_line
 from tests.test_house import call
 
 ERRORS = {

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from t2i_rl.benchmarks.shapes import Shapes
-from t2i_rl.errors import UserError
+from t2i_rl.core.contracts import Reward, RewardOutput
+from t2i_rl.core.errors import UserError
 from t2i_rl.evaluation.evaluator import evaluate
 from t2i_rl.evaluation.stages import Stages
-from t2i_rl.evaluation.turn_tables import turn_tables
-from t2i_rl.evaluation.turns import TurnsEvaluator, reflection_metrics, stopped_at
-from t2i_rl.irg.files import load_trajectory, save_trajectory
-from t2i_rl.irg.interleave import Interleave
-from t2i_rl.irg.janus import InterleavedJanus
-from t2i_rl.irg.strips import strips
-from t2i_rl.irg.trajectory import BOTH, Segment, Trajectory
-from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.methods.irg.evaluation import TurnsEvaluator, reflection_metrics, stopped_at
+from t2i_rl.methods.irg.files import load_trajectory, save_trajectory
+from t2i_rl.methods.irg.rounds import Interleave
+from t2i_rl.methods.irg.strips import strips
+from t2i_rl.methods.irg.tables import turn_tables
+from t2i_rl.methods.irg.trajectory import Trajectory
+from t2i_rl.models.autoregressive.interleaved import InterleavedJanus
+from t2i_rl.models.autoregressive.segments import BOTH, Segment
 from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.reflections import reflect
 from t2i_rl.shapes.render import render
@@ -69,7 +70,7 @@ def inter(tmp_path_factory):
     return InterleavedJanus(load_tiny_janus(save_tiny_janus(tmp_path_factory.mktemp("janus"))))
 
 
-class Brightness:
+class Brightness(Reward):
     """A reward that reads pictures alone."""
 
     def __init__(self):

@@ -14,19 +14,18 @@ from PIL import Image
 from t2i_rl.benchmarks.shapes import Shapes
 from t2i_rl.callbacks.checkpoint import CheckpointEvery
 from t2i_rl.callbacks.validation import Validate
-from t2i_rl.errors import UserError
+from t2i_rl.core.contracts import Generation, Reward, RewardOutput
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.evaluation.fid import frechet_distance
 from t2i_rl.evaluation.inception import InceptionFeatures
-from t2i_rl.loggers import csv_logger
-from t2i_rl.methods.softrepa import SoftREPA
-from t2i_rl.models.diffusion import Drawing
-from t2i_rl.models.sd3 import SD3
-from t2i_rl.models.soft_tokens import SoftTokens
-from t2i_rl.prompts import Prompt
-from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.methods.pairs.softrepa import SoftREPA
+from t2i_rl.models.diffusion.sd3 import SD3
+from t2i_rl.models.diffusion.soft_tokens import SoftTokens
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.scene import sample_scene
 from t2i_rl.shapes.suites import wishes
+from t2i_rl.tasks.loggers import csv_logger
 from tests.pair_ranks import FourPairs
 from tests.small_diffusers import pipeline
 
@@ -44,10 +43,10 @@ class Painter:
     def __init__(self, benchmark, shares: list[dict], base: dict, method):
         self.benchmark, self.shares, self.base, self.method, self.calls = benchmark, shares, base, method, 0
 
-    def __call__(self, prompts, seeds, mode="direct", fresh=True) -> Drawing:
+    def __call__(self, prompts, seeds, mode="direct", fresh=True) -> Generation:
         assert mode == "direct" and len(set(seeds)) == len(seeds)
-        share = self.shares[self.calls] if self.method.model.tokens.enabled else self.base
-        self.calls += self.method.model.tokens.enabled
+        share = self.shares[self.calls] if self.method.model.attached.enabled else self.base
+        self.calls += self.method.model.attached.enabled
         by_text, rng, images = (
             {prompt.text: prompt for prompt in self.benchmark.prompts()},
             np.random.default_rng(0),
@@ -60,12 +59,10 @@ class Painter:
             right = done[prompt.tag] < wanted
             done[prompt.tag] += 1
             images.append(render(sample_scene(wishes(prompt), rng)) if right else np.full((32, 32, 3), 240, np.uint8))
-        return Drawing(np.stack(images), [""] * len(prompts), [0] * len(prompts))
+        return Generation(np.stack(images), [""] * len(prompts), [0] * len(prompts))
 
 
-class Brightness:
-    needs_images = True
-
+class Brightness(Reward):
     def __call__(self, rollout) -> RewardOutput:
         return RewardOutput(torch.tensor([float(image.mean()) for image in rollout.images]))
 
@@ -224,13 +221,13 @@ def test_pictures_without_a_benchmark_have_a_frechet_distance_too(tmp_path, fold
     callback = Validate(str(tmp_path), None, {"bright": Brightness()}, fid=Features())
     prompts = [Prompt(str(i), "a red circle", "", {}) for i in range(4)]
     images = np.random.default_rng(1).integers(0, 255, (4, 8, 8, 3)).astype(np.uint8)
-    rows = callback._judge(list(range(4)), prompts, images)
+    rows = callback._judge(list(range(4)), prompts, [0] * 4, images)
     found = callback._summary([row for _, row, _ in rows], [features for *_, features in rows])
     assert set(found) == {"val/bright", "val/fid"}
     expected = frechet_distance(Features().features(images), Features().reference_features())
     assert found["val/fid"] == pytest.approx(expected)
     plain = Validate(str(tmp_path), None, {"bright": Brightness()})
-    rows = plain._judge(list(range(4)), prompts, images)
+    rows = plain._judge(list(range(4)), prompts, [0] * 4, images)
     assert set(plain._summary([row for _, row, _ in rows], [None] * 4)) == {"val/bright"}
 
 

@@ -2,10 +2,10 @@
 
 import torch
 
-from t2i_rl.models.janus import Janus
-from t2i_rl.models.janus_tiny import build_model, build_processor
-from t2i_rl.prompts import Prompt
-from t2i_rl.rollout.buffer import Rollout
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.models.autoregressive.janus import Janus
+from t2i_rl.models.autoregressive.janus_tiny import build_model, build_processor
+from t2i_rl.models.autoregressive.rollout import TokenRollout
 
 CHAT = {"system": "", "instruction": "describe the picture: {prompt}"}
 PROMPTS = [
@@ -38,5 +38,5 @@ def load_tiny_janus(folder, **settings) -> Janus:
     return Janus(folder, CHAT, **{"guidance_scale": 3.0, "max_plan_tokens": 12, **settings})
 
 
-def tiny_rollout(module, prompts=PROMPTS[:2]) -> Rollout:
+def tiny_rollout(module, prompts=PROMPTS[:2]) -> TokenRollout:
     return module.roll_out(list(enumerate(prompts)))

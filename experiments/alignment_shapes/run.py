@@ -23,8 +23,8 @@ from PIL import Image
 
 from t2i_rl.core.files import read_json, write_atomic
 from t2i_rl.evaluation.fid import frechet_distance
-from t2i_rl.evaluation.grid import RIGHT, WRONG, caption_grid, first_of_each_task
-from t2i_rl.evaluation.results import image_path, read_results, read_stage
+from t2i_rl.evaluation.records import image_path, read_results, read_stage
+from t2i_rl.evaluation.report.grid import RIGHT, WRONG, caption_grid, first_of_each_task
 from t2i_rl.evaluation.stats import aggregate, bracket, compare, compare_over_seeds, seed_interval
 from t2i_rl.evaluation.tables import excludes_zero
 

@@ -7,13 +7,14 @@ import lightning as L
 import torch
 
 from experiments.bench_rollout.sizes import SIZES, SPECIAL, build
-from t2i_rl.core.texts import Reader
-from t2i_rl.methods.grpo import GRPO
-from t2i_rl.methods.grpo_metrics import peak_memory_gib
-from t2i_rl.models.janus import Chat, Janus
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.encoder_texts import Reader
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.methods.policy.metrics import peak_memory_gib
+from t2i_rl.methods.policy.tokens import GRPO
+from t2i_rl.models.autoregressive.chat import Chat
+from t2i_rl.models.autoregressive.engine.engine import Engine, EngineOptions
+from t2i_rl.models.autoregressive.janus import Janus
 from t2i_rl.rewards.self_certainty import SelfCertainty
-from t2i_rl.rollout.engine import Engine, EngineOptions
 
 
 class Numbers:

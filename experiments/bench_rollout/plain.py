@@ -7,7 +7,7 @@ It has no other fault: padding is masked, positions count real tokens, sampling 
 import torch
 from transformers import DynamicCache
 
-from t2i_rl.rollout.rows import positions, unconditional
+from t2i_rl.models.autoregressive.engine.rows import positions, unconditional
 
 
 @torch.no_grad()

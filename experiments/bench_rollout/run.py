@@ -20,8 +20,8 @@ import torch
 from experiments.bench_rollout import measure, plain
 from experiments.bench_rollout.grpo_step import grpo_step
 from experiments.bench_rollout.sizes import SIZES, SPECIAL, build
-from t2i_rl.rollout.decode import decode_image, decode_text
-from t2i_rl.rollout.engine import Engine, EngineOptions
+from t2i_rl.models.autoregressive.engine.decode import decode_image, decode_text
+from t2i_rl.models.autoregressive.engine.engine import Engine, EngineOptions
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"

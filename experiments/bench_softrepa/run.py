@@ -31,7 +31,7 @@ def load(model: str, device: torch.device, dtype: str = "float32"):
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
-    from t2i_rl import cli
+    from t2i_rl.command import cli
 
     with initialize_config_dir(str(cli.CONF), version_base="1.3"):
         return (
@@ -51,7 +51,7 @@ def batch_of(count: int):
 def ours(method, batch, optimizer):
     """One step on kept encodings."""
     from t2i_rl.data.encodings import EncodedPairs
-    from t2i_rl.models.diffusion import attention_for_training
+    from t2i_rl.models.diffusion.base import attention_for_training
 
     with torch.no_grad():
         mean, std = method.model.posterior(batch.pixels)
@@ -75,7 +75,7 @@ def ours(method, batch, optimizer):
 
 def plain(method, batch, optimizer):
     """One step as released: everything encoded anew and tiled, one graph."""
-    from t2i_rl.methods.alignment_loss import agsm_targets, alignment_guidance, pair_errors, softrepa_loss
+    from t2i_rl.methods.pairs.loss import agsm_targets, alignment_guidance, pair_errors, softrepa_loss
 
     model, count = method.model, len(batch.captions)
     images = torch.arange(count, device=method.device).repeat(count)  # text-major, as released
@@ -108,8 +108,8 @@ def plain(method, batch, optimizer):
 
 def cell(arguments) -> dict:
     """One process: seconds a step, and bytes above what stood before the first step."""
-    from t2i_rl.methods.agsm import AGSM
-    from t2i_rl.methods.softrepa import SoftREPA
+    from t2i_rl.methods.pairs.agsm import AGSM
+    from t2i_rl.methods.pairs.softrepa import SoftREPA
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(arguments.model, device)
@@ -139,7 +139,7 @@ def peak(device: torch.device) -> int:
 
 def drawing(model_name: str, repeats: int, dtype: str) -> dict:
     """Seconds to draw 16 pictures without tokens, and with them, alternating in pairs that change sides."""
-    from t2i_rl.models.soft_tokens import SoftTokens, spec_for
+    from t2i_rl.models.diffusion.soft_tokens import SoftTokens, spec_for
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load(model_name, device, dtype)

@@ -23,10 +23,10 @@ import matplotlib
 import numpy as np
 
 from t2i_rl.core.files import read_json, write_atomic
-from t2i_rl.evaluation.noise_pictures import curves_of, hacking_figure
 from t2i_rl.evaluation.stats import bracket, seed_interval
 from t2i_rl.evaluation.tables import excludes_zero
 from t2i_rl.gaussianity.health import bands
+from t2i_rl.methods.noise.pictures import curves_of, hacking_figure
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -13,7 +13,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
-from t2i_rl import cli
+from t2i_rl.command import cli
 from t2i_rl.core.files import write_atomic
 from t2i_rl.shapes.suites import select_prompts
 

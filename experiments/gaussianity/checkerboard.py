@@ -17,9 +17,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
-from t2i_rl import cli
+from t2i_rl.command import cli
 from t2i_rl.core.files import write_atomic
-from t2i_rl.evaluation.grid import caption_grid
+from t2i_rl.evaluation.report.grid import caption_grid
 from t2i_rl.gaussianity.health import GaussianityReport
 
 matplotlib.use("Agg")

@@ -17,9 +17,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from t2i_rl.core.files import write_atomic
-from t2i_rl.irg.interleave import says_stop
-from t2i_rl.irg.toy_format import read_shard
-from t2i_rl.irg.trajectory import Segment
+from t2i_rl.methods.irg.rounds import says_stop
+from t2i_rl.methods.irg.toy_format import read_shard
+from t2i_rl.models.autoregressive.segments import Segment
 from t2i_rl.tasks.train import build_method
 
 MODE, ROWS, BATCH = "improving_full_learning", 256, 16

@@ -26,11 +26,11 @@ from PIL import Image
 
 from t2i_rl.core.files import read_json, write_atomic
 from t2i_rl.evaluation.diversity import diversity_by_prompt
-from t2i_rl.evaluation.grid import FRAME, RIGHT, WRONG, caption_grid, first_of_each_task
-from t2i_rl.evaluation.results import image_path, read_results, read_stage
+from t2i_rl.evaluation.records import image_path, read_results, read_stage
+from t2i_rl.evaluation.report.grid import FRAME, RIGHT, WRONG, caption_grid, first_of_each_task
 from t2i_rl.evaluation.stats import bracket, compare_over_seeds, seed_interval
 from t2i_rl.evaluation.tables import excludes_zero
-from t2i_rl.evaluation.turns import reflection_metrics
+from t2i_rl.methods.irg.evaluation import reflection_metrics
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -14,10 +14,10 @@ import numpy as np
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from t2i_rl.core.seeding import derive_seed
 from t2i_rl.evaluation.stages import Stages, write_summary
-from t2i_rl.irg.trajectory import Written
-from t2i_rl.irg.world import World
-from t2i_rl.seeding import derive_seed
+from t2i_rl.methods.irg.world import World
+from t2i_rl.models.autoregressive.segments import Written
 from t2i_rl.shapes.reflections import NO_CHANGE
 from t2i_rl.shapes.scene import sample_scene
 from t2i_rl.shapes.suites import wishes

@@ -22,7 +22,7 @@ import numpy as np
 
 from t2i_rl.core.files import read_json, write_atomic
 from t2i_rl.evaluation.diversity import diversity_by_prompt
-from t2i_rl.evaluation.results import read_results, read_stage
+from t2i_rl.evaluation.records import read_results, read_stage
 from t2i_rl.evaluation.stats import bracket, compare_over_seeds, seed_interval
 from t2i_rl.evaluation.tables import excludes_zero
 

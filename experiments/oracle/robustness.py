@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from t2i_rl.core.files import write_atomic
-from t2i_rl.models.janus import Janus
+from t2i_rl.models.autoregressive.codes import nearest_codes
+from t2i_rl.models.autoregressive.janus import Janus
 from t2i_rl.pretrain.measure import wilson
-from t2i_rl.pretrain.vq import nearest_codes
 from t2i_rl.shapes import oracle
 from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect

@@ -5,10 +5,11 @@ import json
 
 import numpy as np
 
+from t2i_rl.core.contracts import Benchmark, Verdict
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Pixels, check_arguments
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt
-from t2i_rl.shapes.judge import Verdict, judge
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.reflections import named, reflect
 from t2i_rl.shapes.render import render
@@ -16,8 +17,10 @@ from t2i_rl.shapes.scene import CANVASES, sample_scene
 from t2i_rl.shapes.suites import select_prompts, wishes
 from t2i_rl.shapes.text import GENEVAL_TASKS
 
+COLUMNS = {"malformed": "malformed", "over_counted": "extra", "under_counted": "missing"}  # by kind of defect
 
-class Shapes:
+
+class Shapes(Benchmark):
     """Held-out prompts of `shapes`, half of them with object pairs that no training prompt names (where a task has pairs).
 
     Args:
@@ -28,7 +31,8 @@ class Shapes:
 
     name = "shapes"
     version = 2
-    needs_meta = ("include",)  # of a prompt, to judge its picture
+    needs_meta = ("include",)
+    columns = tuple(COLUMNS)
 
     def __init__(
         self,
@@ -70,12 +74,19 @@ class Shapes:
             )
         return [judge(prompt.meta, found) for prompt, found in zip(prompts, detect(images), strict=True)]
 
+    def measured(self, prompt: Prompt, verdict: Verdict) -> dict[str, float]:
+        """Whether there is something that is no shape, an object too many, an object too few."""
+        kinds = {defect.kind for defect in verdict.defects}
+        return {column: float(kind in kinds) for column, kind in COLUMNS.items()}
+
     def faults(self, images: np.ndarray, prompts: list[Prompt]) -> list[list[str]]:
         """What is wrong with each picture, in the words that a reflection uses; empty for a right one."""
         rng = np.random.default_rng(0)  # places what a mended scene needs; faults do not depend on it
         return [list(reflect(prompt, found, self.size, rng).faults) for prompt, found in zip(prompts, detect(images), strict=True)]  # fmt: skip
 
-    named = staticmethod(named)
+    def named(self, text: str) -> list[str]:
+        """See `reflections.named`."""
+        return named(text)
 
     def features(self, images: np.ndarray) -> np.ndarray:
         """What diversity is measured on, float32 `(N, 192)`: the image without its background, averaged over an 8x8 grid."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import lightning as L
 
-from t2i_rl import stopping
+from t2i_rl.core import stopping
 from t2i_rl.core.numbers import Count
 
 

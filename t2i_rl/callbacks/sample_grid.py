@@ -7,9 +7,9 @@ import numpy as np
 
 from t2i_rl.core.numbers import Count
 from t2i_rl.core.pixels import write_png
-from t2i_rl.core.text import check_texts
-from t2i_rl.evaluation.grid import caption_grid
-from t2i_rl.seeding import derive_seed
+from t2i_rl.core.seeding import derive_seed
+from t2i_rl.core.written_texts import check_texts
+from t2i_rl.evaluation.report.grid import caption_grid
 
 
 class SampleGrid(L.Callback):

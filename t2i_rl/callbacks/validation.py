@@ -9,26 +9,15 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_only
 
-from t2i_rl.contracts import features_of, verdicts_of
 from t2i_rl.core.checkpoints import read_checkpoint
+from t2i_rl.core.contract_checks import checked, features_of, verdicts_of
+from t2i_rl.core.contracts import Drawn
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.finite import check_weights
 from t2i_rl.core.numbers import Count
-from t2i_rl.errors import UserError
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.core.seeding import derive_seed
 from t2i_rl.evaluation.fid import frechet_distance
-from t2i_rl.methods.learner import load_learnt
-from t2i_rl.prompts import Prompt
-from t2i_rl.rewards.output import checked
-from t2i_rl.seeding import derive_seed
-
-
-class Pictures:
-    """What a reward reads of drawn images: pictures and prompts, as in a rollout without tokens."""
-
-    def __init__(self, images: np.ndarray, prompts: list[Prompt]):
-        self.images, self.prompts, self.plans, self.group_size = images, prompts, [""] * len(prompts), 1
-
-    def __len__(self) -> int:
-        return len(self.prompts)
 
 
 class Validate(L.Callback):
@@ -63,7 +52,7 @@ class Validate(L.Callback):
         self.warned: list[str] = []
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        tokens = getattr(module.model, "tokens", None)
+        tokens = module.model.attached
         if self.base is None and (tokens is not None or trainer.global_step == 0):
             with tokens.disabled() if tokens is not None else nullcontext():
                 self.base = self._measure(trainer, module)
@@ -88,7 +77,7 @@ class Validate(L.Callback):
                     f"{self.best_step}: another run has written it"
                 )
             check_weights(best["state_dict"].items(), "best.ckpt")
-            load_learnt(trainer, module, best)
+            module.restore(best)
             rank_zero_only(print)(
                 f"best {self.best} {self.best_value:.3f} at step {self.best_step}: the run ends with that checkpoint",
                 flush=True,
@@ -133,7 +122,7 @@ class Validate(L.Callback):
             chosen = [prompts[place] for place in places]
             seeds = [derive_seed("validate", prompt.id) for prompt in chosen]
             images = module.model.generate([prompt.text for prompt in chosen], seeds, mode=mode, fresh=False).images
-            rows += self._judge(places, chosen, images)
+            rows += self._judge(places, chosen, seeds, images)
         if world > 1:
             gathered: list = [None] * world
             dist.all_gather_object(gathered, rows)
@@ -156,11 +145,9 @@ class Validate(L.Callback):
         if self.best is not None and self.best not in (measured := [f"val/{name}" for name in names]):
             raise UserError(f"{where}.best={self.best} is not measured; choose from {', '.join(measured)}, or null")
 
-    def _judge(self, places: list[int], prompts: list[Prompt], images: np.ndarray) -> list[tuple]:
-        scores = {
-            name: checked(judge(Pictures(images, prompts)), len(prompts), name).total
-            for name, judge in self.judges.items()
-        }
+    def _judge(self, places: list[int], prompts: list[Prompt], seeds: list[int], images: np.ndarray) -> list[tuple]:
+        drawn = Drawn(prompts=prompts, seeds=seeds, images=images)
+        scores = {name: checked(judge(drawn), len(drawn), name).total for name, judge in self.judges.items()}
         rows = [{name: float(values[i]) for name, values in scores.items()} for i in range(len(prompts))]
         features = features_of(self.features, images) if self.features else [None] * len(prompts)
         if self.benchmark is None:
@@ -168,8 +155,8 @@ class Validate(L.Callback):
         for row, prompt, verdict in zip(rows, prompts, verdicts_of(self.benchmark, images, prompts), strict=True):
             row |= {"overall": float(verdict.strict), "score": verdict.score, "tag": prompt.tag}
             if prompt.tag == "counting":
-                row["over_counted"] = float(any(defect.startswith("extra") for defect in verdict.defects))
-                row["under_counted"] = float(any(defect.startswith("missing") for defect in verdict.defects))
+                row["over_counted"] = float(any(defect.kind == "extra" for defect in verdict.defects))
+                row["under_counted"] = float(any(defect.kind == "missing" for defect in verdict.defects))
         return list(zip(places, rows, features, strict=True))
 
     def _summary(self, rows: list[dict], features: list) -> dict[str, float]:

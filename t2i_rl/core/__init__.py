@@ -1,1 +1,1 @@
-"""What everything else stands on: files, images, ranks, numbers. It imports nothing of t2i_rl but `errors`."""
+"""What everything else stands on: files, images, ranks, numbers, texts. It imports nothing else of t2i_rl."""

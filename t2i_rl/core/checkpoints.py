@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import replacing
-from t2i_rl.errors import UserError
 
 SAFETENSORS = "it is a safetensors file; weights are given as model.path, soft tokens as model.soft_tokens"
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 
 BROKEN_FILE = "the file is broken, or a training ran away; take another checkpoint"
 RAN_AWAY = "the update ran away, so lower method.optimizer.lr; the checkpoint before this one is kept"

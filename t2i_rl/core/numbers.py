@@ -2,7 +2,7 @@
 annotation.
 
 A constructor annotates what it takes, as in `batch_size: Count` or `max_grad_norm: Positive | None`; the command line
-checks every class of a config by that (`t2i_rl.settings`), and constructors that are called from Python check
+checks every class of a config by that (`t2i_rl.command.settings`), and constructors that are called from Python check
 themselves (`check_arguments`). Upper bounds keep out what overflows or means nothing; each says why.
 """
 
@@ -17,8 +17,8 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.signatures import makers, parameters
-from t2i_rl.errors import UserError
 
 
 @dataclass(frozen=True)

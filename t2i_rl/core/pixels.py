@@ -9,9 +9,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import read_bytes, replacing
 from t2i_rl.core.finite import check_finite
-from t2i_rl.errors import UserError
+
+MOST_OBLONG = 16
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
 UNREADABLE = (  # what Pillow's readers raise on broken bytes, tried with 60,000 of them
@@ -132,3 +134,22 @@ def to_bytes(pixels: torch.Tensor, centred: bool = False) -> np.ndarray:
     check_finite(pixels, "the pixels that the model drew", OVERFLOW)
     scaled = (pixels + 1) * 127.5 if centred else pixels * 255
     return scaled.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def square(image: Image.Image, size: int) -> np.ndarray:
+    """uint8 `(size, size, 3)`: the shorter side resized to `size` (bicubic), the middle cut out."""
+    if max(image.size) > MOST_OBLONG * min(image.size):
+        image = _shortened(image)
+    scale = size / min(image.size)
+    width, height = (max(size, round(side * scale)) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def _shortened(image: Image.Image) -> Image.Image:
+    """The middle of a sliver: enlarged whole, one of 1 x 10,000 pixels would fill the memory before it is cut."""
+    length = MOST_OBLONG * min(image.size)
+    width, height = (min(side, length) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

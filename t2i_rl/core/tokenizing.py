@@ -2,7 +2,7 @@
 
 import re
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 
 SENTENCE = "a red circle, left of 2 blue squares."
 LEGACY_END = 2  # with this end in its config, transformers' CLIP pools at the greatest id instead

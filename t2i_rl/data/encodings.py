@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load, save
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import read_object, write_atomic
 from t2i_rl.core.finite import check_finite
+from t2i_rl.core.hashing import weights_sha256
 from t2i_rl.core.pixels import OVERFLOW
-from t2i_rl.errors import UserError
-from t2i_rl.hashing import weights_sha256
-from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
-from t2i_rl.seeding import row_normals
+from t2i_rl.core.seeding import row_normals
+from t2i_rl.models.diffusion.base import LatentDiffusion, TextEncoding
 
 FORMAT = "t2i_rl.encodings.1"
 KINDS = ("images", "texts")

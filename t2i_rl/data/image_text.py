@@ -2,40 +2,19 @@
 
 from collections.abc import Iterable
 
-import lightning as L
 import numpy as np
-from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Pixels, Seed, Whole, check_arguments
+from t2i_rl.core.pixels import square
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.core.seeding import derive_seed
+from t2i_rl.data.base import Data
 from t2i_rl.data.encodings import Encodings
 from t2i_rl.data.pairs import PixelPairs, share_of
 from t2i_rl.data.sources import Source, find_source
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt
-from t2i_rl.seeding import derive_seed
 from t2i_rl.shapes.render import to_pixels
-
-MOST_OBLONG = 16
-
-
-def square(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 `(size, size, 3)`: the shorter side resized to `size` (bicubic), the middle cut out."""
-    if max(image.size) > MOST_OBLONG * min(image.size):
-        image = _shortened(image)
-    scale = size / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.BICUBIC)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def _shortened(image: Image.Image) -> Image.Image:
-    """The middle of a sliver: enlarged whole, one of 1 x 10,000 pixels would fill the memory before it is cut."""
-    length = MOST_OBLONG * min(image.size)
-    width, height = (min(side, length) for side in image.size)
-    left, top = (image.width - width) // 2, (image.height - height) // 2
-    return image.crop((left, top, left + width, top + height))
 
 
 class ImageTextStream(IterableDataset):
@@ -95,7 +74,7 @@ class ImageTextStream(IterableDataset):
         return next((caption for caption in turns if caption.casefold() not in lowered), None)
 
 
-class ImageText(L.LightningDataModule):
+class ImageText(Data):
     """Pairs from a local folder.
 
     Args:
@@ -140,6 +119,9 @@ class ImageText(L.LightningDataModule):
         if self.encodings is not None:
             self.encodings.check_holds([self.source.names[item] for item in self.items])
             self.encodings.check(self.trainer.lightning_module.model, self.size)
+
+    def texts(self) -> list[str]:
+        return [] if self.encodings is not None else self.work()[1]
 
     def train_dataloader(self) -> DataLoader:
         first = self.trainer.lightning_module.batches_done

@@ -6,10 +6,10 @@ Wording: GenEval (arXiv 2310.11513) for `a photo of ...`, T2I-CompBench (arXiv 2
 import random
 from collections.abc import Callable
 
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.seeding import derive_seed
 from t2i_rl.data.t2i_r1 import plain
 from t2i_rl.data.words import COLORS, MORE_OBJECTS, NUMBERS, OBJECTS, SHAPES, TEXTURES, plural, with_article
-from t2i_rl.errors import UserError
-from t2i_rl.seeding import derive_seed
 
 EVERYTHING = (*OBJECTS, *MORE_OBJECTS)
 SIDES = ("left of", "right of", "above", "below")

@@ -2,20 +2,20 @@
 
 from dataclasses import dataclass
 
-import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Seed, check_arguments
-from t2i_rl.errors import UserError
-from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
-from t2i_rl.prompts import Prompt
-from t2i_rl.seeding import row_normals
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.core.seeding import row_normals
+from t2i_rl.data.base import Data
+from t2i_rl.models.diffusion.base import LatentDiffusion, TextEncoding
 from t2i_rl.shapes.examples import TASK_WEIGHTS, sample_example
 from t2i_rl.shapes.judge import judge
-from t2i_rl.shapes.oracle import Detection
+from t2i_rl.shapes.oracle import ShapeDetection
 from t2i_rl.shapes.render import render, to_pixels
 from t2i_rl.shapes.scene import Scene
 from t2i_rl.shapes.suites import select_prompts
@@ -56,9 +56,9 @@ def share_of(batch_size: int) -> tuple[int, int]:
     return rank * share, share
 
 
-def as_found(scene: Scene) -> list[Detection]:
+def as_found(scene: Scene) -> list[ShapeDetection]:
     """A scene as a detector without error would report it."""
-    return [Detection(item.shape, item.color, item.box, 1.0, item.texture) for item in scene.objects]
+    return [ShapeDetection(item.shape, item.box, 1.0, item.color, item.texture) for item in scene.objects]
 
 
 def distinct_examples(rng: np.random.Generator, count: int, weights: dict[str, float]) -> list[tuple[Prompt, Scene]]:
@@ -104,7 +104,7 @@ class ShapesStream(IterableDataset):
             )
 
 
-class ShapesPairs(L.LightningDataModule):
+class ShapesPairs(Data):
     """Training pairs of the embedded world, rendered on the fly.
 
     Args:

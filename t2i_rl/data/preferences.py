@@ -4,20 +4,20 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import read_json_lines
 from t2i_rl.core.numbers import Count, Seed, check_arguments
 from t2i_rl.core.pixels import read_image
-from t2i_rl.core.text import fault_of_text
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.core.seeding import derive_seed
+from t2i_rl.core.written_texts import fault_of_text
+from t2i_rl.data.base import Data
 from t2i_rl.data.pairs import sampled_latents, share_of
-from t2i_rl.errors import UserError
-from t2i_rl.models.diffusion import LatentDiffusion, TextEncoding
-from t2i_rl.prompts import Prompt
-from t2i_rl.seeding import derive_seed
+from t2i_rl.models.diffusion.base import LatentDiffusion, TextEncoding
 from t2i_rl.shapes.render import to_pixels
 
 
@@ -68,7 +68,7 @@ class PreferenceStream(IterableDataset):
         return np.asarray(read_image(self.folder / name))
 
 
-class Preferences(L.LightningDataModule):
+class Preferences(Data):
     """Pairs that task=make_preferences has written, or anybody in its form: rows of `prompt`, `preferred` and `other`.
 
     Raises:

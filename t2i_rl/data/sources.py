@@ -8,12 +8,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import decoded, lines_of, parse_json, read_bytes, read_json, read_json_lines
+from t2i_rl.core.members import is_image, matched
 from t2i_rl.core.pixels import read_image
 from t2i_rl.core.ranks import is_main_process
-from t2i_rl.core.text import fault_of_text
-from t2i_rl.data.members import is_image, matched
-from t2i_rl.errors import UserError
+from t2i_rl.core.written_texts import fault_of_text
 
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt")
 

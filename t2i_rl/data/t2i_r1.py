@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import read_json_lines
 from t2i_rl.core.numbers import Count, Seed, check_arguments
+from t2i_rl.core.prompts import Prompt, fault_of_clauses, read_prompts, row_id, with_distinct_ids
 from t2i_rl.core.ranks import is_main_process
-from t2i_rl.core.text import fault_of_text, is_text
-from t2i_rl.data.prompt_stream import PromptData
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt, fault_of_clauses, read_prompts, row_id, with_distinct_ids
+from t2i_rl.core.written_texts import fault_of_text, is_text
+from t2i_rl.data.prompts import PromptData
 
 NEEDED = {  # task_type -> the annotation that its scorers read
     "spatial": "spatial_info",

@@ -1,0 +1,1 @@
+"""Measuring: records, statistics, stages, tables."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 from t2i_rl.evaluation.stats import RESAMPLES, bootstrap, percentile_interval, two_sided_p
 
 

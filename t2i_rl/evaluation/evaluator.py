@@ -9,14 +9,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
 
-from t2i_rl import stopping
-from t2i_rl.contracts import features_of, verdicts_of
+from t2i_rl.core import stopping
+from t2i_rl.core.contract_checks import features_of, verdicts_of
 from t2i_rl.core.files import read_json, replacing, write_atomic
+from t2i_rl.core.hashing import weights_sha256
 from t2i_rl.core.pixels import write_png
-from t2i_rl.evaluation.results import read_records, write_records
-from t2i_rl.hashing import weights_sha256
-from t2i_rl.prompts import Prompt, with_distinct_ids
-from t2i_rl.seeding import derive_seed
+from t2i_rl.core.prompts import Prompt, with_distinct_ids
+from t2i_rl.core.seeding import derive_seed
+from t2i_rl.evaluation.records import read_records, write_records
 
 
 class Evaluator(L.LightningModule):
@@ -88,7 +88,7 @@ class Evaluator(L.LightningModule):
                     "strict": verdicts[row].strict,
                     "lenient": verdicts[row].lenient,
                     "score": verdicts[row].score,
-                    "defects": verdicts[row].defects,
+                    "defects": [defect.text for defect in verdicts[row].defects],
                     "image": name,
                 }
             )

@@ -6,12 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.members import is_image
 from t2i_rl.core.numbers import Count, Pixels
-from t2i_rl.core.pixels import read_image
+from t2i_rl.core.pixels import read_image, square
 from t2i_rl.core.ranks import is_main_process, own_gpu
-from t2i_rl.data.image_text import square
-from t2i_rl.data.members import is_image
-from t2i_rl.errors import UserError
 
 
 class InceptionFeatures:

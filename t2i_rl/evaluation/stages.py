@@ -8,13 +8,13 @@ import lightning as L
 import numpy as np
 import torch
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.recipes import config_names, settings_used
-from t2i_rl.errors import UserError
 from t2i_rl.evaluation.diversity import compare_diversity, diversity
 from t2i_rl.evaluation.evaluator import Evaluator, evaluate
-from t2i_rl.evaluation.results import STAGES, headline_comparison, write_results
+from t2i_rl.evaluation.records import STAGES, headline_comparison, write_results
 from t2i_rl.evaluation.stats import aggregate, compare
-from t2i_rl.evaluation.turns import turn_metrics
+from t2i_rl.methods.irg.evaluation import turn_metrics
 
 COMPARED = (
     ("base_direct", "base_plan"),

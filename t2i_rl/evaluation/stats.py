@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 from t2i_rl.shapes.text import GENEVAL_TASKS
 
 RESAMPLES = 2000

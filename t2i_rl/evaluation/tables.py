@@ -9,8 +9,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from t2i_rl.errors import UserError
-from t2i_rl.evaluation.results import Job, headline_comparison, stages_of
+from t2i_rl.core.errors import UserError
+from t2i_rl.evaluation.records import Job, headline_comparison, stages_of
 from t2i_rl.evaluation.stats import bracket, seed_interval
 
 MISSING = "-"

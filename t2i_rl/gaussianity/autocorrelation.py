@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 from t2i_rl.gaussianity.moments import Generators, rows
 
 

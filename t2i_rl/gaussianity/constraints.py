@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count
-from t2i_rl.errors import UserError
 from t2i_rl.gaussianity.moments import rows
 from t2i_rl.gaussianity.spectrum import pack, unpack
 

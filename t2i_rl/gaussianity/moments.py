@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Weight
-from t2i_rl.errors import UserError
 
 ABOUT = ("zero", "mean", "mean and scale")
 Generators = Sequence[torch.Generator]

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Weight, Whole
-from t2i_rl.errors import UserError
 from t2i_rl.gaussianity.moments import Generators, rows
 from t2i_rl.gaussianity.spectrum import shuffle
 

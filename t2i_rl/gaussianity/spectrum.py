@@ -11,8 +11,8 @@ from functools import cache
 
 import torch
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Weight
-from t2i_rl.errors import UserError
 from t2i_rl.gaussianity.moments import Generators, rows
 
 # expectations over complex normal bins

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from t2i_rl import __version__
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 
 ABOUT, FORMAT = "t2i_rl", 1
 METHODS = {"grpo": "iris", "pairs": "softrepa, or agsm", "irg": "irg, or irg_grpo"}  # by what they keep in a checkpoint

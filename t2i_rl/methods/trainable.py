@@ -11,9 +11,9 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.hashing import weights_sha256
 from t2i_rl.core.numbers import LearningRate, check_value
-from t2i_rl.errors import UserError
-from t2i_rl.hashing import weights_sha256
 
 NOT_MERGED = ("use_dora", "lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")  # fmt: skip
 

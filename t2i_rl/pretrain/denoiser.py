@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 
-from t2i_rl.models.diffusion import attention_for_training
-from t2i_rl.seeding import derive_seed
+from t2i_rl.core.seeding import derive_seed
+from t2i_rl.models.diffusion.base import attention_for_training
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.render import render, to_pixels
 

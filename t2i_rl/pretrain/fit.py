@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader
 
 from t2i_rl.callbacks.checkpoint import CheckpointEvery
 from t2i_rl.callbacks.progress import Progress
-from t2i_rl.checkpoint_io import WholeCheckpoints
+from t2i_rl.core.checkpoint_io import WholeCheckpoints
 from t2i_rl.core.checkpoints import LAST, PREVIOUS, newest_whole, read_checkpoint
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import read_json, write_atomic
 from t2i_rl.core.finite import check_weights
-from t2i_rl.errors import UserError
 
 LOWER_RATE = (
     "lower this stage's learning rates (task.recipes), or take precision=32-true; the same command goes on from its "

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import IterableDataset
 
-from t2i_rl.models.janus import Chat, special_ids
-from t2i_rl.pretrain.vq import nearest_codes
-from t2i_rl.rollout.rows import positions, unconditional
+from t2i_rl.models.autoregressive.chat import Chat
+from t2i_rl.models.autoregressive.codes import nearest_codes
+from t2i_rl.models.autoregressive.engine.rows import positions, unconditional
+from t2i_rl.models.autoregressive.janus import special_ids
 from t2i_rl.shapes.examples import misremembered, sample_example
 from t2i_rl.shapes.render import render, to_pixels
 from t2i_rl.shapes.text import plan

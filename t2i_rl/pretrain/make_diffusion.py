@@ -13,11 +13,11 @@ from omegaconf import OmegaConf
 
 from t2i_rl.benchmarks.shapes import Shapes
 from t2i_rl.core.files import replacing_folder
+from t2i_rl.core.hashing import weights_sha256
 from t2i_rl.core.pixels import to_bytes
 from t2i_rl.core.progress import tracked
-from t2i_rl.hashing import weights_sha256
-from t2i_rl.models.diffusion import LatentDiffusion
-from t2i_rl.models.diffusion_tiny import build_flux, build_sd, build_sd3, build_vae
+from t2i_rl.models.diffusion.base import LatentDiffusion
+from t2i_rl.models.diffusion.tiny import build_flux, build_sd, build_sd3, build_vae
 from t2i_rl.pretrain.card import percent
 from t2i_rl.pretrain.denoiser import CaptionedScenes, DenoiserStage
 from t2i_rl.pretrain.fit import fit

@@ -9,8 +9,9 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from t2i_rl.core.files import replacing_folder
-from t2i_rl.models.janus import Chat, Janus
-from t2i_rl.models.janus_tiny import build_model, build_processor
+from t2i_rl.models.autoregressive.chat import Chat
+from t2i_rl.models.autoregressive.janus import Janus
+from t2i_rl.models.autoregressive.janus_tiny import build_model, build_processor
 from t2i_rl.pretrain.card import percent
 from t2i_rl.pretrain.fit import fit
 from t2i_rl.pretrain.janus_lm import JanusLMStage, JanusLookStage, PretrainRows

@@ -6,10 +6,10 @@ import re
 import numpy as np
 import torch
 
-from t2i_rl.models.janus import Janus
+from t2i_rl.models.autoregressive.codes import nearest_codes
+from t2i_rl.models.autoregressive.engine.decode import decode_text
+from t2i_rl.models.autoregressive.janus import Janus
 from t2i_rl.pretrain.janus_lm import look_ids
-from t2i_rl.pretrain.vq import nearest_codes
-from t2i_rl.rollout.decode import decode_text
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.render import render, to_pixels

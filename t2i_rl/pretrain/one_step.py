@@ -13,9 +13,9 @@ from torch.utils.data import IterableDataset
 from t2i_rl.core.files import write_atomic
 from t2i_rl.core.finite import check_finite
 from t2i_rl.core.progress import tracked
-from t2i_rl.models.diffusion import LatentDiffusion, attention_for_training
+from t2i_rl.core.seeding import derive_seed
+from t2i_rl.models.diffusion.base import LatentDiffusion, attention_for_training
 from t2i_rl.pretrain.denoiser import muon_and_adamw
-from t2i_rl.seeding import derive_seed
 from t2i_rl.shapes.examples import TASK_WEIGHTS, sample_example
 
 

@@ -5,15 +5,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.loading import first_line, load_model, load_part
 from t2i_rl.core.numbers import Count, Device, Dtype
-from t2i_rl.errors import UserError
-from t2i_rl.loading import first_line, load_model, load_part
 from t2i_rl.rewards.open_clip import read_state
-from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rewards.pixels import prepared, to_unit
 
 
-class Aesthetic:
+class Aesthetic(Reward):
     """Rating, about 1 to 10; the prompt is not read.
 
     Two heads are published, trained on different ratings: `sac+logos+ava1-l14-linearMSE.pth` (DDPO, DNO) and `ava+logos-l14-linearMSE.pth` (ReNO). Which one was
@@ -26,9 +26,7 @@ class Aesthetic:
         UserError: a checkpoint that cannot be loaded, or a head for embeddings of another width.
     """
 
-    needs_images = True
     differentiable = True
-    distribution = None
 
     def __init__(
         self,
@@ -53,9 +51,9 @@ class Aesthetic:
         ).requires_grad_(False)
         self.head = build_head(state, head, self.model.config.projection_dim).to(self.model.device)
 
-    def __call__(self, rollout) -> RewardOutput:
+    def __call__(self, drawn: Drawn) -> RewardOutput:
         """Of uint8 images, through the same differentiable preparation."""
-        pixels = to_unit(rollout.images)
+        pixels = to_unit(drawn.images)
         with torch.no_grad():
             parts = [self.score_pixels(part, None) for part in pixels.split(self.batch_size)]
         total = torch.cat(parts).double().cpu()

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 
 SIDES = {  # wording -> axis (0 x, 1 y) and the sign of (first centre - second centre)
     "left of": (0, -1),

@@ -2,19 +2,18 @@
 
 import torch
 
+from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
+from t2i_rl.core.encoder_texts import Reader, Reading, ReadsTexts
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.loading import load_config, load_model, load_part, reads_as_text
 from t2i_rl.core.numbers import Count, Device, Dtype
-from t2i_rl.core.texts import Reader, Reading, ReadsTexts
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.core.tokenizing import check_pooling, check_tokenizer
-from t2i_rl.errors import UserError
-from t2i_rl.loading import load_config, load_model, load_part, reads_as_text
-from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.open_clip import load_open_clip
-from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rewards.pixels import prepared
-from t2i_rl.rollout.buffer import Rollout
 
 
-class ClipScore(ReadsTexts):
+class ClipScore(Reward, ReadsTexts):
     """Cosine of image and raw prompt, without CLIP's factor of 100 unless `scaled`.
 
     HPS v2.1 (arXiv 2306.09341; T2I-R1 section 3.4) lies about 0.2 to 0.35; PickScore (arXiv 2305.01569) is published scaled, about 18 to 24.
@@ -30,9 +29,7 @@ class ClipScore(ReadsTexts):
         UserError: a checkpoint that cannot be loaded, or whose tokenizer does not fit it.
     """
 
-    needs_images = True
     differentiable = True
-    distribution = None
 
     def __init__(
         self,
@@ -69,10 +66,10 @@ class ClipScore(ReadsTexts):
         check_tokenizer(self.tokenizer, path, rows=config.vocab_size, begin="bos", end="eos", needs=("pad",))
         check_pooling(self.tokenizer, path, config)
 
-    def __call__(self, rollout: Rollout) -> RewardOutput:
-        texts = [prompt.text for prompt in rollout.prompts]
+    def __call__(self, drawn: Drawn) -> RewardOutput:
+        texts = [prompt.text for prompt in drawn.prompts]
         parts = [slice(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)]
-        return RewardOutput(torch.cat([self.cosine(rollout.images[part], texts[part]) for part in parts]))
+        return RewardOutput(torch.cat([self.cosine(drawn.images[part], texts[part]) for part in parts]))
 
     @torch.no_grad()
     def cosine(self, images, texts: list[str]) -> torch.Tensor:

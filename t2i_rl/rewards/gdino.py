@@ -2,11 +2,12 @@
 
 import torch
 
+from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
+from t2i_rl.core.encoder_texts import Reader, Reading, ReadsTexts
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.loading import load_config, load_model, load_part, load_tokenizer
 from t2i_rl.core.numbers import Count, Device, Dtype, Positive, Threshold, check_arguments
-from t2i_rl.core.texts import Reader, Reading, ReadsTexts
-from t2i_rl.errors import UserError
-from t2i_rl.loading import load_config, load_model, load_part, load_tokenizer
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.rewards.boxes import (
     COMPATS,
     NEAR,
@@ -17,11 +18,9 @@ from t2i_rl.rewards.boxes import (
     detection_score,
     task_kind,
 )
-from t2i_rl.rewards.output import RewardOutput
-from t2i_rl.rollout.buffer import Rollout
 
 
-class GroundingDino(ReadsTexts):
+class GroundingDino(Reward, ReadsTexts):
     """`detection_score` of what GroundingDINO finds for the nouns of the raw prompt (T2I-R1 section 3.4; arXiv 2303.05499).
 
     The caption is the nouns with full stops between. A box's score for a noun is the greatest sigmoid over the noun's
@@ -37,9 +36,7 @@ class GroundingDino(ReadsTexts):
         UserError: an unknown `compat`; a checkpoint that cannot be loaded, or whose tokenizer does not fit it.
     """
 
-    needs_images = True
     needs_meta = ("nouns",)
-    distribution = None
 
     def __init__(
         self,
@@ -87,15 +84,15 @@ class GroundingDino(ReadsTexts):
         length, most = len(self.tokenizer(caption(asked)).input_ids), self.model.config.max_text_len
         return f"its nouns are {length} tokens, the model reads {most}" if length > most else None
 
-    def __call__(self, rollout: Rollout) -> RewardOutput:
-        height, width = rollout.images.shape[1:3]
-        metas = [prompt.meta for prompt in rollout.prompts]
+    def __call__(self, drawn: Drawn) -> RewardOutput:
+        height, width = drawn.images.shape[1:3]
+        metas = [prompt.meta for prompt in drawn.prompts]
         asked = [asked_nouns(meta, self.compat) for meta in metas]
         rows = [row for row, nouns in enumerate(asked) if nouns]
         detections = [Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long))] * len(metas)
         for first in range(0, len(rows), self.batch_size):
             part = rows[first : first + self.batch_size]
-            boxes = self.detect(rollout.images[part], [asked[row] for row in part])
+            boxes = self.detect(drawn.images[part], [asked[row] for row in part])
             for row, row_boxes in zip(part, boxes, strict=True):
                 detections[row] = row_boxes
         scores = [

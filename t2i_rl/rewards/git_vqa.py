@@ -2,19 +2,18 @@
 
 import torch
 
+from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
+from t2i_rl.core.encoder_texts import Reader, Reading, ReadsTexts
+from t2i_rl.core.loading import load_config, load_model, load_part, load_tokenizer
 from t2i_rl.core.numbers import Count, Device, Dtype
-from t2i_rl.core.texts import Reader, Reading, ReadsTexts
-from t2i_rl.loading import load_config, load_model, load_part, load_tokenizer
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.rewards.boxes import task_kind
-from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rewards.yes_no import single_token, yes_share
-from t2i_rl.rollout.buffer import Rollout
 
 SILENT = ("spatial", "numeracy")  # kinds of prompt that it says nothing about
 
 
-class GitVQA(ReadsTexts):
+class GitVQA(Reward, ReadsTexts):
     """Mean over the phrases of P(yes) / (P(yes) + P(no)) after "<phrase>?" (T2I-R1 section 3.4; GIT: arXiv 2205.14100).
 
     Phrases are the prompt's `attr_nouns`, else its `nouns`; a prompt without either scores 1, spatial and counting prompts score 0,
@@ -28,9 +27,7 @@ class GitVQA(ReadsTexts):
             no.
     """
 
-    needs_images = True
     needs_meta = ("nouns",)
-    distribution = None
 
     def __init__(
         self,
@@ -60,17 +57,17 @@ class GitVQA(ReadsTexts):
         longest = max((len(self._ids(question)) for question in self.texts_of(prompt)), default=0)
         return f"its question is {longest} tokens, the model reads {self.longest}" if longest > self.longest else None
 
-    def __call__(self, rollout: Rollout) -> RewardOutput:
-        asked = [(row, question) for row, prompt in enumerate(rollout.prompts) for question in self.texts_of(prompt)]
-        shares: list[list[float]] = [[] for _ in rollout.prompts]
+    def __call__(self, drawn: Drawn) -> RewardOutput:
+        asked = [(row, question) for row, prompt in enumerate(drawn.prompts) for question in self.texts_of(prompt)]
+        shares: list[list[float]] = [[] for _ in drawn.prompts]
         for first in range(0, len(asked), self.batch_size):
             part = asked[first : first + self.batch_size]
-            answers = self.ask(rollout.images[[row for row, _ in part]], [question for _, question in part])
+            answers = self.ask(drawn.images[[row for row, _ in part]], [question for _, question in part])
             for (row, _), share in zip(part, answers.tolist(), strict=True):
                 shares[row].append(share)
         scores = [
             sum(each) / len(each) if each else 0.0 if is_silent(prompt.meta) else 1.0
-            for each, prompt in zip(shares, rollout.prompts, strict=True)
+            for each, prompt in zip(shares, drawn.prompts, strict=True)
         ]
         return RewardOutput(torch.tensor(scores, dtype=torch.float64))
 

@@ -5,17 +5,16 @@ import re
 import torch
 from torch import nn
 
+from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
+from t2i_rl.core.encoder_texts import Reader, Reading, ReadsTexts
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.loading import DTYPES, first_line, load_part, reads_as_text
 from t2i_rl.core.numbers import Count, Device, Dtype
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.core.ranks import own_gpu
-from t2i_rl.core.texts import Reader, Reading, ReadsTexts
 from t2i_rl.core.tokenizing import check_tokenizer
-from t2i_rl.errors import UserError
-from t2i_rl.loading import DTYPES, first_line, load_part, reads_as_text
-from t2i_rl.prompts import Prompt
 from t2i_rl.rewards.open_clip import read_state
-from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rewards.pixels import prepared
-from t2i_rl.rollout.buffer import Rollout
 
 MEAN, STD = 0.16717179, 1.0333394  # of the raw score over the training set, as released
 LONGEST = 35  # tokens of a text, as released
@@ -32,7 +31,7 @@ RENAMED = (
 )
 
 
-class ImageReward(ReadsTexts):
+class ImageReward(Reward, ReadsTexts):
     """Score of a picture and its raw prompt, standardised as released: about -2 to 2 (arXiv 2304.05977). Tables often show it times 100.
 
     Args:
@@ -44,9 +43,7 @@ class ImageReward(ReadsTexts):
         UserError: a checkpoint that cannot be loaded, or a tokenizer that does not fit it.
     """
 
-    needs_images = True
     differentiable = True
-    distribution = None
 
     def __init__(
         self,
@@ -80,10 +77,10 @@ class ImageReward(ReadsTexts):
         side = self.vision.config.image_size
         self.pictures = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
 
-    def __call__(self, rollout: Rollout) -> RewardOutput:
-        texts = [prompt.text for prompt in rollout.prompts]
+    def __call__(self, drawn: Drawn) -> RewardOutput:
+        texts = [prompt.text for prompt in drawn.prompts]
         parts = [slice(first, first + self.batch_size) for first in range(0, len(texts), self.batch_size)]
-        return RewardOutput(torch.cat([self.score(rollout.images[part], texts[part]) for part in parts]))
+        return RewardOutput(torch.cat([self.score(drawn.images[part], texts[part]) for part in parts]))
 
     @torch.no_grad()
     def score(self, images, texts: list[str]) -> torch.Tensor:

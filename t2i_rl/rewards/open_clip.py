@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.loading import DTYPES, cannot_load, first_line
 from t2i_rl.core.ranks import own_gpu
-from t2i_rl.errors import UserError
-from t2i_rl.loading import DTYPES, cannot_load, first_line
 
 RENAMED = (
     (r"^visual\.transformer\.resblocks\.", "vision_model.encoder.layers."),

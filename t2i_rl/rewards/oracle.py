@@ -2,25 +2,24 @@
 
 import torch
 
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt
-from t2i_rl.rewards.output import RewardOutput
-from t2i_rl.rollout.buffer import Rollout
+from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.shapes.judge import judge
+from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.scene import CANVASES, LARGE_SHAPES
 
 
-class Oracle:
+class Oracle(Reward):
     """The exact judge of `shapes`: `strict` is 0 or 1, `score` is the partial credit in [0, 1]; `mixed` is their mean.
 
     Raises:
         UserError: an unknown kind.
     """
 
-    needs_images = True
     needs_meta = ("include",)
     image_sizes = CANVASES
     judge_of = "shapes"  # the benchmark that judges by the same
-    distribution = None
 
     def __init__(self, kind: str = "strict"):
         if kind not in ("strict", "score", "mixed"):
@@ -32,12 +31,9 @@ class Oracle:
         strange = [clause["class"] for clause in prompt.meta["include"] if clause["class"] not in LARGE_SHAPES]
         return f"{strange[0]!r} is no shape of this world" if strange else None
 
-    def __call__(self, rollout: Rollout) -> RewardOutput:
-        from t2i_rl.shapes.judge import judge
-        from t2i_rl.shapes.oracle import detect
-
+    def __call__(self, drawn: Drawn) -> RewardOutput:
         verdicts = [
-            judge(prompt.meta, found) for prompt, found in zip(rollout.prompts, detect(rollout.images), strict=True)
+            judge(prompt.meta, found) for prompt, found in zip(drawn.prompts, detect(drawn.images), strict=True)
         ]
         strict = torch.tensor([float(verdict.strict) for verdict in verdicts], dtype=torch.float64)
         score = torch.tensor([verdict.score for verdict in verdicts], dtype=torch.float64)

@@ -2,20 +2,19 @@
 
 import torch
 
+from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
+from t2i_rl.core.encoder_texts import Reader, Reading, ReadsTexts
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.loading import load_config, load_model, load_part
 from t2i_rl.core.numbers import Count, Device, Dtype
-from t2i_rl.core.texts import Reader, Reading, ReadsTexts
 from t2i_rl.core.tokenizing import check_tokenizer, ids_of, marked, special_texts
-from t2i_rl.errors import UserError
-from t2i_rl.loading import load_config, load_model, load_part
 from t2i_rl.rewards.boxes import COMPATS
-from t2i_rl.rewards.output import RewardOutput
 from t2i_rl.rewards.yes_no import single_token, yes_share
-from t2i_rl.rollout.buffer import Rollout
 
 RELEASED_TEMPERATURE = 0.3
 
 
-class ORM(ReadsTexts):
+class ORM(Reward, ReadsTexts):
     """P(yes) / (P(yes) + P(no)) of the first token of the answer (T2I-R1 section 3.4; LLaVA-OneVision: arXiv 2408.03326).
 
     Args:
@@ -30,9 +29,6 @@ class ORM(ReadsTexts):
         UserError: an unknown `compat`; wording without its places; a checkpoint that cannot be loaded, or whose
             tokenizer does not fit it.
     """
-
-    needs_images = True
-    distribution = None
 
     def __init__(
         self,
@@ -66,11 +62,11 @@ class ORM(ReadsTexts):
         self.pictures = load_part(AutoImageProcessor, path, revision)
         self.answers = [single_token(self.tokenizer, word, path) for word in (yes_word, no_word)]
 
-    def __call__(self, rollout: Rollout) -> RewardOutput:
-        self.reader.check(prompt.text for prompt in rollout.prompts)
-        questions = [self.question.format(prompt=marked(prompt.text, self.special)) for prompt in rollout.prompts]
+    def __call__(self, drawn: Drawn) -> RewardOutput:
+        self.reader.check(prompt.text for prompt in drawn.prompts)
+        questions = [self.question.format(prompt=marked(prompt.text, self.special)) for prompt in drawn.prompts]
         parts = [slice(first, first + self.batch_size) for first in range(0, len(questions), self.batch_size)]
-        return RewardOutput(torch.cat([self.ask(rollout.images[part], questions[part]) for part in parts]))
+        return RewardOutput(torch.cat([self.ask(drawn.images[part], questions[part]) for part in parts]))
 
     @torch.no_grad()
     def ask(self, images, questions: list[str]) -> torch.Tensor:

@@ -1,16 +1,13 @@
 """The control that knows nothing: what moves under it is not due to the reward."""
 
-from t2i_rl.rewards.output import RewardOutput
-from t2i_rl.rollout.buffer import Rollout
-from t2i_rl.seeding import row_uniforms
+from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
+from t2i_rl.core.seeding import row_uniforms
 
 
-class Random:
+class Random(Reward):
     """A uniform number in [0, 1) for each row, a function of the row's sampling seed (so a resumed run sees the same)."""
 
     needs_images = False
-    reads_nothing = True  # of what was drawn
-    distribution = None
 
-    def __call__(self, rollout: Rollout) -> RewardOutput:
-        return RewardOutput(row_uniforms([seed + 2 for seed in rollout.seeds], 1)[:, 0])
+    def __call__(self, drawn: Drawn) -> RewardOutput:
+        return RewardOutput(row_uniforms([seed + 2 for seed in drawn.seeds], 1)[:, 0])

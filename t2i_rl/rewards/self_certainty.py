@@ -4,18 +4,18 @@ import math
 
 import torch
 
+from t2i_rl.core.contracts import Reward, RewardOutput
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Sign, Weight, check_arguments
-from t2i_rl.errors import UserError
-from t2i_rl.rewards.output import RewardOutput
-from t2i_rl.rollout.buffer import Rollout
-from t2i_rl.rollout.stats import TokenStats
+from t2i_rl.models.autoregressive.engine.stats import TokenStats
+from t2i_rl.models.autoregressive.rollout import TokenRollout
 
 AGGREGATIONS = ("modality_mean", "token_mean", "sum")
 DIVERGENCES = ("forward", "backward")
 CONSTANTS = ("subtracted", "kept")
 
 
-class SelfCertainty:
+class SelfCertainty(Reward):
     """`reward = sum over modalities of sign * weight * aggregated certainty` (IRIS section 3; spec section 1).
 
     Certainty of a token is KL(U || p) (`divergence=forward`, Kang et al. 2025) or KL(p || U) = log V - H(p) (`backward`, the entropy
@@ -36,6 +36,7 @@ class SelfCertainty:
         UserError: an option outside its choices, or `constant=kept` with `divergence=backward`, which has no such form.
     """
 
+    reads = TokenRollout
     needs_images = False
 
     def __init__(
@@ -70,7 +71,7 @@ class SelfCertainty:
         self.divergence, self.aggregation, self.distribution = divergence, aggregation, distribution
         self.constant = constant
 
-    def __call__(self, rollout: Rollout) -> RewardOutput:
+    def __call__(self, rollout: TokenRollout) -> RewardOutput:
         image_sum, image_count = self._certainty(rollout.image_stats, rollout.image_vocabulary)
         if rollout.text_stats is None:
             text_sum, text_count = torch.zeros_like(image_sum), torch.zeros_like(image_count)

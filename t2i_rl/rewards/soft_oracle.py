@@ -5,10 +5,10 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 
+from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Factor
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt
-from t2i_rl.rewards.output import RewardOutput
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.rewards.pixels import to_unit
 from t2i_rl.shapes.recognizer import COLOR_NAMES, GRID, Recognizer
 from t2i_rl.shapes.scene import LARGE_SHAPES
@@ -16,7 +16,7 @@ from t2i_rl.shapes.scene import LARGE_SHAPES
 LARGEST = 6  # counts are told apart up to here
 
 
-class SoftOracle:
+class SoftOracle(Reward):
     """Sum of log-probabilities, in nats: of each clause's count, of the count of all objects, of each relation, cells taken as independent.
 
     A score and no log-probability of the verdict: the counts are not independent of one another.
@@ -28,10 +28,8 @@ class SoftOracle:
         floor: added to each probability, so that one hopeless clause does not drown the others.
     """
 
-    needs_images = True
     differentiable = True
     needs_meta = ("include",)
-    distribution = None
 
     def __init__(self, path: str, floor: Factor = 1e-9):
         self.recognizer, self.floor = Recognizer.load(path), floor
@@ -49,10 +47,10 @@ class SoftOracle:
             return f"the recogniser counts to {LARGEST}, not to {count}"
         return None
 
-    def __call__(self, rollout) -> RewardOutput:
+    def __call__(self, drawn: Drawn) -> RewardOutput:
         """Of uint8 images."""
         with torch.no_grad():
-            total = self.score_pixels(to_unit(rollout.images), rollout.prompts)
+            total = self.score_pixels(to_unit(drawn.images), drawn.prompts)
         return RewardOutput(total.double().cpu())
 
     def score_pixels(self, pixels: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:

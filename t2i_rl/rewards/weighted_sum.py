@@ -2,17 +2,16 @@
 
 import torch
 
-from t2i_rl.contracts import check_reward
+from t2i_rl.core.contract_checks import check_reward, checked
+from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Factor, SignedWeight, check_arguments
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt
-from t2i_rl.rewards.output import RewardOutput, checked
-from t2i_rl.rollout.buffer import Rollout
+from t2i_rl.core.prompts import Prompt
 
 NORMALIZATIONS = ("none", "group")
 
 
-class WeightedSum:
+class WeightedSum(Reward):
     """`sum of weight * part` (T2I-R1 section 3.4: all weights 1; the paper's average and the code's sum give the
     same advantages, but for the 1e-4 that is added to a group's deviation).
 
@@ -45,22 +44,23 @@ class WeightedSum:
             raise UserError(f"reward.parts read different distributions ({', '.join(sorted(wanted))}): one run has one")
         self.parts, self.weights, self.normalize, self.eps = parts, dict(weights), normalize, eps
         self.distribution = wanted.pop() if wanted else None
+        self.reads = next((part.reads for part in parts.values() if part.reads is not Drawn), Drawn)
         self.needs_images = any(part.needs_images for part in parts.values())
-        sizes = [set(part.image_sizes) for part in parts.values() if getattr(part, "image_sizes", None)]
-        self.image_sizes = sorted(set.intersection(*sizes)) if sizes else None
-        self.needs_plans = any(getattr(part, "needs_plans", False) for part in parts.values())
-        self.needs_meta = tuple(dict.fromkeys(key for part in parts.values() for key in getattr(part, "needs_meta", ())))  # fmt: skip
+        self.needs_plans = any(part.needs_plans for part in parts.values())
+        self.needs_meta = tuple(dict.fromkeys(key for part in parts.values() for key in part.needs_meta))
+        sizes = [set(part.image_sizes) for part in parts.values() if part.image_sizes]
+        self.image_sizes = tuple(sorted(set.intersection(*sizes))) if sizes else ()
 
     def refuses(self, prompt: Prompt) -> str | None:
         """Why one of the parts cannot judge a prompt."""
-        reasons = (part.refuses(prompt) for part in self.parts.values() if hasattr(part, "refuses"))
+        reasons = (part.refuses(prompt) for part in self.parts.values())
         return next((why for why in reasons if why), None)
 
-    def __call__(self, rollout: Rollout) -> RewardOutput:
-        totals = {name: checked(part(rollout), len(rollout), name).total.double().cpu() for name, part in self.parts.items()}  # fmt: skip
-        summed = torch.zeros(len(rollout), dtype=torch.float64)
+    def __call__(self, drawn: Drawn) -> RewardOutput:
+        totals = {name: checked(part(drawn), len(drawn), name).total.double().cpu() for name, part in self.parts.items()}  # fmt: skip
+        summed = torch.zeros(len(drawn), dtype=torch.float64)
         for name, total in totals.items():
-            summed += self.weights[name] * (self._by_group(total, rollout.group_size) if self.normalize == "group" else total)  # fmt: skip
+            summed += self.weights[name] * (self._by_group(total, drawn.group_size) if self.normalize == "group" else total)  # fmt: skip
         return RewardOutput(summed, totals)
 
     def score_pixels(self, pixels: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
@@ -71,7 +71,7 @@ class WeightedSum:
     @property
     def differentiable(self) -> bool:
         """Whether all parts are, and there are no groups to normalise by."""
-        return self.normalize == "none" and all(getattr(part, "differentiable", False) for part in self.parts.values())
+        return self.normalize == "none" and all(part.differentiable for part in self.parts.values())
 
     def _by_group(self, values: torch.Tensor, group_size: int) -> torch.Tensor:
         groups = values.view(-1, group_size)

@@ -2,7 +2,7 @@
 
 import torch
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 
 
 def single_token(tokenizer, word: str, path: str) -> int:

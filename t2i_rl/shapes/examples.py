@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.shapes.scene import BASE_SHAPES, COLORS, Scene, sample_scene
 from t2i_rl.shapes.suites import pair_split, train_prompts, wishes
 

@@ -10,7 +10,8 @@ from functools import cache
 
 import numpy as np
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.contracts import Detection
+from t2i_rl.core.errors import UserError
 from t2i_rl.shapes.render import reach, stamp
 from t2i_rl.shapes.scene import BASE_SHAPES, CANVASES, COLORS, LARGE_SHAPES, SIZES, TEXTURES, radii
 
@@ -26,20 +27,16 @@ _PALETTE = np.array([COLORS[name] for name in _NAMES], dtype=np.float32)
 
 
 @dataclass(frozen=True)
-class Detection:
-    """One object found: `box` is `(x1, y1, x2, y2)` in pixels, `score` its soft IoU with the best template, in [0, 1]."""
+class ShapeDetection(Detection):
+    """One shape in a picture; `score` is its soft IoU with the best template, in [0, 1]. `malformed`: no shape fits it."""
 
-    shape: str
-    color: str
-    box: tuple[float, float, float, float]
-    score: float
     texture: str = "solid"
     size: str | None = None
     malformed: bool = False
 
     @property
-    def center(self) -> tuple[float, float]:
-        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
+    def shape(self) -> str:
+        return self.label
 
 
 @dataclass(frozen=True)
@@ -97,7 +94,7 @@ def components(mask: np.ndarray) -> np.ndarray:
             return inner.copy()
 
 
-def detect(images: np.ndarray) -> list[list[Detection]]:
+def detect(images: np.ndarray) -> list[list[ShapeDetection]]:
     """Objects in uint8 images `(N, S, S, 3)`, best first.
 
     Raises:
@@ -128,13 +125,13 @@ def detect(images: np.ndarray) -> list[list[Detection]]:
             patches.append(patch)
             crops.append((number, center, color, clean))
     shapes = _match(np.stack(patches), bank) if patches else []
-    result: list[list[Detection]] = [[] for _ in images]
+    result: list[list[ShapeDetection]] = [[] for _ in images]
     for (number, (x, y), color, clean), (best, iou) in zip(crops, shapes, strict=True):
         dx, dy, r = bank.boxes[best]
         box = tuple(float(edge) for edge in (x + dx - r, y + dy - r, x + dx + r, y + dy + r))
         malformed = iou < MIN_IOU or not clean
         result[number].append(
-            Detection(bank.shapes[best], _NAMES[color], box, iou, bank.textures[best], bank.sizes[best], malformed)
+            ShapeDetection(bank.shapes[best], box, iou, _NAMES[color], bank.textures[best], bank.sizes[best], malformed)
         )
     return [sorted(row, key=lambda item: -item.score) for row in result]
 

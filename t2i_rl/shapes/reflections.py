@@ -5,9 +5,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t2i_rl.prompts import Prompt
-from t2i_rl.shapes.judge import ATTRIBUTES, Slot, matching, relations
-from t2i_rl.shapes.oracle import Detection
+from t2i_rl.core.geneval_rule import ATTRIBUTES, relations
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.shapes.judge import Slot, matching
+from t2i_rl.shapes.oracle import ShapeDetection
 from t2i_rl.shapes.scene import COLORS, Object, Scene, Wish, apart, place, radii, relation_holds
 from t2i_rl.shapes.text import NUMBERS, article, object_name, place_name, plan
 
@@ -26,7 +27,7 @@ class Reflection:
     kept: tuple[Object, ...]
 
 
-def reflect(prompt: Prompt, found: Sequence[Detection], size: int, rng: np.random.Generator) -> Reflection:
+def reflect(prompt: Prompt, found: Sequence[ShapeDetection], size: int, rng: np.random.Generator) -> Reflection:
     """Of what the oracle found in a picture of `size` pixels that was drawn for a prompt of the world."""
     asked, match, extra, blobs = matching(prompt.meta, found)
     seen = [None if item is None else as_object(item, size) for item in match]
@@ -53,7 +54,7 @@ def reflect(prompt: Prompt, found: Sequence[Detection], size: int, rng: np.rando
     return Reflection(text, tuple(faults), scene, tuple(new for new, stay in zip(objects, stays, strict=True) if stay))
 
 
-def _shown(found: Sequence[Detection], size: int) -> list[str]:
+def _shown(found: Sequence[ShapeDetection], size: int) -> list[str]:
     """Sentences on what a picture shows, in reading order: how many objects, then each; a malformed one is an `object` of its colour."""
     items = sorted(((as_object(item, size), item) for item in found), key=lambda pair: (pair[0].y, pair[0].x))
     count = {0: "no objects.", 1: "one object."}.get(len(items)) or f"{NUMBERS.get(len(items), 'many')} objects."
@@ -65,7 +66,7 @@ def named(text: str) -> tuple[str, ...]:
     return tuple(sentence.split(":")[0].strip() for sentence in text.split(".") if ":" in sentence)
 
 
-def as_object(item: Detection, size: int) -> Object:
+def as_object(item: ShapeDetection, size: int) -> Object:
     """A detection on the grid of scenes: centre to half a pixel, radius the nearest that the canvas has."""
     half = max(item.box[2] - item.box[0], item.box[3] - item.box[1]) / 2
     r = min(radii(size, item.size), key=lambda value: abs(value - half))
@@ -77,11 +78,11 @@ def _at(item: Object, size: int) -> str:
     return f"{article(object_name(item, size))} at the {place_name(item, size)}"
 
 
-def _blob(item: Detection, size: int) -> str:
+def _blob(item: ShapeDetection, size: int) -> str:
     return f"{article(f'{item.color} object')} at the {place_name(as_object(item, size), size)}"
 
 
-def _wrong(number: int, asked: list[Slot], match: Sequence[Detection | None]) -> str | None:
+def _wrong(number: int, asked: list[Slot], match: Sequence[ShapeDetection | None]) -> str | None:
     """What is wrong with the object that stands for a slot: `missing`, `looks`, `place`, or None."""
     slot, item = asked[number], match[number]
     if item is None or slot.credit(item) == 0:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from t2i_rl.errors import UserError
+from t2i_rl.core.errors import UserError
 
 BASE_SHAPES = ("circle", "square", "triangle", "cross")
 LARGE_SHAPES = (*BASE_SHAPES, "star", "ring", "heart")

@@ -3,8 +3,8 @@
 import hashlib
 import itertools
 
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.shapes.scene import Wish
 from t2i_rl.shapes.text import EXTRA_TASKS, GENEVAL_TASKS, enumerate_prompts
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from t2i_rl.prompts import Prompt
-from t2i_rl.shapes.scene import BASE_SHAPES, COLORS, LARGE_SHAPES, RELATIONS, SIZES, TEXTURES, Object, Scene
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.shapes.scene import BASE_SHAPES, COLORS, LARGE_SHAPES, RELATIONS, SIZES, TEXTURES, Object, Scene, radii
 
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 FRAMES = (
@@ -199,8 +199,6 @@ def size_word(item: Object, size: int) -> str | None:
     """`small`, `large`, or None for the usual size of the canvas."""
     if size == 32:
         return None
-    from t2i_rl.shapes.scene import radii
-
     return next((word for word in SIZES if item.r in radii(size, word)), None)
 
 

@@ -9,23 +9,22 @@ from hydra.utils import get_class, instantiate
 from PIL import Image
 from rich.console import Console
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import write_atomic
-from t2i_rl.core.pixels import read_image, to_bytes, write_png
+from t2i_rl.core.pixels import read_image, square, to_bytes, write_png
 from t2i_rl.core.progress import tracked
-from t2i_rl.data.image_text import square
-from t2i_rl.errors import UserError
-from t2i_rl.evaluation.grid import caption_grid
+from t2i_rl.core.seeding import derive_seed
+from t2i_rl.evaluation.report.grid import caption_grid
 from t2i_rl.evaluation.stats import bracket, seed_interval
-from t2i_rl.models.flow_edit import check_flow, flow_edit
-from t2i_rl.models.sd3 import SD3
-from t2i_rl.part_checks import announce_model
+from t2i_rl.models.diffusion.flow_edit import check_flow, flow_edit
+from t2i_rl.models.diffusion.sd3 import SD3
 from t2i_rl.pretrain.measure import wilson
-from t2i_rl.seeding import derive_seed
 from t2i_rl.shapes.edits import KINDS, psnr, sample_edit
 from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.render import render, to_pixels
 from t2i_rl.tasks.evaluate import load_trained
+from t2i_rl.tasks.part_checks import announce_model
 
 FLOW = ("steps", "start", "source_guidance", "target_guidance", "average", "convention")
 
@@ -81,7 +80,7 @@ def edit_suite(cfg, model: SD3, out: Path) -> dict:
             verdict = judge(case.meta, found)
             records.append(
                 {"kind": kind, "source": case.source, "target": case.target, "strict": verdict.strict, "score": verdict.score,
-                 "defects": verdict.defects, "psnr_kept": psnr(old, new, case.kept)}
+                 "defects": [defect.text for defect in verdict.defects], "psnr_kept": psnr(old, new, case.kept)}
             )  # fmt: skip
         pictures = [picture for row in zip(before[:4], after[:4], strict=True) for picture in row]
         captions = [words for case in cases[:4] for words in (case.source, f"-> {case.target}")]

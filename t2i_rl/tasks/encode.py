@@ -8,13 +8,14 @@ import torch
 from hydra.utils import get_class, instantiate
 from rich.console import Console
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import read_json, write_atomic
+from t2i_rl.core.pixels import square
 from t2i_rl.core.progress import tracked
 from t2i_rl.data.encodings import FORMAT, about, finished, write_shard
-from t2i_rl.data.image_text import square
-from t2i_rl.errors import UserError
-from t2i_rl.part_checks import announce_model
+from t2i_rl.data.image_text import ImageText
 from t2i_rl.shapes.render import to_pixels
+from t2i_rl.tasks.part_checks import announce_model
 
 
 def run(cfg) -> dict:
@@ -23,7 +24,7 @@ def run(cfg) -> dict:
     Raises:
         UserError: the folder holds encodings of something else.
     """
-    if not hasattr(get_class(cfg.data._target_), "work"):
+    if not issubclass(get_class(cfg.data._target_), ImageText):
         raise UserError("task=encode takes pairs from a disk: data=coco or data=image_text")
     data = instantiate(cfg.data)
     items, captions = data.work()

@@ -6,15 +6,15 @@ from hydra.utils import instantiate
 from rich.console import Console
 
 from t2i_rl.callbacks.progress import Progress
-from t2i_rl.checks import interleaves
+from t2i_rl.command.checks import interleaves
 from t2i_rl.core.checkpoints import read_checkpoint
-from t2i_rl.errors import UserError
-from t2i_rl.evaluation.report import write_report
+from t2i_rl.core.errors import UserError
+from t2i_rl.evaluation.report.html import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table
-from t2i_rl.evaluation.turn_tables import turn_tables
 from t2i_rl.methods.identity import about
-from t2i_rl.part_checks import check_parts, made_judge
+from t2i_rl.methods.irg.tables import turn_tables
+from t2i_rl.tasks.part_checks import check_parts, made_judge
 from t2i_rl.tasks.train import build_method
 
 

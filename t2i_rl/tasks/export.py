@@ -9,10 +9,10 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from safetensors.torch import save_file
 
-from t2i_rl.checks import interleaves, learns_from_prompts
+from t2i_rl.command.checks import interleaves, learns_from_prompts
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import replacing_folder
-from t2i_rl.errors import UserError
-from t2i_rl.rollout.weights import merged_weight
+from t2i_rl.models.autoregressive.engine.weights import merged_weight
 from t2i_rl.tasks.evaluate import load_trained
 
 

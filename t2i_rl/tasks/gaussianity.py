@@ -9,8 +9,8 @@ from rich.console import Console
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import write_atomic
-from t2i_rl.errors import UserError
 from t2i_rl.evaluation.tables import Table
 from t2i_rl.gaussianity.health import GaussianityReport
 

@@ -9,13 +9,13 @@ from rich.console import Console
 from t2i_rl.core.files import write_atomic
 from t2i_rl.core.pixels import write_png
 from t2i_rl.core.progress import tracked
+from t2i_rl.core.prompts import Prompt, read_prompts
 from t2i_rl.core.ranks import own_gpu
-from t2i_rl.evaluation.grid import caption_grid
-from t2i_rl.part_checks import announce_model, made_judge
-from t2i_rl.prompts import Prompt, read_prompts
-from t2i_rl.seeding import derive_seed
+from t2i_rl.core.seeding import derive_seed
+from t2i_rl.evaluation.report.grid import caption_grid
 from t2i_rl.tasks import generate_turns
 from t2i_rl.tasks.evaluate import load_trained
+from t2i_rl.tasks.part_checks import announce_model, made_judge
 
 
 def run(cfg) -> dict:

@@ -9,12 +9,12 @@ from rich.console import Console
 
 from t2i_rl.core.files import write_atomic
 from t2i_rl.core.progress import tracked
-from t2i_rl.evaluation.page import definitions, page, section
-from t2i_rl.evaluation.turns import judging
-from t2i_rl.irg.files import save_trajectory
-from t2i_rl.irg.trajectory import Trajectory
-from t2i_rl.prompts import Prompt
-from t2i_rl.seeding import derive_seed
+from t2i_rl.core.prompts import Prompt
+from t2i_rl.core.seeding import derive_seed
+from t2i_rl.evaluation.report.page import definitions, page, section
+from t2i_rl.methods.irg.evaluation import judging
+from t2i_rl.methods.irg.files import save_trajectory
+from t2i_rl.methods.irg.trajectory import Trajectory
 from t2i_rl.tasks.train import build_method
 
 SHOWN = 64
@@ -33,7 +33,7 @@ def run(cfg, model, judge, prompts: list[Prompt]) -> dict:
     for first in tracked(range(0, len(work), size), "drawing", "batch"):
         batch = work[first : first + size]
         seeds = [derive_seed(cfg.seed, "generate", prompt.text, sample) for prompt, sample in batch]
-        judged = judging(judge, [prompt for prompt, _ in batch])
+        judged = judging(judge, [prompt for prompt, _ in batch], seeds)
         drawn = method.interleave.run(method.interleaved, [prompt.text for prompt, _ in batch], seeds, judged)
         for (prompt, sample), each in zip(batch, drawn, strict=True):
             each.settings |= {"model": model.path, "ckpt_path": cfg.ckpt_path, "cues": method.interleaved.cues}

@@ -9,8 +9,8 @@ from hydra.utils import get_class
 from rich.console import Console
 from torch import nn
 
-from t2i_rl.errors import UserError
-from t2i_rl.models.soft_tokens import SoftTokens, TokenSpec
+from t2i_rl.core.errors import UserError
+from t2i_rl.models.diffusion.soft_tokens import SoftTokens, TokenSpec
 
 _UNET = "UNet2DConditionModel"
 SPECS = {  # what each file holds, and where the released sampler puts it (spec of the repository at ff92f4b8)

@@ -7,11 +7,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 from rich.console import Console
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.pixels import read_image, write_png
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import Prompt
+from t2i_rl.core.prompts import Prompt
 from t2i_rl.shapes.judge import judge
-from t2i_rl.shapes.oracle import Detection, detect
+from t2i_rl.shapes.oracle import ShapeDetection, detect
 from t2i_rl.shapes.scene import CANVASES
 from t2i_rl.shapes.text import EXTRA_TASKS, GENEVAL_TASKS, enumerate_prompts
 
@@ -31,11 +31,16 @@ def run(cfg) -> dict:
         console.print(f"  sees a {item.color} {item.shape} at ({item.center[0]:.1f}, {item.center[1]:.1f}), match {item.score:.2f}"
                       + (", malformed" if item.malformed else ""))  # fmt: skip
     for defect in verdict.defects:
-        console.print(f"  {defect}")
+        console.print(f"  {defect.text}")
     path = Path(cfg.paths.output_dir) / "judged.png"
     write_png(path, draw_boxes(image, found))
     console.print(f"boxes: {path}", soft_wrap=True)
-    return {"strict": verdict.strict, "lenient": verdict.lenient, "score": verdict.score, "defects": verdict.defects}
+    return {
+        "strict": verdict.strict,
+        "lenient": verdict.lenient,
+        "score": verdict.score,
+        "defects": [defect.text for defect in verdict.defects],
+    }
 
 
 def read_canvas(path: str) -> np.ndarray:
@@ -70,7 +75,7 @@ def find_prompt(text: str) -> Prompt:
     return known[text.strip()]
 
 
-def draw_boxes(image: np.ndarray, found: list[Detection]) -> Image.Image:
+def draw_boxes(image: np.ndarray, found: list[ShapeDetection]) -> Image.Image:
     """The picture enlarged, with a box and a name on each object."""
     picture = Image.fromarray(image).resize((image.shape[1] * SCALE, image.shape[0] * SCALE), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from rich.console import Console
 from rich.table import Table
 
+from t2i_rl.core.errors import UserError
+from t2i_rl.core.prompts import Prompt, read_prompts
 from t2i_rl.core.ranks import own_gpu
-from t2i_rl.data.irgl import world_prompts
-from t2i_rl.errors import UserError
-from t2i_rl.irg.make import Maker
-from t2i_rl.part_checks import announce_model, check_teacher
-from t2i_rl.prompts import Prompt, read_prompts
+from t2i_rl.methods.irg.data import world_prompts
+from t2i_rl.methods.irg.make import Maker
+from t2i_rl.tasks.part_checks import announce_model
 
 
 def distinct(prompts: list[Prompt]) -> list[Prompt]:
@@ -32,7 +32,7 @@ def run(cfg) -> dict:
         instantiate(task.teacher), task.shard_size, cfg.evaluation.batch_size, task.right_share, task.words, task.ascii_share, cfg.seed
     )  # fmt: skip
     maker.teacher.check(prompts)
-    check_teacher(cfg, maker.teacher)
+    maker.check(get_class(cfg.model._target_).image_size(cfg.model))
     announce_model(cfg, [prompt.text for prompt in prompts])
     model = instantiate(cfg.model).to(own_gpu())
     fits = model.interleaved().fits if model.family == "autoregressive" else None

@@ -6,12 +6,12 @@ from pathlib import Path
 from hydra.utils import instantiate
 from rich.console import Console
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import write_atomic
 from t2i_rl.core.pixels import write_png
 from t2i_rl.core.progress import tracked
 from t2i_rl.core.ranks import own_gpu
-from t2i_rl.errors import UserError
-from t2i_rl.seeding import derive_seed
+from t2i_rl.core.seeding import derive_seed
 from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.suites import select_prompts

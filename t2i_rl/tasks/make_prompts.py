@@ -7,10 +7,10 @@ from pathlib import Path
 from omegaconf import OmegaConf
 from rich.console import Console
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import write_atomic
+from t2i_rl.core.prompts import read_prompts
 from t2i_rl.data.make_prompts import make_prompts
-from t2i_rl.errors import UserError
-from t2i_rl.prompts import read_prompts
 
 
 def run(cfg) -> dict:

@@ -10,22 +10,23 @@ from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from t2i_rl import stopping
-from t2i_rl.checks import watched
-from t2i_rl.contracts import check_benchmark, check_data
+from t2i_rl.command.checks import watched
+from t2i_rl.core import stopping
+from t2i_rl.core.contract_checks import check_benchmark
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import read_json_lines, read_object, write_atomic
+from t2i_rl.core.hashing import modules_sha256, weights_sha256
 from t2i_rl.core.recipes import config_names, settings_used
-from t2i_rl.errors import UserError
-from t2i_rl.evaluation.noise_pictures import curves_of, hacking_figure, strip
-from t2i_rl.evaluation.noise_report import write_noise_report
-from t2i_rl.evaluation.noise_results import health_table, search_table, summarise
-from t2i_rl.evaluation.results import headline_comparison, write_results
-from t2i_rl.hashing import modules_sha256, weights_sha256
-from t2i_rl.loggers import build_loggers, log_results
-from t2i_rl.models.memory import predict
-from t2i_rl.optimized import check_optimized_noise
-from t2i_rl.part_checks import check_needs, check_parts
+from t2i_rl.data.base import check_data
+from t2i_rl.evaluation.optimized import check_optimized_noise
+from t2i_rl.evaluation.records import headline_comparison, write_results
+from t2i_rl.methods.noise.pictures import curves_of, hacking_figure, strip
+from t2i_rl.methods.noise.report import write_noise_report
+from t2i_rl.methods.noise.results import health_table, search_table, summarise
+from t2i_rl.models.diffusion.memory import predict
 from t2i_rl.rewards.processors import image_processors
+from t2i_rl.tasks.loggers import build_loggers, log_results
+from t2i_rl.tasks.part_checks import check_needs, check_parts
 
 STRIPS = 6
 CONFIGURED = ("method", "model", "reward", "watch")  # what a finished case depends on,
@@ -114,14 +115,14 @@ def judging(cfg, prompts):
     """The benchmark, as judge of these prompts' pictures, where it can read both; it chooses nothing."""
     benchmark, own = instantiate(cfg.benchmark), {}
     check_benchmark(benchmark)
-    size, sizes = get_class(cfg.model._target_).image_size(cfg.model), getattr(benchmark, "image_sizes", None)
-    needs = getattr(benchmark, "needs_meta", None)
-    if needs is None:  # it says nothing of what it reads of a prompt, so it can judge its own alone
+    size, sizes = get_class(cfg.model._target_).image_size(cfg.model), benchmark.image_sizes
+    needs = benchmark.needs_meta
+    if needs is None:
         own = {prompt.id: prompt for prompt in benchmark.prompts()}
     readable = all(
         set(needs) <= set(prompt.meta) if needs is not None else own.get(prompt.id) == prompt for prompt in prompts
     )
-    return benchmark if readable and (sizes is None or size in sizes) else None
+    return benchmark if readable and (not sizes or size in sizes) else None
 
 
 def prompts_fingerprint(benchmark, prompts, samples: int) -> dict:

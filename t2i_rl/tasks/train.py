@@ -2,31 +2,29 @@
 
 from pathlib import Path
 
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from rich.console import Console
 
 from t2i_rl.callbacks.no_spread import NoSpread
 from t2i_rl.callbacks.validation import Validate
-from t2i_rl.checks import interleaves, learns_from_prompts, watched
-from t2i_rl.contracts import check_data
+from t2i_rl.command.checks import interleaves, learns_from_prompts, watched
 from t2i_rl.core.recipes import recipe_of
-from t2i_rl.data.image_text import ImageText
-from t2i_rl.evaluation.report import write_report
+from t2i_rl.data.base import check_data
+from t2i_rl.evaluation.report.html import write_report
 from t2i_rl.evaluation.stages import Stages, write_summary
 from t2i_rl.evaluation.tables import before_after_table, headline
-from t2i_rl.evaluation.turn_tables import turn_tables
-from t2i_rl.loggers import build_loggers, log_results
-from t2i_rl.named_parts import named_parts
-from t2i_rl.part_checks import (
+from t2i_rl.methods.irg.tables import turn_tables
+from t2i_rl.rewards.processors import image_processors
+from t2i_rl.tasks.loggers import build_loggers, log_results
+from t2i_rl.tasks.named_parts import named_parts
+from t2i_rl.tasks.part_checks import (
     announce_model,
     check_needs,
     check_parts,
     check_share,
-    check_teacher,
     check_validation,
     made_judge,
 )
-from t2i_rl.rewards.processors import image_processors
 
 
 def run(cfg) -> dict:
@@ -35,16 +33,14 @@ def run(cfg) -> dict:
     benchmark, data = instantiate(cfg.benchmark), instantiate(cfg.data)
     check_data(data)
     check_needs(cfg, data.prompts)
-    if isinstance(data, ImageText) and data.encodings is None:
-        announce_model(cfg, data.work()[1])
+    announce_model(cfg, data.texts())
     reward = instantiate(cfg.reward)
     watch = {name: judge for name, judge in instantiate(watched(cfg)).items() if judge is not None}
     judges = {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
     check_parts(cfg, benchmark, data.prompts, judges)
-    if interleaves(cfg):
-        check_teacher(cfg, getattr(getattr(data, "maker", None), "teacher", None))
+    data.check(get_class(cfg.model._target_).image_size(cfg.model))
     callbacks = named_parts(cfg, "callbacks")
-    check_validation(cfg, callbacks, getattr(data, "validation", ()))
+    check_validation(cfg, callbacks, data.validation)
     trainer = instantiate(cfg.trainer, callbacks=list(callbacks.values()), logger=build_loggers(cfg))
     check_share(data, trainer.world_size)
     judge = made_judge(cfg, benchmark.prompts(), benchmark.name)

@@ -1,0 +1,1 @@
+"""Test-time search for better noise."""

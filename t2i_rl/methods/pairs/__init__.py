@@ -1,0 +1,1 @@
+"""Methods that learn from image-text pairs: SoftREPA, AGSM and their controls."""

@@ -1,0 +1,1 @@
+"""Policy gradients: GRPO, whatever the actions are."""

@@ -1,0 +1,1 @@
+"""Models: what draws, by family; `autoregressive` writes tokens, `diffusion` denoises."""

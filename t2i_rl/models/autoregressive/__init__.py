@@ -1,0 +1,1 @@
+"""Autoregressive unified models: text and image tokens of one network."""

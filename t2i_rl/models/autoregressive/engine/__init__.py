@@ -1,0 +1,1 @@
+"""Sampling from and scoring with an autoregressive model: cached, batched, chunked."""

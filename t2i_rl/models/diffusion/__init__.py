@@ -1,0 +1,1 @@
+"""Denoisers of diffusers: UNets and transformers, with soft tokens and gradients."""

@@ -1,1 +1,0 @@
-"""Sampling from and scoring with an autoregressive text-to-image model."""
