@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from t2i_rl.evaluation.records import write_records
-from tests.made_up_run import make_records, make_run
-from tests.test_configs import composed
+from tests.support.commands import composed
+from tests.support.made_up_run import make_records, make_run
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from safetensors import safe_open
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAIRS = ["debug=fdr", "benchmark.prompts_per_task=1", "method.optimizer.lr=1e-3"]
 RUNS = {
     "iris": ["debug=fdr", "method.group_size=4"],
