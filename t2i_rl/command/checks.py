@@ -12,6 +12,7 @@ from t2i_rl.command.class_attributes import models_of
 from t2i_rl.command.kinds import check_kinds
 from t2i_rl.command.messages import choices
 from t2i_rl.command.settings import check_root, check_settings, class_at
+from t2i_rl.core.contracts import Reward
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import check_value
 from t2i_rl.core.places import CONF
@@ -49,7 +50,7 @@ def check(cfg: DictConfig) -> None:
     if unknown:
         raise UserError(f"evaluation.stages holds {unknown[0]!r}; choose from {', '.join(STAGES)}")
     turns = [stage for stage in cfg.evaluation.stages if stage.endswith("_turns")]
-    if turns and task in ("train", "evaluate") and not interleaves(cfg):
+    if turns and task in ("train", "evaluate") and not draws_in_turns(cfg):
         raise UserError(
             f"evaluation.stages holds {turns[0]}, and only a method that interleaves draws turns: take method=irg"
         )
@@ -65,7 +66,7 @@ def check(cfg: DictConfig) -> None:
         check_value(file, str | None, key)
         if file and not os.path.exists(str(file)):  # pathlib's own raises where a name is too long
             raise UserError(f"{key}={file}: there is no such file")
-    if task == "generate" and cfg.mode not in (modes := ("turns",) if interleaves(cfg) else ("plan", "direct")):
+    if task == "generate" and cfg.mode not in (modes := ("turns",) if draws_in_turns(cfg) else ("plan", "direct")):
         raise UserError(f"mode must be {' or '.join(modes)}, not {cfg.mode!r}")
     if task == "judge" and not (cfg.image and cfg.prompt):
         raise UserError('task=judge takes image=<file> and prompt="three red circles"')
@@ -84,7 +85,7 @@ def check(cfg: DictConfig) -> None:
         get_class(cfg.model._target_).check_soft_tokens(cfg.model)
     if cfg.model.get("rollout"):
         instantiate(cfg.model.rollout)
-    if task in ("train", "optimize_noise") or cfg.ckpt_path or (interleaves(cfg) and task in ("generate", "evaluate")):
+    if task in ("train", "optimize_noise") or cfg.ckpt_path or (draws_in_turns(cfg) and task in ("generate", "evaluate")):
         _check_method(cfg)
     if task in ("train", "evaluate", "generate") and get_class(cfg.model._target_).family != "autoregressive":
         plans = [stage for stage in cfg.evaluation.stages if stage.endswith("_plan")]
@@ -109,12 +110,12 @@ def _check_read(cfg: DictConfig, task: str) -> None:
 
 def learns_from_prompts(cfg: DictConfig) -> bool:
     """Whether `cfg.method` draws pictures of its own and has them judged, rather than be given some."""
-    return getattr(get_class(cfg.method._target_), "learns_from", "prompts") == "prompts"
+    return get_class(cfg.method._target_).learns_from == "prompts"
 
 
-def interleaves(cfg: DictConfig) -> bool:
+def draws_in_turns(cfg: DictConfig) -> bool:
     """Whether `cfg.method` draws in turns of thinking, drawing and reflecting."""
-    return getattr(get_class(cfg.method._target_), "interleaves", False)
+    return get_class(cfg.method._target_).draws_in_turns
 
 
 def watched(cfg: DictConfig) -> DictConfig:
@@ -140,9 +141,9 @@ def _check_method(cfg: DictConfig) -> None:
         )
     options = OmegaConf.to_container(cfg.method, resolve=True)
     data, rewarded = get_class(cfg.data._target_), not cfg.reward._target_.endswith(".NoReward")
-    gives, wanted = getattr(data, "gives", "prompts"), getattr(method, "learns_from", "prompts")
+    gives, wanted = data.gives, method.learns_from
     if gives != wanted:
-        shapes = "data=shapes_test" if hasattr(method, "gradients") else "data=shapes"
+        shapes = "data=shapes_test" if method.searches_noise else "data=shapes"
         fix = {
             "pairs": "data=shapes_pairs",
             "preferences": "data=preferences",
@@ -155,7 +156,7 @@ def _check_method(cfg: DictConfig) -> None:
         raise UserError(f"{method.__name__} learns from a reward: take one of reward={names}")
     if wanted == "trajectories" and rewarded:
         raise UserError(f"{method.__name__} learns from trajectories, without a reward: take reward=none")
-    if getattr(method, "rewards_see", "") == "pictures":
+    if method.draws_in_turns and wanted == "prompts":
         _check_sees_pictures(cfg, method)
     if wanted in ("pairs", "preferences"):
         _check_pairs(cfg, method, rewarded)
@@ -175,8 +176,7 @@ def _check_sees_pictures(cfg: DictConfig, method: type) -> None:
     """Whether the reward, and what is watched, read pictures and nothing else of a rollout."""
     for where, node in {"reward": cfg.reward, **{f"watch.{name}": node for name, node in watched(cfg).items()}}.items():
         for kind in _reward_classes(node):
-            sees = kind.needs_images or getattr(kind, "reads_nothing", False)
-            if not sees or getattr(kind, "distribution", None) or getattr(kind, "needs_plans", False):
+            if not issubclass(method.draws, kind.reads):
                 fix = (
                     "take reward=oracle, or another that reads pictures"
                     if where == "reward"
@@ -197,16 +197,14 @@ def _reward_classes(node: DictConfig | None) -> list[type]:
     parts = (node.get("parts") or {"": node}).values() if node else ()
     kinds = [get_class(part._target_) for part in parts if part]
     for kind in kinds:
-        if not isinstance(getattr(kind, "needs_images", None), bool):
-            raise UserError(
-                f"{kind.__name__} must say needs_images = True or False in its class: whether it reads pictures"
-            )
+        if not issubclass(kind, Reward):
+            raise UserError(f"{kind.__name__} must derive from t2i_rl.Reward, whose defaults say what it need not")
     return kinds
 
 
 def _check_noise(cfg: DictConfig, method: type) -> None:
     """What holds for methods that look for noise, and for no other."""
-    task, searches = cfg.task._target_.split(".")[-2], hasattr(method, "gradients")
+    task, searches = cfg.task._target_.split(".")[-2], method.searches_noise
     if searches != (task == "optimize_noise"):
         fix = "leave task= out, the method brings its own" if searches else "take method=noise_opt or noise_search"
         raise UserError(f"task={task} and {method.__name__} do not go together: {fix}")
@@ -216,7 +214,7 @@ def _check_noise(cfg: DictConfig, method: type) -> None:
                 f"regularizer= holds noise Gaussian, and {method.__name__} optimises none: take method=noise_opt, or leave it out"
             )
         return
-    if not method.gradients and (cfg.regularizer.terms or cfg.regularizer.constraint):
+    if not method.needs_gradients and (cfg.regularizer.terms or cfg.regularizer.constraint):
         raise UserError(
             f"regularizer= holds noise that climbs, and {method.__name__} draws its noise from a Gaussian: leave it out"
         )
@@ -247,10 +245,10 @@ def _check_noise(cfg: DictConfig, method: type) -> None:
             raise UserError(
                 f"{where} ({unseeing[0]}) reads no pictures, and a search over noise has nothing else: {fix}"
             )
-    if method.gradients and cfg.reward.get("normalize", "none") != "none":
+    if method.needs_gradients and cfg.reward.get("normalize", "none") != "none":
         raise UserError("reward.normalize=group has no gradient, and a case no group: take reward.normalize=none")
-    blind = [kind.__name__ for kind in _reward_classes(cfg.reward) if not getattr(kind, "differentiable", False)]
-    if method.gradients and blind:
+    blind = [kind.__name__ for kind in _reward_classes(cfg.reward) if not kind.differentiable]
+    if method.needs_gradients and blind:
         names = ", ".join(name for name in choices("reward") if _differentiable(name))
         raise UserError(
             f"{method.__name__} follows the reward's gradient, which {blind[0]} has not: take one of reward={names}, or method=noise_search"
@@ -262,7 +260,7 @@ def _differentiable(reward: str) -> bool:
     parts = [item.split("@")[0] for item in config.get("defaults", ()) if "@parts." in item]
     if parts:
         return all(map(_differentiable, parts))
-    return "_target_" in config and getattr(get_class(config._target_), "differentiable", False)
+    return "_target_" in config and get_class(config._target_).differentiable
 
 
 def _check_pairs(cfg: DictConfig, method: type, rewarded: bool) -> None:

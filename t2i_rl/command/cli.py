@@ -72,7 +72,7 @@ def _attribute(target: str, name: str, otherwise):
 
 def drawn_as(method: str, model: str) -> str:
     """How pictures are drawn where nothing else is said: in `turns` by a method that interleaves, else with a `plan` by a model that writes, else `direct`."""
-    return "turns" if _attribute(method, "interleaves", False) else by_family(model, "plan", "direct")
+    return "turns" if _attribute(method, "draws_in_turns", False) else by_family(model, "plan", "direct")
 
 
 def default_stages(method: str, model: str) -> ListConfig:

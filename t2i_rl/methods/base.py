@@ -12,13 +12,41 @@ from torch import nn
 
 from t2i_rl import __version__
 from t2i_rl.core.checkpoints import read_checkpoint
+from t2i_rl.core.contracts import Drawn
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.finite import RAN_AWAY, check_checkpoint
 from t2i_rl.core.recipes import plain
 from t2i_rl.methods.identity import ABOUT, FORMAT, about, own_part
 
 
-class Learner(L.LightningModule):
+class Method(L.LightningModule):
+    """A method, as the command line and the tasks see its class.
+
+    trains: families of models that it takes.
+    learns_from: what its data module `gives`.
+    draws: what its rollouts give a reward to read, see `contracts.Reward.reads`.
+    draws_in_turns: whether it thinks, draws, reflects and draws again.
+    searches_noise: whether it looks for better noise, prompt by prompt, and trains no weight.
+    needs_gradients: whether a reward must be differentiable.
+    """
+
+    trains: frozenset[str] = frozenset()
+    learns_from: str = "prompts"
+    draws: type[Drawn] = Drawn
+    draws_in_turns: bool = False
+    searches_noise: bool = False
+    needs_gradients: bool = False
+
+    @staticmethod
+    def check(options: Mapping[str, Any]) -> None:
+        """Refuse options, by name as in `__init__`, that cannot work; the command line asks before any weight loads.
+
+        Raises:
+            UserError: one line that names the option and its choices.
+        """
+
+
+class Learner(Method):
     """A method that learns. A subclass says under which key its own state is kept, what that is, and which settings
     decide what learns."""
 

@@ -6,7 +6,7 @@ from hydra.utils import instantiate
 from rich.console import Console
 
 from t2i_rl.callbacks.progress import Progress
-from t2i_rl.command.checks import interleaves
+from t2i_rl.command.checks import draws_in_turns
 from t2i_rl.core.checkpoints import read_checkpoint
 from t2i_rl.core.errors import UserError
 from t2i_rl.evaluation.report.html import write_report
@@ -26,7 +26,7 @@ def run(cfg) -> dict:
     judge = made_judge(cfg, benchmark.prompts(), benchmark.name)
     model = instantiate(cfg.model)
     trainer = instantiate(cfg.trainer, callbacks=[Progress()], logger=False)
-    method = build_method(cfg, model, judge) if interleaves(cfg) else None
+    method = build_method(cfg, model, judge) if draws_in_turns(cfg) else None
     turns = method.turns if method else None
     stages = Stages(
         trainer, model, benchmark, out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size, turns

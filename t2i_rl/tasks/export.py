@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from safetensors.torch import save_file
 
-from t2i_rl.command.checks import interleaves, learns_from_prompts
+from t2i_rl.command.checks import draws_in_turns, learns_from_prompts
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import replacing_folder
 from t2i_rl.models.autoregressive.engine.weights import merged_weight
@@ -29,11 +29,11 @@ def run(cfg) -> dict:
         raise UserError(
             "task.adapter=true writes what LoRA has learnt: give ckpt_path=<checkpoint> and its method.lora"
         )
-    if cfg.task.adapter and interleaves(cfg) and cfg.method.get("start_from"):
+    if cfg.task.adapter and draws_in_turns(cfg) and cfg.method.get("start_from"):
         raise UserError(
             "this adapter sits on the weights of method.start_from, and its folder would name model.path: leave out task.adapter, and the whole model is written"
         )
-    trains_tokens = not (learns_from_prompts(cfg) or interleaves(cfg) or cfg.method.get("lora"))
+    trains_tokens = not (learns_from_prompts(cfg) or draws_in_turns(cfg) or cfg.method.get("lora"))
     if (cfg.ckpt_path and trains_tokens) or cfg.model.get("soft_tokens"):
         raise UserError(
             "soft tokens are a file of their own, soft_tokens.safetensors in the run's folder: there is no pipeline to export"

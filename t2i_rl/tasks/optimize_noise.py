@@ -51,7 +51,7 @@ def run(cfg) -> dict:
     trainer = instantiate(cfg.trainer, inference_mode=False, enable_progress_bar=False, logger=build_loggers(cfg))
     if trainer.is_global_zero:
         write_atomic(out / "noise" / "settings.json", json.dumps(settings, indent=1))
-        memory = predict(cfg.model, get_class(cfg.method._target_).gradients, cfg.method.gradient_checkpointing)
+        memory = predict(cfg.model, get_class(cfg.method._target_).needs_gradients, cfg.method.gradient_checkpointing)
         print(memory.sentence(cfg.method.batch_size, cfg.method.free_text_encoders), flush=True)
     reward = instantiate(cfg.reward)
     watch = {name: judge for name, judge in instantiate(watched(cfg)).items() if judge is not None}

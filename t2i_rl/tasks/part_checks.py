@@ -34,7 +34,7 @@ def check_needs(cfg: DictConfig, prompts: Sequence[Prompt]) -> None:
 
 
 def _check_meta(cfg: DictConfig, name: str, kind: type, prompts: Sequence[Prompt]) -> None:
-    shapes = "shapes_test" if hasattr(get_class(cfg.method._target_), "gradients") else "shapes"
+    shapes = "shapes_test" if get_class(cfg.method._target_).searches_noise else "shapes"
     for key in getattr(kind, "needs_meta", ()):
         lacking = next((prompt for prompt in prompts if key not in prompt.meta), None)
         if lacking:

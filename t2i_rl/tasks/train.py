@@ -7,7 +7,7 @@ from rich.console import Console
 
 from t2i_rl.callbacks.no_spread import NoSpread
 from t2i_rl.callbacks.validation import Validate
-from t2i_rl.command.checks import interleaves, learns_from_prompts, watched
+from t2i_rl.command.checks import draws_in_turns, learns_from_prompts, watched
 from t2i_rl.core.recipes import recipe_of
 from t2i_rl.data.base import check_data
 from t2i_rl.evaluation.report.html import write_report
@@ -80,7 +80,7 @@ def run(cfg) -> dict:
 
 def build_method(cfg, model, judge=None, reward=None, watch: dict | None = None):
     """`cfg.method` on a model; what learns from given pictures has no reward and watches none. Where nothing is trained, rewards need not load."""
-    parts = {"judge": judge} if interleaves(cfg) else {}
+    parts = {"judge": judge} if draws_in_turns(cfg) else {}
     if learns_from_prompts(cfg):
         parts |= {"reward": reward, "watch": watch or {}}
     method = instantiate(cfg.method, model=model, **parts)

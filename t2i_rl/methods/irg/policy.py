@@ -49,8 +49,6 @@ class TrajectoryGRPO(IRG):
     """
 
     learns_from = "prompts"
-    rewards_see = "pictures"
-    interleaves = True
     stages = ("base_turns", "trained_turns")
     steps = 20
     decide_what_learns = ("trainable", "lora", "start_from")

@@ -57,7 +57,7 @@ class IRG(Learner):
 
     trains = frozenset({"autoregressive"})
     learns_from = "trajectories"
-    interleaves = True
+    draws_in_turns = True
     stages = ("base_direct", "base_plan", "trained_turns")
     steps = 1200  # where a run names none
     keeps_as = "irg"

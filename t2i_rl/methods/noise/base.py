@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -28,6 +27,7 @@ from t2i_rl.core.pixels import to_bytes, write_png
 from t2i_rl.core.prompts import Prompt
 from t2i_rl.core.seeding import derive_seed, row_normals
 from t2i_rl.gaussianity.health import measures
+from t2i_rl.methods.base import Method
 from t2i_rl.models.diffusion.base import LatentDiffusion, TextEncoding
 from t2i_rl.models.diffusion.noise_to_image import enable_checkpointing
 
@@ -60,7 +60,7 @@ class Track:
         return self.rows[self.best_step]["target"]
 
 
-class NoiseMethod(L.LightningModule):
+class NoiseMethod(Method):
     """Test-time search for the noise that a frozen model draws best from: `trainer.predict` goes through the cases, sharded over ranks.
 
     Args:
@@ -77,7 +77,7 @@ class NoiseMethod(L.LightningModule):
     trains = frozenset({"diffusion", "one_step"})
     learns_from = "prompts"
     plan = False
-    gradients = False  # whether the reward must have them
+    searches_noise = True
     ends: tuple[str, ...] = ("best",)  # the noises that are measured at the end of a case, beside the first
 
     def __init__(

@@ -31,7 +31,7 @@ class NoiseOptimization(NoiseMethod):
         UserError: an option outside its range.
     """
 
-    gradients = True
+    needs_gradients = True
     ends = ("best", "last")
 
     def __init__(

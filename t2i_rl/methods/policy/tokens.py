@@ -62,7 +62,7 @@ class GRPO(Learner):
     """
 
     trains = frozenset({"autoregressive"})
-    learns_from = "prompts"
+    draws = TokenRollout
     keeps_as = "grpo"
     decide_what_learns = ("trainable", "lora", "plan", "text_loss_weight")
 
