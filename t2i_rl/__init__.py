@@ -9,6 +9,7 @@ __version__ = "0.2.0"
 # manual page does without.
 _OWN = {
     "Benchmark": "core.contracts",
+    "Column": "core.contracts",
     "Data": "data.base",
     "Defect": "core.contracts",
     "Drawn": "core.contracts",

@@ -1,1 +1,4 @@
-"""What everything else stands on: files, images, ranks, numbers, texts. It imports nothing else of t2i_rl."""
+"""What everything else stands on: files, images, ranks, numbers, texts.
+
+It imports nothing else of t2i_rl.
+"""

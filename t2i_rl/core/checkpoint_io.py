@@ -1,5 +1,4 @@
-"""How Lightning's strategies write and read checkpoints: beside the target and then renamed, and read with a line for
-what is no checkpoint."""
+"""How Lightning's strategies write and read checkpoints: by way of `checkpoints`."""
 
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,11 @@ from t2i_rl.core.errors import UserError
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Lightning's own writes into the temporary folder and moves: between two file systems that is a copy, which a kill
-    cuts short."""
+    """Checkpoints that a kill does not cut short.
+
+    Lightning's own class writes into the temporary folder and moves, which between two file systems
+    is a copy.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: None = None) -> None:
         """See `write_checkpoint`."""
@@ -20,6 +22,8 @@ class WholeCheckpoints(TorchCheckpointIO):
             raise UserError("checkpoints are files: storage_options are not taken")
         write_checkpoint(checkpoint, path)
 
-    def load_checkpoint(self, path: str | Path, map_location=None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         """See `read_checkpoint`: numbers and tensors alone, on the CPU."""
         return read_checkpoint(path, mmap=False)

@@ -1,11 +1,8 @@
-"""Checkpoints as files: written whole or not at all, the last one kept until the next is there, and anything else
-refused in one line."""
+"""Checkpoints as files: written whole or not at all, and anything else refused in one line."""
 
 import os
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import replacing
@@ -15,12 +12,15 @@ LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
 
 def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
-    """Write a checkpoint beside `path`, then put it in its place. What was `last.ckpt` before is `previous.ckpt` from
-    then on.
+    """Write a checkpoint beside `path`, then put it in its place.
+
+    What was `last.ckpt` before is `previous.ckpt` from then on.
 
     Raises:
         UserError: the disk is full or cannot be written to; `path` is then what it was before.
     """
+    import torch  # here, as below: a command that is refused does without
+
     path = Path(path)
     try:
         _clear_remains(path)
@@ -28,29 +28,30 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
             with temporary.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
-                os.fsync(file.fileno())  # where a full network disk says so: before the one before has changed its name
+                os.fsync(file.fileno())  # a full network disk says so here, before the old file changes its name
             if path.name == LAST and path.is_file():
                 _keep(path, path.with_name(PREVIOUS))
     except (OSError, RuntimeError) as error:
         failure = _of_the_disk(error)
         if failure is None:
             raise
-        still_there = "; the one before is still whole: make room, then go on from it (ckpt_path=last)" * path.is_file()
-        raise UserError(
-            f"the checkpoint {path} cannot be written: {failure.strerror or failure}{still_there}"
-        ) from error
+        way_on = "; the one before is still whole: make room, then go on from it (ckpt_path=last)" * path.is_file()
+        reason = failure.strerror or failure
+        raise UserError(f"the checkpoint {path} cannot be written: {reason}{way_on}") from error
 
 
 def _of_the_disk(error: BaseException | None) -> OSError | None:
-    """The disk's own error; torch.save fails once more while it closes its file, and raises that."""
+    """The disk's own error: torch.save raises another, of its failure to close the file."""
     while error is not None and not isinstance(error, OSError):
         error = error.__context__
     return error
 
 
 def _clear_remains(path: Path) -> None:
-    """A process that was killed while it wrote has left gigabytes under a name that nobody reads; a run folder has one
-    writer."""
+    """Delete what a process that was killed has left: gigabytes under a name that nobody reads.
+
+    A run folder has one writer, so that nobody is writing them now.
+    """
     for remains in path.parent.glob(f".{path.name}.*.tmp"):
         remains.unlink(missing_ok=True)
 
@@ -65,16 +66,18 @@ def _keep(path: Path, under: Path) -> None:
 
 
 def read_checkpoint(path: str | Path, setting: str = "ckpt_path", mmap: bool = True) -> dict[str, Any]:
-    """What torch.save wrote of a training run. With `mmap` tensors stay on the disk until they are read: a look costs
-    nothing.
+    """What torch.save wrote of a training run.
 
     Args:
         setting: what the command line calls it.
+        mmap: tensors stay on the disk until they are read, so that a look costs nothing.
 
     Raises:
-        UserError: there is no such file, or it is anything else: a folder, empty, cut short, another program's, no
-            training run.
+        UserError: there is no such file, or it is anything else: a folder, empty, cut short,
+            another program's, no training run.
     """
+    import torch
+
     path, where = Path(path), f"{setting}={path}"
     if path.is_dir():
         raise UserError(f"{where} is a folder: name a file in it, as {path / 'checkpoints' / LAST}")
@@ -93,9 +96,11 @@ def read_checkpoint(path: str | Path, setting: str = "ckpt_path", mmap: bool = T
 
 
 def _is_of_a_run(checkpoint: dict) -> bool:
+    import torch
+
     state = checkpoint.get("state_dict")
-    named = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
-    return named and isinstance(checkpoint.get("global_step"), int)
+    has_weights = isinstance(state, dict) and all(isinstance(value, torch.Tensor) for value in state.values())
+    return has_weights and isinstance(checkpoint.get("global_step"), int)
 
 
 def _what_is_wrong(path: Path) -> str:
@@ -121,8 +126,7 @@ def _head(path: Path) -> bytes:
 
 
 def newest_whole(folder: str | Path) -> Path:
-    """`last.ckpt` of a run's folder of checkpoints; where that is missing or broken `previous.ckpt`, with a line that
-    says so.
+    """`last.ckpt` of a folder; where that is missing or broken, `previous.ckpt` with a line on it.
 
     Raises:
         UserError: neither is whole.

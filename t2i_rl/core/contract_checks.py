@@ -7,13 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.utils import get_class
+from omegaconf import DictConfig
 
-from t2i_rl.core.contracts import Benchmark, Defect, Drawn, Reward, RewardOutput, Verdict
+from t2i_rl.core.contracts import Benchmark, Column, Defect, Drawn, Reward, RewardOutput, Verdict
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, check_value, shown
 from t2i_rl.core.prompts import Prompt
 
 DISTRIBUTIONS = ("conditional", "guided")
+# Names of metrics that are measured with every benchmark, or by methods, so that none of its columns can have them.
+MEASURED = ("overall", "lenient", "score", "seen", "held_out", "plan_length", "diversity", "vendi", "fid", "target")
+MEASURED_WITHIN = ("task/", "watch/", "health/", "inside/")
 LOGGED = ("total", "group_std", "zero_std_ratio", "plan_length_correlation")  # as `reward/<name>`, beside the parts
 
 
@@ -28,9 +33,10 @@ def check_reward(reward: Any, where: str) -> None:
     _gives(reward, Reward, "__call__", 1, f"{name} must have __call__(drawn)")
     if not (isinstance(reward.reads, type) and issubclass(reward.reads, Drawn)):
         raise UserError(f"{name} must say reads = Drawn, or a class derived from it{_given(reward.reads)}")
-    for switch in ("needs_images", "needs_plans", "differentiable"):
-        if not isinstance(getattr(reward, switch), bool):
-            raise UserError(f"{name} must say {switch} = True or False{_given(getattr(reward, switch))}")
+    switches = {"needs_images": reward.needs_images, "needs_plans": reward.needs_plans}
+    for switch, value in {**switches, "differentiable": reward.differentiable}.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{name} must say {switch} = True or False{_given(value)}")
     if reward.distribution not in (None, *DISTRIBUTIONS):
         choices = " or ".join(map(repr, DISTRIBUTIONS))
         raise UserError(f"{name} must say distribution = None, or {choices}{_given(reward.distribution)}")
@@ -40,6 +46,20 @@ def check_reward(reward: Any, where: str) -> None:
         lacks = f"{name} is differentiable, and must have score_pixels(pixels, prompts)"
         _gives(reward, Reward, "score_pixels", 2, lacks)
     _takes(reward.refuses, 1, f"{name}.refuses must be callable as refuses(prompt)")
+
+
+def reward_classes(node: DictConfig | None) -> list[type[Reward]]:
+    """The classes of the parts of a reward's config, or its own; none where there is no config.
+
+    Raises:
+        UserError: one is no reward.
+    """
+    parts = (node.get("parts") or {"": node}).values() if node else ()
+    kinds = [get_class(part._target_) for part in parts if part]
+    for kind in kinds:
+        if not issubclass(kind, Reward):
+            raise UserError(f"{kind.__name__} must derive from t2i_rl.Reward, whose defaults say what it need not")
+    return kinds
 
 
 def check_benchmark(benchmark: Any, where: str = "benchmark") -> None:
@@ -65,7 +85,7 @@ def check_benchmark(benchmark: Any, where: str = "benchmark") -> None:
             f"{name} must say overall_tasks, the tags of its prompts that its overall is the mean of: of "
             f"{sorted(tags)}, not {shown(tasks)}"
         )
-    _names(benchmark.columns, "columns", name)
+    _columns(benchmark.columns, name)
     if benchmark.needs_meta is not None:
         _names(benchmark.needs_meta, "needs_meta", name)
     _sizes(benchmark.image_sizes, name)
@@ -114,13 +134,31 @@ def verdicts_of(benchmark: Any, images: np.ndarray, prompts: list[Prompt]) -> li
     return list(verdicts)
 
 
-def features_of(benchmark: Any, images: np.ndarray) -> np.ndarray:
-    """A benchmark's features `(N, D)` of pictures.
+def measured_of(benchmark: Benchmark, prompt: Prompt, verdict: Verdict) -> dict[str, float]:
+    """A picture's values in a benchmark's columns, those that are measured on its prompt.
 
     Raises:
-        UserError: they are not, in one line that names the class and what its features must be.
+        UserError: they are not numbers by the names of its columns, in one line that names the class.
+    """
+    name, values = f"{type(benchmark).__name__}.measured", benchmark.measured(prompt, verdict)
+    columns = {column.name: column for column in benchmark.columns}
+    if not isinstance(values, Mapping) or not set(values) <= set(columns):
+        raise UserError(f"{name} must give a dict by the names of its columns ({', '.join(columns)}){_given(values)}")
+    for key, value in values.items():
+        if not (isinstance(value, int | float) and np.isfinite(value)):
+            raise UserError(f"{name} must give finite numbers: {key} is {shown(value)}")
+    return {key: float(value) for key, value in values.items() if prompt.tag in (columns[key].tasks or (prompt.tag,))}
+
+
+def features_of(benchmark: Any, images: np.ndarray) -> np.ndarray | None:
+    """A benchmark's features `(N, D)` of pictures; None where it has none.
+
+    Raises:
+        UserError: they are neither, in one line that names the class and what its features must be.
     """
     name, rows, features = f"{type(benchmark).__name__}.features", len(images), benchmark.features(images)
+    if features is None:
+        return None
     if not isinstance(features, np.ndarray) or features.ndim != 2 or len(features) != rows:
         shape = f"one of shape {features.shape}" if isinstance(features, np.ndarray) else _kind_of(features)
         raise UserError(f"{name} must give an array of {rows} rows, one a picture, not {shape}")
@@ -163,6 +201,19 @@ def _names(names: Any, attribute: str, name: str) -> tuple[str, ...]:
     if isinstance(names, str) or not isinstance(names, Collection) or not all(isinstance(key, str) for key in names):
         raise UserError(f'{name} must say {attribute} as several names, like ("color",), not {shown(names)}')
     return tuple(names)
+
+
+def _columns(columns: Any, name: str) -> None:
+    """Whether each column has a name of its own."""
+    if not isinstance(columns, Collection) or not all(isinstance(column, Column) for column in columns):
+        example = '(Column("blurred", "blurred images"),)'
+        raise UserError(f"{name} must say columns as several t2i_rl.Column, like {example}, not {shown(columns)}")
+    names = [column.name for column in columns]
+    for column in columns:
+        taken = column.name in MEASURED or column.name.startswith(MEASURED_WITHIN) or names.count(column.name) > 1
+        if not column.name or taken:
+            raise UserError(f"{name}: a column needs a name that nothing else has, and {column.name!r} is none")
+        _names(column.tasks, f"the tasks of its column {column.name}", name)
 
 
 def _mapping(value: Any) -> Mapping:

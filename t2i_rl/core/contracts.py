@@ -1,15 +1,16 @@
 """What a reward, a benchmark and a model owe: small base classes, whose defaults are what most of them do."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import nn
 
-from t2i_rl.core.encoder_texts import ReadsTexts
 from t2i_rl.core.prompts import Prompt
+from t2i_rl.core.readers import ReadsTexts
+from t2i_rl.core.stated import STATED, Stated
 
 
 @dataclass(kw_only=True)
@@ -27,7 +28,7 @@ class Drawn:
     group_size: int = 1
     plans: list[str] = field(default_factory=list)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.plans = self.plans or [""] * len(self.prompts)
 
     def __len__(self) -> int:
@@ -43,7 +44,7 @@ def rows_of(value: Any, chosen: slice) -> Any:
     """Some rows of a list, an array, a tensor, or a dataclass that holds them; anything else is said of all rows."""
     if isinstance(value, list | torch.Tensor | np.ndarray):
         return value[chosen]
-    if hasattr(type(value), "__dataclass_fields__"):
+    if is_dataclass(value) and not isinstance(value, type):
         return type(value)(*(rows_of(getattr(value, part.name), chosen) for part in fields(value)))
     return value
 
@@ -116,7 +117,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Detection:
-    """One object in a picture: `label` its class, `box` `(x1, y1, x2, y2)` in pixels, `score` a detector's confidence in [0, 1]."""
+    """One object in a picture.
+
+    label: its class. box: `(x1, y1, x2, y2)` in pixels. score: a detector's confidence in [0, 1].
+    """
 
     label: str
     box: tuple[float, float, float, float]
@@ -129,6 +133,22 @@ class Detection:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
+class Column(NamedTuple):
+    """One figure of a picture beside its verdict, and how tables show its mean over pictures.
+
+    name: what results call it. label: what tables call it; its name, where empty.
+    tasks: tags of the prompts that it is measured on; empty for all.
+    more_is_better: whether a larger mean is a better one.
+    digits: after the point; None for a share, which is shown in percent.
+    """
+
+    name: str
+    label: str = ""
+    tasks: tuple[str, ...] = ()
+    more_is_better: bool = True
+    digits: int | None = None
+
+
 class Benchmark:
     """Prompts and a judge. A subclass gives `name`, `overall_tasks`, `prompts` and `judge`.
 
@@ -137,7 +157,7 @@ class Benchmark:
     overall_tasks: tags of prompts; `overall` is the mean of their accuracies.
     image_sizes: sides in pixels of the pictures that it judges; empty for any.
     needs_meta: keys of a prompt's metadata that its judge reads; None: it judges pictures of its own prompts alone.
-    columns: what it measures of a picture beside the verdict, by name, see `measured`.
+    columns: what it measures of a picture beside the verdict; `measured` gives the values.
     """
 
     name: str = ""
@@ -146,7 +166,7 @@ class Benchmark:
     overall_tasks: tuple[str, ...] = ()
     image_sizes: tuple[int, ...] = ()
     needs_meta: tuple[str, ...] | None = None
-    columns: tuple[str, ...] = ()
+    columns: tuple[Column, ...] = ()
 
     def prompts(self) -> list[Prompt]:
         """Its prompts, each with an id of its own and its task as `tag`."""
@@ -157,11 +177,14 @@ class Benchmark:
         raise NotImplementedError(f"{type(self).__name__} must have judge(images, prompts)")
 
     def measured(self, prompt: Prompt, verdict: Verdict) -> dict[str, float]:
-        """A picture's value in each of `columns`; one that does not apply to this prompt is left out."""
+        """A picture's value in each of `columns`, by name; one that says nothing of this picture is left out.
+
+        What only its judge saw comes here in a subclass of `Verdict`.
+        """
         return {}
 
     def features(self, images: np.ndarray) -> np.ndarray | None:
-        """What diversity is measured on, float32 `(N, D)`; None where it is not measured."""
+        """What diversity is measured on, float32 `(N, D)`; None where it is not measured, and then for all pictures."""
         return None
 
     def reference_features(self) -> np.ndarray | None:
@@ -181,6 +204,20 @@ class Benchmark:
         return {"name": self.name, "version": self.version, "samples_per_prompt": self.samples_per_prompt}
 
 
+class Judging:
+    """A callback that draws while training and has it judged: by a benchmark, or by rewards by name."""
+
+    benchmark: Benchmark | None = None
+    judges: Mapping[str, Reward] = {}
+
+    def check(self, where: str) -> None:
+        """Refuse what cannot be measured, before any weight loads; `where` is its setting, as `callbacks.<name>`.
+
+        Raises:
+            UserError: one line that names the setting, and what it may be.
+        """
+
+
 @dataclass
 class Generation:
     """Images uint8 `(B, H, W, 3)`; `plans` are the texts that they were drawn from, empty where none was written;
@@ -191,18 +228,20 @@ class Generation:
     plan_lengths: list[int] = field(default_factory=list)
     image_ids: torch.Tensor | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.plans = self.plans or [""] * len(self.images)
         self.plan_lengths = self.plan_lengths or [0] * len(self.images)
 
 
-class ImageModel(nn.Module, ReadsTexts):
+class ImageModel(Stated, nn.Module, ReadsTexts):
     """What draws. A subclass gives `family`, `image_size` and `generate`.
 
-    family: which methods can train it. kind: the row of a method's presets that is meant for it.
+    family: which methods can train it. kind: the row of a variant (conf/variant) that is meant for it.
     path: where its weights come from. attached: soft tokens at work in it, None without.
     """
 
+    stated = STATED["model"]
+    fixed = ("family",)
     family: str = ""
     kind: str = ""
     path: str = ""
@@ -221,6 +260,15 @@ class ImageModel(nn.Module, ReadsTexts):
             UserError: one line that names the setting and what it may be.
         """
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
+    def twin(self) -> Self:
+        """A frozen copy for scoring, which a method with a KL takes where no adapter can be switched off."""
+        raise NotImplementedError(f"{type(self).__name__} must have twin(), or learn with method.lora alone")
+
     def sampling(self) -> dict[str, Any]:
         """What a picture depends on beside its prompt, its seed and the weights."""
         return {}
@@ -229,6 +277,10 @@ class ImageModel(nn.Module, ReadsTexts):
         """Called before pictures are drawn, after the weights changed."""
 
     def generate(self, prompts: list[str], seeds: list[int], mode: str = "direct", fresh: bool = True) -> Generation:
-        """A picture of each prompt. `mode`: `direct`, or `plan` where the model writes one first. `fresh`: the weights may
-        have changed since the last call of `prepare`."""
+        """A picture of each prompt.
+
+        Args:
+            mode: `direct`, or `plan` where the model writes one first.
+            fresh: the weights may have changed since the last call of `prepare`.
+        """
         raise NotImplementedError(f"{type(self).__name__} must have generate(prompts, seeds, mode, fresh)")

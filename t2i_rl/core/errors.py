@@ -2,7 +2,10 @@
 
 
 class UserError(Exception):
-    """Something the user can fix. Printed as one line that names the fix; exit code 2, no traceback."""
+    """Something the user can fix.
+
+    Printed as one line that names the fix; exit code 2, no traceback.
+    """
 
 
 def first_line(error: BaseException) -> str:

@@ -14,15 +14,14 @@ from t2i_rl.core.errors import UserError
 
 @contextmanager
 def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:
-    """A temporary path beside `path` to write to; it takes the place of `path` at the end, with its bytes on the disk.
+    """A temporary path to write to, which takes the place of `path` at the end.
 
-    Beside, and not in the temporary folder: a rename between two file systems is a copy, which a kill or a full disk
-    cuts short.
-    After an error `path` is what it was before.
+    It lies beside `path` and not in the temporary folder: a rename between two file systems is a
+    copy, which a kill or a full disk cuts short. After an error `path` is what it was before.
 
     Args:
-        durable: whether it has to outlive a power cut, which costs 10 ms; images by the thousand need not, since the
-            records that make them count are written after them.
+        durable: whether it has to outlive a power cut, which costs 10 ms; images by the thousand
+            need not, since the records that make them count are written after them.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,8 +45,10 @@ def write_atomic(path: str | Path, content: str | bytes) -> None:
 
 @contextmanager
 def replacing_folder(path: str | Path) -> Iterator[Path]:
-    """A temporary folder beside `path` to write files into; it takes the place of `path`, and of what was in it, at the
-    end."""
+    """A temporary folder to write files into, which takes the place of `path` at the end.
+
+    What was in `path` is gone then.
+    """
     path = Path(path)
     temporary, before = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.before")
     if before.exists() and not path.exists():  # a kill came between the two renames
@@ -104,7 +105,7 @@ def read_text(path: str | Path) -> str:
 
 
 def decoded(content: bytes, name: str) -> str:
-    """Bytes as UTF-8 text without a byte-order mark; every line ends with a line feed, though it came with CR or both.
+    """Bytes as UTF-8 text without a byte-order mark, every line ended by a line feed alone.
 
     Raises:
         UserError: they are UTF-16, not UTF-8, or hold a NUL; the line says so of `name`.
@@ -122,8 +123,9 @@ def decoded(content: bytes, name: str) -> str:
 
 
 def lines_of(text: str) -> list[tuple[int, str]]:
-    """Lines that are not blank, each with its number from 1. A line ends at a line feed and nowhere else: U+2028 and
-    U+0085 are text. A byte-order mark in front of a line comes of joined files and is no part of it.
+    """Lines that are not blank, each with its number from 1. A line ends at a line feed and nowhere
+    else: U+2028 and U+0085 are text. A byte-order mark in front of a line comes of joined files and
+    is no part of it.
     """
     lines = [(number, line.lstrip("\ufeff").strip()) for number, line in enumerate(text.split("\n"), start=1)]
     return [(number, line) for number, line in lines if line]
@@ -154,7 +156,10 @@ def read_object(path: str | Path, *keys: str) -> dict[str, Any]:
 
 
 class Row(NamedTuple):
-    """A row of a file: its number from 1 (a line's, blank ones counted), its place for an error, its content."""
+    """A row of a file.
+
+    number: counts from 1; of a line, blank ones are counted too. place: what an error calls it.
+    """
 
     number: int
     place: str
@@ -162,7 +167,7 @@ class Row(NamedTuple):
 
 
 def json_rows(path: str | Path) -> list[Row]:
-    """Every row of a JSON-lines file, or of a file that is one JSON array; blank lines are left out.
+    """Every row of a JSON-lines file without blank lines, or of a file that is one JSON array.
 
     Raises:
         UserError: it cannot be read, or a row is not JSON; its place is named.
@@ -195,7 +200,8 @@ def parse_json(text: str, place: str, constant: Callable[[str], float] = _no_num
     """JSON as Python has it.
 
     Args:
-        place: what an error begins with; constant: what NaN and Infinity become, which JSON does not have.
+        place: what an error begins with.
+        constant: what NaN and Infinity become, which JSON does not have.
 
     Raises:
         UserError: it is not JSON, or an object has a key twice.

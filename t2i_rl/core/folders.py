@@ -1,4 +1,4 @@
-"""Folders that runs write into: a name of its own for each run, and a lock as long as somebody writes there."""
+"""Folders that runs write into: a name for each run, and a lock while somebody writes there."""
 
 import atexit
 import contextlib
@@ -24,7 +24,7 @@ LETTERS = "abcdefghijkmnpqrstuvwxyz23456789"
 
 
 def run_id() -> str:
-    """The time and six random letters: runs of one second have folders of their own, and ranks of one run share one.
+    """The time and six random letters: each run has a folder of its own, its ranks share one.
 
     Raises:
         UserError: these ranks were started by hand, and have no way to agree on a name.
@@ -33,31 +33,31 @@ def run_id() -> str:
     if started_by == "srun":  # a job that Slurm requeues finds its folder again
         return f"slurm-{os.environ['SLURM_JOB_ID']}.{os.environ.get('SLURM_STEP_ID', '0')}"
     letters = "".join(LETTERS[byte % len(LETTERS)] for byte in os.urandom(6))
-    own = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{letters}"
+    name = f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{letters}"
     if started_by == "torchrun":
-        return _agreed(own)
+        return _rank_0_says(name)
     if started_by == "hand":
         raise UserError("ranks that are started by hand cannot agree on a folder: give each hydra.run.dir=<folder>")
-    return own
+    return name
 
 
-def _agreed(own: str) -> str:
-    """What rank 0 says, by way of the store that torchrun keeps for its workers."""
+def _rank_0_says(name: str) -> str:
+    """The name that rank 0 has, by way of the store that torchrun keeps for its workers."""
     from torch.distributed import TCPStore
 
     store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     key = f"t2i_rl/run_id/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
     if global_rank() == 0:
-        store.set(key, own)
+        store.set(key, name)
     return store.get(key).decode()
 
 
 class Lock:
-    """Says that somebody writes into a folder: `<folder>/.lock`, which names the process and its machine.
+    """Says that somebody writes into a folder, by a file that names the process and its machine.
 
-    The kernel's lock on that file goes with its process, however that ends. Where another machine does not see such
-    locks (on some network file systems), the file's time of change speaks: a holder renews it, and who has not for a
-    minute is dead.
+    The kernel's lock on that file goes with its process, however that ends. Where another machine
+    does not see such locks (on some network file systems), the file's time of change speaks: a
+    holder renews it, and who has not for a minute is dead.
     """
 
     def __init__(self, folder: str | Path, name: str = ".lock"):
@@ -100,7 +100,7 @@ class Lock:
             os.close(file)
 
     def left_behind(self) -> str | None:
-        """Who had the lock and ended without giving it back; None while it is held, and where it was given back."""
+        """Who had the lock and ended without giving it back; else None."""
         try:
             facts = _facts(self.path.read_bytes())
         except OSError:
@@ -125,19 +125,19 @@ class Lock:
 
     def _holder(self, file: int, exclusive: bool) -> str | None:
         facts = _facts(os.pread(file, 4096, 0))
-        named = f"process {facts['pid']} on {facts['host']}" if facts else "another process"
+        holder = f"process {facts['pid']} on {facts['host']}" if facts else "another process"
         try:
             fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
-            return named
+            return holder
         except OSError:  # no locks here; and in a container the next process may have the number of the last
-            return named if facts and _is_alive(facts) and self.age() < SECONDS_WITHOUT_BEAT else None
+            return holder if facts and _is_alive(facts) and self.age() < SECONDS_WITHOUT_BEAT else None
         if not facts or facts["host"] == socket.gethostname():
             return None
-        return named if self.age() < SECONDS_WITHOUT_BEAT else None
+        return holder if self.age() < SECONDS_WITHOUT_BEAT else None
 
     def age(self) -> float:
-        """Seconds since the last sign of life, by the clock of the file system: those of two machines differ."""
+        """Seconds since the last sign of life, by the file system's clock: two machines' differ."""
         try:
             with tempfile.NamedTemporaryFile(dir=self.folder, prefix=".now") as probe:
                 now = os.stat(probe.name).st_mtime
@@ -172,12 +172,12 @@ def _facts(content: bytes) -> dict | None:
         return None
 
 
-_held: dict[Path, Lock] = {}  # of this process
+_locks: dict[Path, Lock] = {}  # of this process
 
 
 @atexit.register
 def _give_all_back() -> None:
-    for lock in _held.values():
+    for lock in _locks.values():
         lock.release()
 
 
@@ -195,7 +195,7 @@ def claim(folder: str | Path, setting: str, name: str = ".lock") -> None:
         OSError: nothing can be written there.
     """
     key = _key(folder, name)
-    if key in _held:
+    if key in _locks:
         return
     lock = Lock(folder, name)
     holder = lock.take()
@@ -204,7 +204,7 @@ def claim(folder: str | Path, setting: str, name: str = ".lock") -> None:
         holder = _after_a_minute(lock)
     if holder:
         raise UserError(f"{folder} is in use by {holder}: take another {setting}, or wait until that one ends")
-    _held[key] = lock
+    _locks[key] = lock
 
 
 def _after_a_minute(lock: Lock) -> str | None:
@@ -217,14 +217,16 @@ def _after_a_minute(lock: Lock) -> str | None:
 
 def give_back(folder: str | Path, name: str = ".lock") -> None:
     """Undo `claim`."""
-    lock = _held.pop(_key(folder, name), None)
+    lock = _locks.pop(_key(folder, name), None)
     if lock is not None:
         lock.release()
 
 
 @contextlib.contextmanager
 def claimed_outputs(cfg: DictConfig) -> Iterator[None]:
-    """Lock what `task.out` names, beside it: whether it is there is the task's own question. Parts have a lock each.
+    """Lock what `task.out` names, beside it: whether it is there is the task's own question.
+
+    Parts have a lock each.
 
     Raises:
         UserError: a live process writes there.
@@ -248,12 +250,12 @@ def _lock_beside(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def in_turn(folder: str | Path) -> Iterator[None]:
-    """Lock what is made once; who comes while another process makes it waits for that one, and finds it."""
-    lock, said = Lock(Path(folder).absolute().parent, _lock_beside(folder)), False
+    """Lock what is made once: whoever comes meanwhile waits for the one who makes it."""
+    lock, waits = Lock(Path(folder).absolute().parent, _lock_beside(folder)), False
     while holder := lock.take():
-        if not said:
+        if not waits:
             print(f"waiting for {holder}, which writes into {folder}", flush=True)
-        said = True
+        waits = True
         time.sleep(1)
     try:
         yield

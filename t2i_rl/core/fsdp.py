@@ -1,7 +1,8 @@
-"""FSDP2 under Lightning: weights, gradients and optimizer states sharded over ranks, checkpoints as one process would write them."""
+"""FSDP2 under Lightning: weights, gradients and optimizer states are sharded over ranks, and checkpoints are whole."""
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
@@ -17,7 +18,8 @@ from t2i_rl.core.hashing import gathered
 class FSDP2(ModelParallelStrategy):
     """Lightning's strategy for FSDP2, over all ranks of all nodes. The method shards its model in `configure_model`.
 
-    A checkpoint is one file with whole tensors, the same that one process or DDP writes: any number of ranks goes on from it.
+    A checkpoint is one file with whole tensors, the same that one process or DDP writes: any number of ranks goes on
+    from it.
     """
 
     def __init__(self, process_group_backend: str | None = None):
@@ -37,7 +39,9 @@ class FSDP2(ModelParallelStrategy):
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Whole weights, on rank 0; every rank must call it."""
-        return self._whole(self.lightning_module.state_dict())
+        module = self.lightning_module
+        assert module is not None  # Lightning connects it before anything is saved
+        return self._whole(module.state_dict())
 
     def optimizer_state(self, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Whole optimizer states, on rank 0; every rank must call it."""
@@ -50,13 +54,15 @@ class FSDP2(ModelParallelStrategy):
 
         return tree_map_only(torch.Tensor, whole, state)
 
-    def load_checkpoint(self, checkpoint_path, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        parameters = dict(self.lightning_module.named_parameters())
+        module = self.lightning_module
+        assert module is not None  # Lightning connects it before anything is loaded
+        parameters = dict(module.named_parameters())
         sharded = {name: sharded_like(value, parameters[name]) for name, value in checkpoint["state_dict"].items()}
-        self.lightning_module.load_state_dict(sharded, strict=strict)
+        module.load_state_dict(sharded, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
@@ -75,11 +81,25 @@ def sharded_like(value: Any, parameter: torch.Tensor) -> Any:
     return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)
 
 
+@runtime_checkable
+class Shardable(Protocol):
+    """An adapter that says how it may be sharded.
+
+    blocks: what FSDP gathers one at a time. unsharded: the parameters that stay whole.
+    """
+
+    def blocks(self) -> list[torch.nn.Module]: ...
+
+    def unsharded(self) -> set[torch.nn.Parameter]: ...
+
+
 def shard(model: torch.nn.Module, mesh: DeviceMesh) -> None:
-    """Shard an adapter whose `forward` is all that training computes: each of its `blocks` by itself, the rest with the root
-    (a group has one dtype, so modules of another dtype are groups of their own). Its `unsharded` parameters stay whole on every rank."""
+    """Shard an adapter whose `forward` is all that training computes: each of its `blocks` by itself, the rest with the
+    root (a group has one dtype, so modules of another dtype are groups of their own). Its `unsharded` parameters stay
+    whole on every rank."""
     if isinstance(model, FSDPModule):
         return
+    assert isinstance(model, Shardable)  # only methods with such a model let trainer=fsdp through
     blocks, whole = model.blocks(), model.unsharded()
     usual = next(blocks[0].parameters()).dtype
     for module in model.modules():

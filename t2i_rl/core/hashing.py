@@ -1,19 +1,27 @@
 """One hash for the weights of a model, sharded or not."""
 
 import hashlib
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 
+from t2i_rl.core.contracts import Reward
+
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that FSDP has sharded (every rank must call it); any other as it is, without its graph."""
+    """A tensor whole, without its graph; where FSDP has sharded it, every rank must call this."""
     return tensor.full_tensor().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def weights_sha256(model: torch.nn.Module, adapters: bool = True, dtype: torch.dtype | None = None) -> str:
-    """Hex sha256 of every weight's name and bytes; `adapters=False` sees the model under its LoRA adapters. With `dtype` fractions are
-    rounded to it first: float32 weights and the same loaded in bfloat16 are one model to `dtype=torch.bfloat16`."""
+    """Hex sha256 of every weight's name and bytes.
+
+    Args:
+        adapters: False sees the model under its LoRA adapters.
+        dtype: fractions are rounded to it first: float32 weights and the same loaded in bfloat16
+            are one model to `torch.bfloat16`.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         if adapters or "lora_" not in name:
@@ -24,7 +32,8 @@ def weights_sha256(model: torch.nn.Module, adapters: bool = True, dtype: torch.d
     return digest.hexdigest()
 
 
-def modules_sha256(judge) -> dict[str, str]:
-    """Hashes of the networks behind a reward, and behind its parts."""
-    found = {name: weights_sha256(value) for name, value in vars(judge).items() if isinstance(value, torch.nn.Module)}
-    return found | {name: modules_sha256(part) for name, part in getattr(judge, "parts", {}).items()}
+def modules_sha256(reward: Reward) -> dict[str, Any]:
+    """Hashes of the networks behind a reward by their names, and of those behind its parts."""
+    networks = {name: value for name, value in vars(reward).items() if isinstance(value, torch.nn.Module)}
+    hashes: dict[str, Any] = {name: weights_sha256(network) for name, network in networks.items()}
+    return hashes | {name: modules_sha256(part) for name, part in reward.parts.items()}

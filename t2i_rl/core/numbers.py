@@ -1,9 +1,9 @@
-"""Kinds of numbers and words that settings are, each with its bounds said once, and the check of an argument against its
-annotation.
+"""Kinds of numbers and words that settings are, and the check of an argument against its kind.
 
-A constructor annotates what it takes, as in `batch_size: Count` or `max_grad_norm: Positive | None`; the command line
-checks every class of a config by that (`t2i_rl.command.settings`), and constructors that are called from Python check
-themselves (`check_arguments`). Upper bounds keep out what overflows or means nothing; each says why.
+Each kind has its bounds said once. A constructor annotates what it takes, as in `batch_size: Count`
+or `max_grad_norm: Positive | None`; the command line checks every class of a config by that
+(`t2i_rl.command.settings`), and constructors that are called from Python check themselves
+(`check_arguments`). Upper bounds keep out what overflows or means nothing; each says why.
 """
 
 import inspect
@@ -23,8 +23,11 @@ from t2i_rl.core.signatures import makers, parameters
 
 @dataclass(frozen=True)
 class Number:
-    """What a number may be: `says` completes "must be"; `open_low` and `open_high` leave the bound itself out; `also`
-    lies outside."""
+    """What a number may be.
+
+    says: completes "must be". whole: no fractions. open_low, open_high: the bound itself is left
+    out. also: further numbers that lie outside the bounds.
+    """
 
     says: str
     low: float
@@ -105,15 +108,16 @@ Device = Annotated[str, Words("auto, cpu, mps or a GPU like cuda:1", r"auto|cpu|
 Duration = Annotated[str, Words("a time as days:hours:minutes:seconds, like 00:01:30:00", r"\d+:\d\d:\d\d:\d\d")]
 
 
-def check_arguments(kind: type, given: Mapping[str, Any], where: str) -> None:
-    """Whether what is given for the parameters of `kind` is what they are annotated with.
+def check_arguments(kind: type, arguments: Mapping[str, Any], where: str) -> None:
+    """Whether the arguments for the parameters of `kind` are what these are annotated with.
 
     Raises:
-        UserError: one line that names the setting as `<where>.<name>`, what it must be, and what it is.
+        UserError: one line that names the setting as `<where>.<name>`, what it must be, and what it
+            is.
     """
     for name, hint in parameters_of(kind).items():
-        if name in given:
-            check_value(given[name], hint, f"{where}.{name}")
+        if name in arguments:
+            check_value(arguments[name], hint, f"{where}.{name}")
 
 
 def check_value(value: Any, hint: Any, where: str) -> None:
@@ -123,14 +127,14 @@ def check_value(value: Any, hint: Any, where: str) -> None:
         UserError: it is not.
     """
     members = _members(hint)
-    wanted = [says for member in members if (says := _unlike(value, member)) is not None]
-    if len(wanted) < len(members):
+    demands = [says for member in members if (says := _unlike(value, member)) is not None]
+    if len(demands) < len(members):
         return
     for member in members:  # say which item of a list is wrong, not that the list is
-        for part, inner, place in _items(value, member):
-            check_value(part, inner, f"{where}{place}")
-    written = f" (write {int(value)})" if type(value) is float and value.is_integer() and _wants_whole(members) else ""
-    raise UserError(f"{where} must be {', or '.join(dict.fromkeys(wanted))}, not {shown(value)}{written}")
+        for item, inner_hint, index in _items(value, member):
+            check_value(item, inner_hint, f"{where}{index}")
+    fix = f" (write {int(value)})" if type(value) is float and value.is_integer() and _wants_whole(members) else ""
+    raise UserError(f"{where} must be {', or '.join(dict.fromkeys(demands))}, not {shown(value)}{fix}")
 
 
 def shown(value: Any) -> str:
@@ -142,8 +146,10 @@ def shown(value: Any) -> str:
 
 
 def parameters_of(kind: Any) -> dict[str, Any]:
-    """The annotations of what a class (with what it hands on to its bases as `**options`) or a function takes, by
-    name."""
+    """The annotations of what a class or a function takes, by name.
+
+    A class takes with its own what it hands on to its bases as `**options`.
+    """
     hints: dict[str, Any] = {}
     for maker in makers(kind):
         annotations = _annotations(maker)
@@ -158,23 +164,22 @@ def _annotations(maker: Any) -> dict[str, Any]:
     try:
         return get_type_hints(maker, include_extras=True)
     except (NameError, TypeError):  # names that only a type checker imports: what needs no name is left
-        given = getattr(maker, "__annotations__", {})
-        return {name: hint for name, hint in given.items() if not isinstance(hint, str)}
+        hints = getattr(maker, "__annotations__", {})  # a class written in C has none
+        return {name: hint for name, hint in hints.items() if not isinstance(hint, str)}
 
 
 def _members(hint: Any) -> list[Any]:
-    """The parts of a union; `Annotated[Any, X | Y]` is one that a dataclass for Hydra cannot name otherwise."""
+    """The parts of a union; a dataclass for Hydra writes one as `Annotated[Any, X | Y]`."""
     if get_origin(hint) is Annotated and get_args(hint)[0] is Any:
         return _members(get_args(hint)[1])
-    return (
-        [part for member in get_args(hint) for part in _members(member)]
-        if get_origin(hint) in (Union, UnionType)
-        else [hint]
-    )
+    if get_origin(hint) not in (Union, UnionType):
+        return [hint]
+    return [part for member in get_args(hint) for part in _members(member)]
 
 
 def _wants_whole(members: Iterable[Any]) -> bool:
-    return any(member is int or getattr(_bounds(member), "whole", False) for member in members)
+    bounds = [(member, _bounds(member)) for member in members]
+    return any(member is int or (isinstance(number, Number) and number.whole) for member, number in bounds)
 
 
 def _bounds(hint: Any) -> Number | Words | None:
@@ -213,32 +218,29 @@ def _unlike(value: Any, hint: Any) -> str | None:
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether a YAML holds this by itself, where nothing has made anything of it; a dataclass in a config is made."""
+    """Whether a value is as a YAML holds it: no object that `_target_` or a dataclass has made."""
     if isinstance(value, dict | DictConfig):
         return "_target_" not in value and OmegaConf.get_type(OmegaConf.create(value)) is dict
     return value is None or isinstance(value, PLAIN)
 
 
 def _all_like(value: Any, hint: Any) -> bool:
-    return all(
-        any(_unlike(part, member) is None for member in _members(inner)) for part, inner, _ in _items(value, hint)
-    ) and (_length(hint) in (None, len(value)))
+    if _length(hint) not in (None, len(value)):
+        return False
+    items = _items(value, hint)
+    return all(any(_unlike(item, member) is None for member in _members(inner_hint)) for item, inner_hint, _ in items)
 
 
 def _items(value: Any, hint: Any) -> list[tuple[Any, Any, str]]:
-    """The parts of a list or mapping, each with the hint that it must fit and its place."""
-    inner, kind = get_args(hint), get_origin(hint)
-    if not inspect.isclass(kind) or not inner:
+    """The items of a list or mapping, each with the hint that it must fit and how it is indexed."""
+    inner_hints, kind = get_args(hint), get_origin(hint)
+    if not inspect.isclass(kind) or not inner_hints:
         return []
     if issubclass(kind, Mapping) and isinstance(value, Mapping | DictConfig):
-        return [(part, inner[1], f".{name}") for name, part in value.items()]
+        return [(item, inner_hints[1], f".{name}") for name, item in value.items()]
     if issubclass(kind, Sequence) and _is_list(value):
-        length = _length(hint)
-        if length is not None:
-            return [
-                (part, member, f"[{place}]") for place, (part, member) in enumerate(zip(value, inner, strict=False))
-            ]
-        return [(part, inner[0], f"[{place}]") for place, part in enumerate(value)]
+        hints = inner_hints if _length(hint) is not None else [inner_hints[0]] * len(value)
+        return [(item, inner, f"[{number}]") for number, (item, inner) in enumerate(zip(value, hints, strict=False))]
     return []
 
 
@@ -247,8 +249,9 @@ def _is_list(value: Any) -> bool:
 
 
 def _length(hint: Any) -> int | None:
-    inner = get_args(hint)
-    return len(inner) if get_origin(hint) is tuple and inner and inner[-1] is not Ellipsis else None
+    inner_hints = get_args(hint)
+    is_fixed = get_origin(hint) is tuple and inner_hints and inner_hints[-1] is not Ellipsis
+    return len(inner_hints) if is_fixed else None
 
 
 def _list_says(value: Any, hint: Any) -> str:

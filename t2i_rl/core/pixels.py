@@ -24,7 +24,8 @@ BACKGROUND = (255, 255, 255)
 WHITE = 65535  # of 16 bits
 TIFF_BITS, TIFF_MEANING = 258, 262  # tags: bits a sample; 0 where the greatest number is black
 
-# Image tools write all their settings into a PNG. What all texts of a file may hold together bounds an attack as well.
+# Image tools write all their settings into a PNG. What all texts of a file may hold together bounds
+# an attack as well.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 OVERFLOW = (
     "the usual cause is an autoencoder in float16, which overflows (take model.dtype=bfloat16 or float32, or another "
@@ -33,16 +34,18 @@ OVERFLOW = (
 
 
 def read_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
-    """An image as a viewer shows it, RGB: turned as its EXIF says, transparency over white, 16 bits scaled to 8.
+    """An image as a viewer shows it, in RGB.
 
-    Of an animation or of several pages the first is taken, and a line says so once.
+    It is turned as its EXIF says, put over white where it is transparent, and scaled from 16 bits
+    to 8. Of an animation or of several pages the first is taken, and a line says so once.
 
     Args:
-        source: a file, or its bytes; name: what an error calls it, by default the file.
+        source: a file, or its bytes.
+        name: what an error calls it, by default the file.
 
     Raises:
-        UserError: it cannot be read, is so large that Pillow takes it for an attack, or has 32 bits a channel, where
-            nothing says what white is; the line names it.
+        UserError: it cannot be read, is so large that Pillow takes it for an attack, or has 32 bits
+            a channel, where nothing says what white is; the line names it.
     """
     name = name or str(source)
     content = source if isinstance(source, bytes) else read_bytes(source)
@@ -82,14 +85,14 @@ def _as_shown(image: Image.Image) -> Image.Image:
 
 
 def _scale_colour_key(image: Image.Image) -> None:
-    """The one colour of a PNG that is transparent, in 8 bits: Pillow scales the pixels, and not this colour."""
+    """Scale a PNG's one transparent colour to 8 bits, as Pillow scales the pixels."""
     key = image.info.get("transparency")
     if image.format != "PNG" or image.mode == "P" or not isinstance(key, (int, tuple)):
         return
-    raw_mode = image.tile[0].args
-    if raw_mode == "RGB;16B":
+    raw_mode = image.tile[0].args  # type: ignore[attr-defined]  # an opened file has it
+    if raw_mode == "RGB;16B" and isinstance(key, tuple):
         image.info["transparency"] = tuple(value >> 8 for value in key)  # as Pillow cuts the pixels
-    elif raw_mode in ("L;2", "L;4"):
+    elif raw_mode in ("L;2", "L;4") and isinstance(key, int):
         image.info["transparency"] = key * 255 // (2 ** int(raw_mode[-1]) - 1)
 
 
@@ -104,8 +107,9 @@ def _from_deep_grey(image: Image.Image) -> Image.Image:
         raise ValueError("grey of 32 bits or of fractions does not say what white is: save it with 8 or 16 bits")
     white, inverted = WHITE, False
     if image.format == "TIFF":
-        white = 2 ** image.tag_v2.get(TIFF_BITS, (16,))[0] - 1
-        inverted = image.tag_v2.get(TIFF_MEANING) == 0
+        tags = image.tag_v2  # type: ignore[attr-defined]  # an opened TIFF has them
+        white = 2 ** tags.get(TIFF_BITS, (16,))[0] - 1
+        inverted = tags.get(TIFF_MEANING) == 0
     key = image.info.get("transparency")
     values = np.asarray(ImageOps.exif_transpose(image)).astype(np.float64)
     grey = np.rint((white - values if inverted else values) * 255 / white).astype(np.uint8)
@@ -122,7 +126,9 @@ def write_png(path: str | Path, image: Image.Image | np.ndarray) -> None:
 
 
 def to_bytes(pixels: torch.Tensor, centred: bool = False) -> np.ndarray:
-    """float `(B, 3, H, W)` in [0, 1] -> uint8 `(B, H, W, 3)`; the one way to bytes for whatever a model draws.
+    """float `(B, 3, H, W)` in [0, 1] -> uint8 `(B, H, W, 3)`.
+
+    This is the one way to bytes for whatever a model draws.
 
     Args:
         centred: the values are in [-1, 1], as autoencoders give them.
@@ -148,7 +154,7 @@ def square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _shortened(image: Image.Image) -> Image.Image:
-    """The middle of a sliver: enlarged whole, one of 1 x 10,000 pixels would fill the memory before it is cut."""
+    """The middle of a sliver: one of 1 x 10,000 pixels, enlarged whole, would fill the memory."""
     length = MOST_OBLONG * min(image.size)
     width, height = (min(side, length) for side in image.size)
     left, top = (image.width - width) // 2, (image.height - height) // 2

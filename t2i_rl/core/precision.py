@@ -1,7 +1,8 @@
-"""bfloat16 or float32, where nobody says: a processor without instructions for bfloat16 is many times slower in it."""
+"""Whether to compute in bfloat16 or float32 where nobody says: by what the processor is fast in."""
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -11,7 +12,10 @@ GROUPS = ("trainer", "model", "reward", "task")
 
 
 def auto_precision(accelerator: str | None = None) -> str:
-    """Lightning's `precision` where none is given. `accelerator` is `gpu` or `cpu`; None: a GPU if there is one."""
+    """Lightning's `precision` where none is given.
+
+    `accelerator` is `gpu` or `cpu`; None: a GPU if there is one.
+    """
     return "bf16-mixed" if has_bfloat16(accelerator) else "32-true"
 
 
@@ -30,8 +34,11 @@ def has_bfloat16(accelerator: str | None = None) -> bool:
 
 
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has. Torch's own answer counts AVX-512 without them as support, so the flags are read; a system
-    that shows no flags (macOS, Windows) counts as having none, which costs some speed and no accuracy."""
+    """Whether this CPU has such instructions, by its flags.
+
+    Torch's own answer counts AVX-512 without them as support. A system that shows no flags (macOS,
+    Windows) counts as having none, which costs some speed and no accuracy.
+    """
     if not CPUINFO.is_file():
         return False
     lines = (line.split(":", 1) for line in CPUINFO.read_text(errors="replace").splitlines() if ":" in line)
@@ -39,32 +46,31 @@ def cpu_has_bfloat16() -> bool:
 
 
 def precision_lines(cfg: DictConfig) -> list[str]:
-    """What was chosen for settings that leave it open, and a warning of bfloat16 that is given where it is slow."""
+    """What was chosen for settings that leave it open; a warning of slow bfloat16."""
     import torch
 
     on_gpu = cfg.trainer.accelerator != "cpu" and torch.cuda.is_available()
     has, where = has_bfloat16(cfg.trainer.accelerator), "this GPU" if on_gpu else "this CPU"
-    settings = [(key, cfg_value, raw) for key, cfg_value, raw in _settings(cfg) if cfg_value is not None]
-    chosen = {f"{key.split('.')[-1]}={value}": None for key, value, raw in settings if "${auto_" in str(raw)}
-    given = [f"{key}={value}" for key, value, raw in settings if "${auto_" not in str(raw) and _is_bfloat16(value)]
+    settings = [(key, value, "${auto_" in str(raw)) for key, value, raw in _settings(cfg) if value is not None]
+    own_choices = dict.fromkeys(f"{key.split('.')[-1]}={value}" for key, value, automatic in settings if automatic)
+    users_bfloat16 = [f"{key}={value}" for key, value, automatic in settings if not automatic and _is_bfloat16(value)]
     lines = []
-    if chosen:
-        lines.append(f"{', '.join(chosen)} is chosen: {where} {'has' if has else 'has no'} bfloat16 instructions")
-    if given and not has:
+    if own_choices:
+        lines.append(f"{', '.join(own_choices)} is chosen: {where} {'has' if has else 'has no'} bfloat16 instructions")
+    if users_bfloat16 and not has:
         lines.append(
-            f"{', '.join(given)} is taken as given, but {where} has no bfloat16 instructions: float32 would be many "
-            "times "
-            "faster"
+            f"{', '.join(users_bfloat16)} is taken as given, but {where} has no bfloat16 instructions: float32 would "
+            "be many times faster"
         )
     return lines
 
 
-def _is_bfloat16(value) -> bool:
+def _is_bfloat16(value: object) -> bool:
     return str(value).startswith(("bf16", "bfloat16"))
 
 
 def _settings(cfg: DictConfig) -> Iterator[tuple[str, object, object]]:
-    """Every `precision` and `dtype` that this run reads: its name, its value, and what the config says unresolved."""
+    """Each `precision` and `dtype` of this run: its name, its value, and that unresolved."""
     for group in GROUPS:
         node = cfg.get(group)
         recipes = node.get("recipes") if group == "task" and node is not None else None
@@ -76,8 +82,8 @@ def _settings(cfg: DictConfig) -> Iterator[tuple[str, object, object]]:
 
 
 def _below(node: DictConfig, where: str) -> Iterator[tuple[str, object, object]]:
-    raw = OmegaConf.to_container(node, resolve=False)
-    for name in node:
+    raw: Any = OmegaConf.to_container(node, resolve=False)
+    for name in map(str, node):
         if isinstance(raw[name], dict):
             yield from _below(node[name], f"{where}.{name}")
         elif name in ("precision", "dtype"):

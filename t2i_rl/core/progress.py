@@ -1,4 +1,4 @@
-"""How far long work is: a bar where somebody watches, else a line now and then, which a log keeps."""
+"""How far long work is: a bar where somebody watches, else a line now and then for a log."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -18,20 +18,22 @@ def watched() -> bool:
 
 def duration(seconds: float) -> str:
     """`45 s`, `12 min 05 s`, `3 h 07 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    rounded = round(seconds)
+    if rounded < 60:
+        return f"{rounded} s"
+    if rounded < 3600:
+        return f"{rounded // 60} min {rounded % 60:02d} s"
+    return f"{rounded // 3600} h {rounded % 3600 // 60:02d} min"
 
 
 class Lines:
-    """Lines about work of `total` parts, of which `done` were done before: after the first part, then every `seconds`,
-    then after the last.
+    """Lines about work of many parts: after the first part, then every `seconds`, then at the end.
 
     Args:
-        name: what is done; unit: what a part is called; total: None where there is no end.
+        name: what is done.
+        total: how many parts there are; None where there is no end.
+        unit: what a part is called.
+        done: parts that were done before.
     """
 
     def __init__(self, name: str, total: int | None, unit: str, done: int = 0, seconds: float = SECONDS):
@@ -47,20 +49,19 @@ class Lines:
             print(self.line(done, now - self.started, facts), flush=True)
 
     def line(self, done: int, spent: float, facts: str = "") -> str:
-        """One line: how far, what was measured, how long it took, and how long the rest will take at this pace."""
-        parts = [
-            f"{self.name}: {self.unit} {done}" + (f" of {self.total}" if self.total else ""),
-            facts,
-            duration(spent),
-        ]
+        """One line: how far, what was measured, the time it took, and the time left."""
+        of_total = f" of {self.total}" if self.total else ""
+        parts = [f"{self.name}: {self.unit} {done}{of_total}", facts, duration(spent)]
         if self.total and self.before < done < self.total:
             parts.append(f"about {duration(spent / (done - self.before) * (self.total - done))} left")
         return ", ".join(part for part in parts if part)
 
 
-class Progress:
-    """`with Progress("drawing", 200, "image") as progress: progress.advance(64)`, on the main process; the others say
-    nothing."""
+class ProgressCounter:
+    """`with ProgressCounter("drawing", 200, "image") as progress: progress.advance(64)`.
+
+    The main process shows it; the others say nothing. The arguments are those of `Lines`.
+    """
 
     def __init__(self, name: str, total: int, unit: str, done: int = 0, seconds: float = SECONDS):
         self.done = done
@@ -75,17 +76,17 @@ class Progress:
         if self.lines is not None and parts:
             self.lines.say(self.done, facts)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "ProgressCounter":
         self.bar.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
 
 def tracked(work: Sequence, name: str, unit: str) -> Iterator:
     """The items of `work`, each counted once what follows it in the loop is done."""
-    with Progress(name, len(work), unit) as progress:
+    with ProgressCounter(name, len(work), unit) as progress:
         for item in work:
             yield item
             progress.advance()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import Row, json_rows, lines_of, parse_json, read_text, write_atomic
-from t2i_rl.core.written_texts import fault_of_text, is_text
+from t2i_rl.core.texts import fault_of_text, is_text
 
 JSON_ENDINGS = (".json", ".jsonl", ".ndjson")
 TABLE_ENDINGS = (".csv", ".tsv", ".yaml", ".yml")
@@ -18,7 +18,10 @@ JSON_START = re.compile(r'\{|\[\s*("|\{|\n|$)')  # "[red] circle" is a prompt
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt. `meta` holds GenEval's `include`/`exclude` clauses and whatever else its benchmark's judge reads."""
+    """One prompt.
+
+    meta: GenEval's `include` and `exclude` clauses, and whatever else its benchmark's judge reads.
+    """
 
     id: str
     text: str
@@ -33,27 +36,25 @@ def write_prompts(path: Path, prompts: list[Prompt]) -> None:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read a prompt file: JSON lines with a `prompt` field, one JSON array of such objects or of texts, or plain text
-    with one prompt a line.
+    """Read a prompt file: JSON, or plain text with one prompt a line.
 
-    A file is JSON if its name ends so or its first row begins so; then every row has to be. A row of a plain text is a
-    prompt unless it is itself a JSON object or list. `id` may be a whole number; none may stand twice.
+    JSON is lines with a `prompt` field each, or one array of such objects or of texts. A file is
+    JSON if its name ends so or its first row begins so; then every row has to be. A row of a plain
+    text is a prompt unless it is itself a JSON object or list. `id` may be a whole number; none may
+    stand twice.
 
     Raises:
-        UserError: the file is missing, empty or a table, or a row is not what it should be (its place is named).
+        UserError: the file is missing, empty or a table, or a row is not what it should be (its
+            place is named).
     """
     path = Path(path)
-    if path.suffix.lower() in TABLE_ENDINGS:
-        raise UserError(
-            f"prompt file {path} is a {path.suffix.lower()}: give one prompt a line, or JSON lines with 'prompt'"
-        )
+    ending = path.suffix.lower()
+    if ending in TABLE_ENDINGS:
+        raise UserError(f"prompt file {path} is a {ending}: give one prompt a line, or JSON lines with 'prompt'")
     text = read_text(path)
-    in_array = text.lstrip().startswith("[")
-    if path.suffix.lower() in JSON_ENDINGS or JSON_START.match(text.lstrip()):
-        rows = [
-            row._replace(value={"prompt": row.value}) if in_array and isinstance(row.value, str) else row
-            for row in json_rows(path)
-        ]
+    if ending in JSON_ENDINGS or JSON_START.match(text.lstrip()):
+        in_array = text.lstrip().startswith("[")
+        rows = [_as_object(row) if in_array else row for row in json_rows(path)]
     else:
         rows = [_plain_row(number, f"{path}:{number}", line) for number, line in lines_of(text)]
     if not rows:
@@ -61,8 +62,12 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     return with_distinct_ids([(row.place, _prompt(row, path.stem)) for row in rows])
 
 
+def _as_object(row: Row) -> Row:
+    return row._replace(value={"prompt": row.value}) if isinstance(row.value, str) else row
+
+
 def _plain_row(number: int, place: str, line: str) -> Row:
-    """A line of a plain text; what an editor or a script has written as JSON is never drawn as it stands."""
+    """A line of a plain text; what a program has written as JSON is never drawn as it stands."""
     if line.startswith("{"):
         return Row(number, place, parse_json(line, place))
     if line.startswith("[") and _is_json(line):
@@ -105,21 +110,21 @@ def row_id(value: object, place: str) -> str:
 
 
 def with_distinct_ids(placed: Sequence[tuple[str, Prompt]]) -> list[Prompt]:
-    """The prompts, each with its place in a file: seeds come from ids, and results are kept by them.
+    """The prompts of `(place in a file, prompt)`: seeds come from ids, and results go by them.
 
     Raises:
         UserError: an id stands twice; both places are named.
     """
-    places: dict[str, str] = {}
+    place_of_id: dict[str, str] = {}
     for place, prompt in placed:
-        if prompt.id in places:
-            raise UserError(f"{place}: the id {prompt.id!r} stands already at {places[prompt.id]}")
-        places[prompt.id] = place
+        if prompt.id in place_of_id:
+            raise UserError(f"{place}: the id {prompt.id!r} stands already at {place_of_id[prompt.id]}")
+        place_of_id[prompt.id] = place
     return [prompt for _, prompt in placed]
 
 
 def fault_of_clauses(meta: dict) -> str | None:
-    """What keeps `include` and `exclude` from being GenEval's lists of clauses; None if nothing does."""
+    """What keeps `include` and `exclude` from being GenEval's lists of clauses, or None."""
     for key in ("include", "exclude"):
         clauses = meta.get(key, [])
         if not isinstance(clauses, list):

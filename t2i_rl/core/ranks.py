@@ -1,4 +1,7 @@
-"""Which process this is, and which GPU is its own, under every launcher: torchrun, srun, Lightning's own, or none."""
+"""Which process this is, and which GPU is its own, under every launcher or none.
+
+Launchers are torchrun, srun, Lightning's own, and somebody's hand.
+"""
 
 import os
 from collections.abc import Sequence
@@ -13,10 +16,11 @@ RANK_VARIABLES = (
 
 
 def launcher() -> Literal["torchrun", "srun", "lightning", "hand", "none"]:
-    """Who started this process beside others of its run: `none` where it is alone, or starts the others itself.
+    """Who started this process beside others of its run.
 
-    Lightning's own launcher hands on LAUNCHED_BY, which the process that starts the others has set. Whoever starts
-    ranks by hand says so in the variables that Lightning reads.
+    `none`: it is alone, or starts the others itself. Lightning's own launcher hands on LAUNCHED_BY,
+    which the process that starts the others has set. Whoever starts ranks by hand says so in the
+    variables that Lightning reads.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "torchrun" if _number("WORLD_SIZE") > 1 else "none"
@@ -29,7 +33,7 @@ def launcher() -> Literal["torchrun", "srun", "lightning", "hand", "none"]:
 
 
 def inherits_a_number() -> bool:
-    """Whether a process that is alone has a task's number from Slurm all the same, which Lightning would go by."""
+    """Whether a process that is alone has a task's number from Slurm: Lightning would go by it."""
     return launcher() == "none" and (_number("SLURM_PROCID") > 0 or _number("SLURM_NTASKS") > 1)
 
 
@@ -43,8 +47,9 @@ def stand_alone() -> None:
 def global_rank() -> int:
     """This process's number among those of the run.
 
-    RANK is torchrun's. SLURM_PROCID counts only where srun started several tasks: a single process inside an allocation
-    or an array inherits it. Lightning's own launcher numbers processes in LOCAL_RANK, and nodes in NODE_RANK.
+    RANK is torchrun's. SLURM_PROCID counts only where srun started several tasks: a single process
+    inside an allocation or an array inherits it. Lightning's own launcher numbers processes in
+    LOCAL_RANK, and nodes in NODE_RANK.
     """
     if "RANK" in os.environ:
         return _number("RANK")
@@ -85,15 +90,17 @@ def own_gpu() -> str:
 
 
 def use(accelerator: str | None, devices: int | str | Sequence[int] | None) -> None:
-    """Tell `own_gpu` of `trainer.accelerator` and `trainer.devices`, for all that loads before there is a trainer."""
+    """Tell `own_gpu` of the trainer's settings, for all that loads before there is a trainer."""
     _trainer.update(accelerator=accelerator, devices=devices)
 
 
 def listed_gpus(devices: int | str | Sequence[int] | None) -> list[int]:
-    """The GPUs that `trainer.devices` names, as [1, 3], "1,3" or "1," do; none where it is a number, as 2 or "2"."""
+    """The GPUs that `trainer.devices` lists ([1, 3], "1,3" or "1,"); none for a number."""
+    if devices is None or isinstance(devices, int):
+        return []
     if isinstance(devices, str):
-        return [int(part) for part in devices.strip("[]").split(",") if part.strip()] if "," in devices else []
-    return [] if devices is None or isinstance(devices, int) else [int(number) for number in devices]
+        return [int(number) for number in devices.strip("[]").split(",") if number.strip()] if "," in devices else []
+    return [int(number) for number in devices]
 
 
 _trainer: dict = {"accelerator": None, "devices": None}
@@ -102,7 +109,8 @@ _trainer: dict = {"accelerator": None, "devices": None}
 def _srun_tasks() -> int:
     """How many tasks srun started; 1 where it started this process alone, or did not start it.
 
-    A batch script's own process has the allocation's SLURM_NTASKS without being one of so many: it belongs to no step.
+    A batch script's own process has the allocation's SLURM_NTASKS without being one of so many: it
+    belongs to no step.
     """
     in_batch_script = os.environ.get("ENVIRONMENT") == "BATCH" and "SLURM_STEP_ID" not in os.environ
     if "SLURM_PROCID" not in os.environ or in_batch_script or os.environ.get("SLURM_JOB_NAME") in INTERACTIVE:

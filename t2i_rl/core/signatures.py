@@ -1,12 +1,14 @@
-"""What a class or a function takes: its own parameters, and those that it hands on to its bases as `**options`."""
+"""What a class or a function takes, with what it hands on to its bases as `**options`."""
 
 import inspect
 from collections.abc import Callable
 
 
 def makers(target: Callable) -> list[Callable]:
-    """The function itself, or a class's constructor with those of its bases that get its `**options`; the nearest
-    first."""
+    """The functions that take what `target` is called with, the nearest first.
+
+    Of a class they are its constructor and those of its bases that get its `**options`.
+    """
     if not inspect.isclass(target):
         return [target]
     functions = []

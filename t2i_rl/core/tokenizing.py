@@ -1,6 +1,7 @@
-"""What is checked of a tokenizer when a checkpoint loads, and a user's text inside a conversation."""
+"""What is checked of a tokenizer when it loads, and a user's text inside a conversation."""
 
 import re
+from typing import Any
 
 from t2i_rl.core.errors import UserError
 
@@ -10,19 +11,20 @@ MARK = "\ufdd0"  # a code point that Unicode keeps free: it stands in no text
 
 
 def check_tokenizer(
-    tokenizer, path: str, *, rows: int, begin: str = "", end: str = "", needs: tuple[str, ...] = ()
+    tokenizer: Any, path: str, *, rows: int, begin: str = "", end: str = "", needs: tuple[str, ...] = ()
 ) -> None:
     """Whether a tokenizer gives a model the tokens that it was trained on.
 
     Args:
         rows: tokens that the model has embeddings for.
-        begin, end: the tokens that stand in front of every text and behind it, `bos`, `cls`, `eos` or `sep`; "" for
-            none. Without both, whoever calls the tokenizer writes them itself, and its own are not looked at.
+        begin, end: the tokens that stand in front of every text and behind it, `bos`, `cls`, `eos`
+            or `sep`; "" for none. Without both, the caller writes them itself, and the tokenizer's
+            own are not looked at.
         needs: further tokens that it must have, such as `pad`.
 
     Raises:
-        UserError: it has other tokens than the model, frames a text otherwise, or loses spaces or letters of a
-            sentence.
+        UserError: it has other tokens than the model, frames a text otherwise, or loses spaces or
+            letters of a sentence.
     """
     greatest = max(tokenizer.get_vocab().values())
     if greatest >= rows:
@@ -51,22 +53,23 @@ def check_tokenizer(
         )
 
 
-def _check_frame(tokenizer, path: str, sentence: str, begin: str, end: str) -> None:
+def _check_frame(tokenizer: Any, path: str, sentence: str, begin: str, end: str) -> None:
     """The tokens in front of a text and behind it, once each and no others."""
     framed, plain = tokenizer(sentence).input_ids, tokenizer(sentence, add_special_tokens=False).input_ids
-    wanted = [getattr(tokenizer, f"{name}_token_id") for name in (begin, end) if name]
-    expected = [*wanted[: bool(begin)], *plain, *wanted[bool(begin) :]]
+    front, back = ([getattr(tokenizer, f"{name}_token_id")] if name else [] for name in (begin, end))
+    expected = [*front, *plain, *back]
     if framed != expected:
-        ours, theirs = (_ends(tokenizer, ids) for ids in (framed, expected))
         raise _unfit(
             path,
-            f"turns a text into {ours}, and the model stands on {theirs}: check post_processor in tokenizer.json, "
-            "add_bos_token and add_eos_token",
+            f"turns a text into {_ends(tokenizer, framed)}, and the model stands on {_ends(tokenizer, expected)}: "
+            "check post_processor in tokenizer.json, add_bos_token and add_eos_token",
         )
 
 
-def check_pooling(tokenizer, path: str, text_config) -> None:
-    """Whether a CLIP takes a text's state where its tokenizer ends the text: elsewhere all texts score alike.
+def check_pooling(tokenizer: Any, path: str, text_config: Any) -> None:
+    """Whether a CLIP takes a text's state where its tokenizer ends the text.
+
+    Elsewhere all texts would score alike.
 
     Raises:
         UserError: it takes it elsewhere.
@@ -88,7 +91,7 @@ def check_pooling(tokenizer, path: str, text_config) -> None:
         )
 
 
-def check_window(tokenizer, path: str, text_config) -> None:
+def check_window(tokenizer: Any, path: str, text_config: Any) -> None:
     """Whether a tokenizer cuts texts to what its encoder has positions for.
 
     Raises:
@@ -103,43 +106,42 @@ def check_window(tokenizer, path: str, text_config) -> None:
         )
 
 
-def special_texts(tokenizer, *more: str) -> list[str]:
-    """The special tokens, and `more`, as they are spelt, longest first."""
+def special_texts(tokenizer: Any, *further: str) -> list[str]:
+    """The special tokens, and `further` ones, as they are spelt, longest first."""
     added = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return sorted({*added, *tokenizer.all_special_tokens, *more}, key=len, reverse=True)
+    return sorted({*added, *tokenizer.all_special_tokens, *further}, key=len, reverse=True)
 
 
 def marked(text: str, special: list[str]) -> str:
-    """A text for a conversation: `ids_of` reads what `special_texts` gave as text, where it is spelt in this text."""
+    """A text for a conversation, in which `ids_of` reads the `special` ones as plain letters."""
     text = text.replace(MARK, "")
     for token in special:
         text = text.replace(token, token[0] + MARK + token[1:])
     return text
 
 
-def ids_of(tokenizer, conversation: str) -> list[int]:
-    """Token ids of a conversation whose foreign texts went through `marked`, without what the tokenizer puts around a
-    text.
+def ids_of(tokenizer: Any, conversation: str) -> list[int]:
+    """Token ids of a conversation whose foreign texts went through `marked`.
 
-    A mark parts the letters of a special token: what is left of it and what is right of it are read one after the
-    other.
+    What the tokenizer puts around a text is left out. A mark parts the letters of a special token:
+    what is left of it and what is right of it are read one after the other.
     """
     pieces = conversation.split(MARK)
     return [token for piece in pieces for token in tokenizer(piece, add_special_tokens=False).input_ids]
 
 
-def _unfit(path: str, what: str) -> UserError:
-    return UserError(f"cannot load {path}: its tokenizer {what}")
+def _unfit(path: str, fault: str) -> UserError:
+    return UserError(f"cannot load {path}: its tokenizer {fault}")
 
 
-def _known_sentence(tokenizer) -> str:
-    """The sentence, or its words alone that the tokenizer gives back, where it does not know them all."""
+def _known_sentence(tokenizer: Any) -> str:
+    """The sentence; where the tokenizer does not know all of it, the words that it knows."""
     words = re.findall(r"\w+", SENTENCE)
-    known = [word for word in words if _survives(tokenizer, word)]
-    return SENTENCE if known == words and _survives(tokenizer, ",") else " ".join(known)
+    known_words = [word for word in words if _survives(tokenizer, word)]
+    return SENTENCE if known_words == words and _survives(tokenizer, ",") else " ".join(known_words)
 
 
-def _survives(tokenizer, word: str) -> bool:
+def _survives(tokenizer: Any, word: str) -> bool:
     ids = tokenizer(word, add_special_tokens=False).input_ids
     return _cleaned(tokenizer.decode(ids, skip_special_tokens=True)) == word
 
@@ -149,7 +151,7 @@ def _cleaned(text: str) -> str:
     return re.sub(r"\s+([^\w\s])", r"\1", " ".join(text.split())).casefold()
 
 
-def _ends(tokenizer, ids: list[int]) -> str:
+def _ends(tokenizer: Any, ids: list[int]) -> str:
     """The first and last tokens, spelt."""
     tokens = tokenizer.convert_ids_to_tokens(ids)
     return " ".join(tokens if len(tokens) < 7 else [*tokens[:3], "...", *tokens[-3:]])

@@ -10,19 +10,19 @@ CONTROLS = re.compile(r"[\x00-\x08\x0e-\x1f\x7f]")  # of ASCII, without white sp
 
 
 def fault_of_text(value: object) -> str | None:
-    """What keeps a value from being a text; None if nothing does. It goes on after a noun: `the prompt ...`."""
+    """What keeps a value from being a text, to go on after a noun (`the prompt ...`), or None."""
     if not isinstance(value, str):
-        return f"is no text: {_shown(value)}"
+        return f"is no text: {_in_json(value)}"
     if not any(letter.isprintable() and not letter.isspace() for letter in value):
         return "is empty"
     if "\0" in value:
-        return f"holds a NUL character: {_shown(value)}"
+        return f"holds a NUL character: {_in_json(value)}"
     if CONTROLS.search(value):
-        return f"holds a control character: {_shown(value)}"
+        return f"holds a control character: {_in_json(value)}"
     try:
         value.encode()
     except UnicodeEncodeError:
-        return f"holds half of a character (a lone surrogate): {_shown(value)}"
+        return f"holds half of a character (a lone surrogate): {_in_json(value)}"
     return None
 
 
@@ -43,6 +43,7 @@ def is_text(value: object) -> bool:
     return fault_of_text(value) is None
 
 
-def _shown(value: object) -> str:
-    written = json.dumps(value, default=repr)
-    return written if len(written) <= 60 else f"{written[:60]}..."
+def _in_json(value: object) -> str:
+    """The value for a message, cut where it is long."""
+    text = json.dumps(value, default=repr)
+    return text if len(text) <= 60 else f"{text[:60]}..."
