@@ -1,4 +1,4 @@
-"""Auto-correlation of a latent with itself moved by some pixels, over a pyramid (pix2pix-zero, arXiv 2302.03027 section 3.2)."""
+"""Auto-correlation of a latent with itself, moved (pix2pix-zero, arXiv 2302.03027 section 3.2)."""
 
 from dataclasses import dataclass
 
@@ -11,9 +11,11 @@ from t2i_rl.gaussianity.moments import Generators, rows
 
 @dataclass(frozen=True)
 class AutoCorrelation:
-    """Sum over pyramid levels, channels and both axes of the squared mean of `x * rolled x`, averaged over `rolls` random shifts.
+    """How much a latent resembles itself moved by some pixels, over a pyramid.
 
-    Unlike the released code a shift is never 0 and a level is rescaled to unit variance after pooling, without which levels count for 1/16 each.
+    It is the sum over pyramid levels, channels and both axes of the squared mean of `x * rolled x`,
+    averaged over `rolls` random shifts. Unlike the released code a shift is never 0 and a level is
+    rescaled to unit variance after pooling, without which levels count for 1/16 each.
 
     Args:
         smallest: the side in pixels of the last level.
@@ -37,10 +39,10 @@ class AutoCorrelation:
         while True:
             for axis in (-2, -1):
                 for _ in range(self.rolls):
-                    shift = int(
-                        torch.randint(1, max(2, x.shape[axis] // 2), (1,), generator=generator, device=generator.device)
-                    )
-                    total = total + (x * x.roll(shift, axis)).mean(dim=(-2, -1)).square().sum(dim=1) / self.rolls
+                    most = max(2, x.shape[axis] // 2)
+                    shift = int(torch.randint(1, most, (1,), generator=generator, device=generator.device))
+                    correlation = (x * x.roll(shift, axis)).mean(dim=(-2, -1))
+                    total = total + correlation.square().sum(dim=1) / self.rolls
             if min(x.shape[-2:]) // 2 < self.smallest:
                 return total
             x = 2 * F.avg_pool2d(x, 2)

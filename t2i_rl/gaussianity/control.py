@@ -10,14 +10,15 @@ from t2i_rl.gaussianity.moments import Generators, rows
 
 @dataclass(frozen=True)
 class WhiteNoise:
-    """`mean(n x)` with `n` standard normal and drawn anew at every call: its gradient `n / D` knows nothing of x.
+    """`mean(n x)` with `n` standard normal and drawn anew at every call.
 
-    At the same weight it is as long as that of a packed spectrum, `1 / sqrt(D)`.
+    Its gradient `n / D` knows nothing of x. At the same weight it is as long as that of a packed
+    spectrum, `1 / sqrt(D)`.
     """
 
     weight: Weight = 1.0
 
     def __call__(self, x: torch.Tensor, generators: Generators) -> torch.Tensor:
         x = rows(x)
-        drawn = [torch.randn(x.shape[1], generator=generator, device=generator.device) for generator in generators]
-        return (torch.stack(drawn).to(x) * x).mean(dim=1)
+        noise = [torch.randn(x.shape[1], generator=generator, device=generator.device) for generator in generators]
+        return (torch.stack(noise).to(x) * x).mean(dim=1)

@@ -1,6 +1,7 @@
-"""Whether a latent still looks like Gaussian noise, in its natural order: eight figures and the bands that true noise keeps to.
+"""Whether a latent still looks like Gaussian noise: eight figures, and the bands of true noise.
 
-A penalty's own value does not tell: after a shuffle a checkerboard reads like noise (docs/gaussianity.md).
+A penalty's own value does not tell: after a shuffle a checkerboard reads like noise
+(docs/gaussianity.md).
 """
 
 from dataclasses import dataclass
@@ -17,22 +18,23 @@ SPECTRUM = Spectrum(bins="half", weight=25.0)
 
 
 def measures(x: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Figures `(B,)` of latents `(B, ...)`; those of pictures (two lags, the largest power) need `(B, C, h, w)`, unpacked.
+    """Figures `(B,)` of latents `(B, ...)`; some need unpacked ones `(B, C, h, w)`.
 
-    mean, std, kurtosis (3 for a Gaussian), ks (Kolmogorov-Smirnov's distance times sqrt(D)), lag1_x and lag1_y (correlation of neighbours),
-    max_power (of any bin of the channels' 2-D spectra), spectrum (25 times the natural-order spectral penalty).
+    mean, std, kurtosis (3 for a Gaussian), ks (Kolmogorov-Smirnov's distance times sqrt(D)), lag1_x
+    and lag1_y (correlation of neighbours), max_power (of any bin of the channels' 2-D spectra),
+    spectrum (25 times the natural-order spectral penalty).
     """
     flat = rows(x.detach())
     mean, std = flat.mean(dim=1), flat.std(dim=1, correction=0)
     standard = (flat - mean[:, None]) / std[:, None]
-    found = {"mean": mean, "std": std, "kurtosis": standard.pow(4).mean(dim=1), "ks": _ks(flat)}
+    figures = {"mean": mean, "std": std, "kurtosis": standard.pow(4).mean(dim=1), "ks": _ks(flat)}
     if x.ndim == 4:
         grid = standard.view(x.shape)
-        found["lag1_x"] = (grid[..., 1:] * grid[..., :-1]).mean(dim=(1, 2, 3))
-        found["lag1_y"] = (grid[..., 1:, :] * grid[..., :-1, :]).mean(dim=(1, 2, 3))
-        found["max_power"] = torch.fft.fft2(flat.view(x.shape), norm="ortho").abs().square().amax(dim=(1, 2, 3))
-    found["spectrum"] = SPECTRUM.weight * SPECTRUM(flat, ())
-    return found
+        figures["lag1_x"] = (grid[..., 1:] * grid[..., :-1]).mean(dim=(1, 2, 3))
+        figures["lag1_y"] = (grid[..., 1:, :] * grid[..., :-1, :]).mean(dim=(1, 2, 3))
+        figures["max_power"] = torch.fft.fft2(flat.view(x.shape), norm="ortho").abs().square().amax(dim=(1, 2, 3))
+    figures["spectrum"] = SPECTRUM.weight * SPECTRUM(flat, ())
+    return figures
 
 
 def _ks(flat: torch.Tensor) -> torch.Tensor:
@@ -45,10 +47,11 @@ def _ks(flat: torch.Tensor) -> torch.Tensor:
 
 @cache
 def bands(shape: tuple[int, ...]) -> dict[str, tuple[float, float]]:
-    """Where 99 % of true noise of one latent's shape lies, figure by figure: percentiles of 1000 draws."""
+    """Where 99 % of true noise of one latent's shape lies, figure by figure, by 1000 draws."""
     generator = torch.Generator().manual_seed(0)
-    found = [measures(torch.randn(1, *shape, generator=generator)) for _ in range(DRAWS)]
-    edges = {name: torch.quantile(torch.cat([each[name] for each in found]), torch.tensor(TAILS)) for name in found[0]}
+    draws = [measures(torch.randn(1, *shape, generator=generator)) for _ in range(DRAWS)]
+    values = {name: torch.cat([draw[name] for draw in draws]) for name in draws[0]}
+    edges = {name: torch.quantile(values_of_name, torch.tensor(TAILS)) for name, values_of_name in values.items()}
     return {name: (float(low), float(high)) for name, (low, high) in edges.items()}
 
 
@@ -61,7 +64,7 @@ class GaussianityReport:
 
     @classmethod
     def of(cls, x: torch.Tensor) -> "GaussianityReport":
-        """Of latents `(B, C, h, w)`, or `(B, D)` where there is no picture to them."""
+        """Of latents `(B, C, h, w)`, or `(B, D)` where there is no image to them."""
         return cls({name: value.cpu() for name, value in measures(x).items()}, bands(tuple(x.shape[1:])))
 
     def inside(self) -> dict[str, torch.Tensor]:

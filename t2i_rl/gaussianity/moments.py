@@ -1,6 +1,9 @@
-"""Penalties on the values of a latent, wherever they lie: moments, KL, norm, kurtosis (MPGR, arXiv 2509.07027 section 3; ReNO; DNO).
+"""Penalties on a latent's values: moments, KL, norm, kurtosis (MPGR, arXiv 2509.07027 section 3).
 
-Every penalty is called with latents `(B, ...)` and one generator a row, and gives `(B,)` without its `weight`; rows never meet.
+ReNO and DNO have some of them too.
+
+Every penalty is called with latents `(B, ...)` and one generator a row, and gives `(B,)` without
+its `weight`; rows never meet.
 """
 
 import math
@@ -17,7 +20,10 @@ Generators = Sequence[torch.Generator]
 
 
 def rows(x: torch.Tensor) -> torch.Tensor:
-    """Latents `(B, ...)` as `(B, D)`, in float32 at least: sums of half precisions overflow (`|x|^2` is 65,536 at FLUX's 512 pixels)."""
+    """Latents `(B, ...)` as `(B, D)`, in float32 at least.
+
+    Sums of half precisions overflow: `|x|^2` is 65,536 at FLUX's 512 pixels.
+    """
     return x.flatten(1).to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -28,15 +34,19 @@ def normal_moment(n: int) -> float:
 
 @dataclass(frozen=True)
 class Moment:
-    """`| |m_n|^(1/n) - mu_n^(1/n) |^p` with `m_n` the n-th moment of a row's values and `mu_n` that of N(0, 1) (MPGR, eq. of L_n).
+    """`| |m_n|^(1/n) - mu_n^(1/n) |^p` (MPGR, the equation of L_n).
+
+    `m_n` is the n-th moment of a row's values, `mu_n` that of N(0, 1).
 
     Args:
         root: take n-th roots, which puts all orders on the scale of x.
         about: `zero` (raw, as MPGR), `mean` (central), or `mean and scale` (standardised).
-        smooth: added under the root of an odd order, as `(m^2 + smooth)^(1/2n)`: its slope at zero is infinite without.
+        smooth: added under the root of an odd order, as `(m^2 + smooth)^(1/2n)`: its slope at zero
+            is infinite without.
 
     Raises:
-        UserError: an order below 1, an unknown `about`, or a root of an odd order above 1 without `smooth`.
+        UserError: an order below 1, an unknown `about`, or a root of an odd order above 1 without
+            `smooth`.
     """
 
     n: Count
@@ -50,9 +60,8 @@ class Moment:
         if self.n < 1 or self.p not in (1, 2) or self.about not in ABOUT:
             raise UserError(f"a moment has n of 1 or more, p of 1 or 2, and about one of {', '.join(ABOUT)}")
         if self.root and self.n % 2 and self.n > 1 and not self.smooth:
-            raise UserError(
-                f"the {self.n}-th root has an infinite slope at 0, where Gaussian noise is: root=false, or smooth=1e-6"
-            )
+            why = "has an infinite slope at 0, where Gaussian noise is"
+            raise UserError(f"the {self.n}-th root {why}: root=false, or smooth=1e-6")
 
     def __call__(self, x: torch.Tensor, generators: Generators) -> torch.Tensor:
         x = rows(x)
@@ -70,7 +79,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class KL:
-    """KL in nats an element from the normal with a row's mean and variance to N(0, 1): `(m^2 + v - ln v - 1) / 2`."""
+    """KL in nats an element to N(0, 1), of the normal with a row's mean m and variance v.
+
+    It is `(m^2 + v - ln v - 1) / 2`.
+    """
 
     weight: Weight = 1.0
 
@@ -82,7 +94,10 @@ class KL:
 
 @dataclass(frozen=True)
 class ChiNorm:
-    """Minus the log-density of a Gaussian's norm, `|x|^2 / 2 - (D - 1) ln |x|`, above its least value (ReNO, arXiv 2406.04312 eq. 4)."""
+    """Minus the log-density of a Gaussian's norm (ReNO, arXiv 2406.04312 eq. 4).
+
+    It is `|x|^2 / 2 - (D - 1) ln |x|`, above its least value.
+    """
 
     weight: Weight = 1.0
 

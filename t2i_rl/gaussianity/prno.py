@@ -1,4 +1,4 @@
-"""Probability-regularised noise optimisation (PRNO; DNO, arXiv 2405.18881 section 4): how probable mean and covariance of a latent's blocks are."""
+"""How probable mean and covariance of a latent's blocks are (DNO, arXiv 2405.18881 section 4)."""
 
 import math
 from dataclasses import dataclass
@@ -13,10 +13,12 @@ from t2i_rl.gaussianity.spectrum import shuffle
 
 @dataclass(frozen=True)
 class PRNO:
-    """Minus the log of concentration bounds on `M1 = |mean of blocks|` and `M2 = |covariance - I|` (spectral norm) of blocks of `k` values.
+    """Minus the log of concentration bounds on mean and covariance of blocks of `k` values.
 
-    Averaged over `shuffles` orders, to which the natural order is added with the weight of all of them (`sequential`), as released. Never below
-    `4 ln 2` (`2 ln 2` for one of the two): both bounds are cut off at a half, where the gradient is exactly zero.
+    The bounds are on `M1 = |mean of blocks|` and `M2 = |covariance - I|` (spectral norm). They are
+    averaged over `shuffles` orders, to which the natural order is added with the weight of all of
+    them (`sequential`), as released. Never below `4 ln 2` (`2 ln 2` for one of the two): both
+    bounds are cut off at a half, where the gradient is exactly zero.
 
     Raises:
         UserError: no order is looked at.
@@ -35,9 +37,8 @@ class PRNO:
         x = rows(x)
         total = self._improbability(x) if self.sequential else 0
         if self.shuffles:
-            total = total + torch.stack(
-                [self._improbability(shuffle(x, generators)) for _ in range(self.shuffles)]
-            ).mean(dim=0)
+            shuffled = [self._improbability(shuffle(x, generators)) for _ in range(self.shuffles)]
+            total = total + torch.stack(shuffled).mean(dim=0)
         return total
 
     def _improbability(self, x: torch.Tensor) -> torch.Tensor:

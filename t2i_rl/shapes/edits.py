@@ -1,4 +1,4 @@
-"""Edits of scenes with a known answer: recolour, add, remove; what the edited picture must show, and which pixels must not change."""
+"""Edits of scenes with a known answer: recolour, add, remove, and which pixels must not change."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +12,11 @@ KINDS = ("recolour", "add", "remove")
 
 @dataclass(frozen=True)
 class Edit:
-    """`scene` is what `source` says; `meta` (GenEval form) is what `target` asks; `kept` `(S, S)` is true where nothing may change."""
+    """A scene and what an edit of it must show.
+
+    source, target: texts of the scene and of what is asked. meta: the target in GenEval's form.
+    kept: bool `(S, S)`, true where no pixel may change.
+    """
 
     kind: str
     scene: Scene
@@ -23,26 +27,25 @@ class Edit:
 
 
 def sample_edit(kind: str, rng: np.random.Generator, size: int = 32) -> Edit:
-    """One edit of a scene of two objects (one, where another is added), all of different kinds and colours."""
+    """One edit of a scene of two objects, or of one where another is added.
+
+    All objects differ in shape and colour.
+    """
     shapes = rng.permutation(BASE_SHAPES)[:2].tolist()
     colors = rng.permutation(tuple(COLORS))[:3].tolist()
     scene = sample_scene([Wish(shape, color) for shape, color in zip(shapes, colors)], rng, size)
     first, second = scene.objects
     if kind == "recolour":
-        after, changed = (first, replace(second, color=colors[2])), [second]
+        edited, unchanged = (first, replace(second, color=colors[2])), ~_around(second, size)
     elif kind == "remove":
-        after, changed = (first,), [second]
-    elif kind == "add":
-        scene, after, changed = replace(scene, objects=(first,)), (first, second), []
+        edited, unchanged = (first,), ~_around(second, size)
+    elif kind == "add":  # the new object may stand anywhere else
+        scene = replace(scene, objects=(first,))
+        edited, unchanged = (first, second), _around(first, size)
     else:
         raise ValueError(f"an edit is one of {', '.join(KINDS)}, not {kind!r}")
-    kept = np.ones((size, size), bool)
-    for item in changed:
-        kept &= ~_around(item, size)
-    if kind == "add":  # the new object may stand anywhere else
-        kept = _around(first, size)
-    meta = {"include": [clause(item.shape, color=item.color) for item in after]}
-    return Edit(kind, scene, _words(scene.objects), _words(after), meta, kept)
+    meta = {"include": [clause(item.shape, color=item.color) for item in edited]}
+    return Edit(kind, scene, _words(scene.objects), _words(edited), meta, unchanged)
 
 
 def _words(objects: tuple[Object, ...]) -> str:
@@ -51,15 +54,18 @@ def _words(objects: tuple[Object, ...]) -> str:
 
 def _around(item: Object, size: int, margin: int = 1) -> np.ndarray:
     """The object's box and a rim."""
-    x1, y1, x2, y2 = item.box
+    left, top, right, bottom = item.box
+    rows = slice(max(0, int(top) - margin), int(np.ceil(bottom)) + margin)
+    columns = slice(max(0, int(left) - margin), int(np.ceil(right)) + margin)
     inside = np.zeros((size, size), bool)
-    inside[
-        max(0, int(y1) - margin) : int(np.ceil(y2)) + margin, max(0, int(x1) - margin) : int(np.ceil(x2)) + margin
-    ] = True
+    inside[rows, columns] = True
     return inside
 
 
-def psnr(before: np.ndarray, after: np.ndarray, kept: np.ndarray) -> float:
-    """Peak signal-to-noise ratio in dB over the kept pixels of two uint8 images; 99 where they are equal."""
-    error = ((before.astype(float) - after) ** 2)[kept].mean()
+def psnr(before: np.ndarray, after: np.ndarray, compared: np.ndarray) -> float:
+    """Peak signal-to-noise ratio in dB of two uint8 images where a mask `(S, S)` is true.
+
+    It is 99 where they are equal.
+    """
+    error = ((before.astype(float) - after) ** 2)[compared].mean()
     return float(min(99.0, 10 * np.log10(255**2 / error))) if error else 99.0

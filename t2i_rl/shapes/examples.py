@@ -28,7 +28,7 @@ def _pool(tag: str) -> tuple[Prompt, ...]:
 
 
 def sample_example(rng: np.random.Generator, weights: dict[str, float] = TASK_WEIGHTS) -> tuple[Prompt, Scene]:
-    """One training prompt and a scene that satisfies it exactly and holds no held-out pair of objects."""
+    """One training prompt and a scene that satisfies it exactly, without a held-out pair."""
     share = np.array(list(weights.values()))
     pool = _pool(str(rng.choice(list(weights), p=share / share.sum())))
     while True:
@@ -39,7 +39,10 @@ def sample_example(rng: np.random.Generator, weights: dict[str, float] = TASK_WE
 
 
 def misremembered(scene: Scene, rng: np.random.Generator) -> Scene:
-    """A scene with one slip: an object of another colour, of another shape, or (of several) left out. For writing about, not for drawing."""
+    """A scene with one slip: an object of another colour or shape, or one left out.
+
+    It is for writing about, not for drawing.
+    """
     items = list(scene.objects)
     slipped = int(rng.integers(len(items)))
     kind = rng.integers(3 if len(items) > 1 else 2)
@@ -47,8 +50,8 @@ def misremembered(scene: Scene, rng: np.random.Generator) -> Scene:
         del items[slipped]
     else:
         name, choices = (("color", tuple(COLORS)), ("shape", BASE_SHAPES))[kind]
-        others = [choice for choice in choices if choice != getattr(items[slipped], name)]
-        items[slipped] = replace(items[slipped], **{name: others[rng.integers(len(others))]})
+        wrong_choices = [choice for choice in choices if choice != getattr(items[slipped], name)]
+        items[slipped] = replace(items[slipped], **{name: wrong_choices[rng.integers(len(wrong_choices))]})
     return replace(scene, objects=tuple(items))
 
 
@@ -58,6 +61,6 @@ def shows_held_out(scene: Scene) -> bool:
 
 
 def scene_pairs(scene: Scene) -> list[str]:
-    """The unordered pairs of coloured objects in a scene, named as `suites.object_pairs` names them."""
+    """The unordered pairs of coloured objects in a scene, named as by `suites.object_pairs`."""
     names = [f"{item.color} {item.shape}" for item in scene.objects]
     return [" + ".join(sorted((a, b))) for i, a in enumerate(names) for b in names[i + 1 :]]

@@ -1,8 +1,12 @@
-"""The oracle: reads an image back into a scene by analysis by synthesis. No learned part, deterministic, batched.
+"""The oracle: reads an image back into a scene by analysis by synthesis.
 
-Foreground is what differs from the border's median colour; each 8-connected component gets the nearest palette colour and the template
-(the renderer's own stamps, over shape, texture, radius and sub-pixel offset) with the best soft IoU. A component below `MIN_IOU`, too far from
-every palette colour, or of mixed colour is `malformed`; one of fewer than `MIN_PIXELS` pixels is a speck and ignored.
+It has no learned part, is deterministic, and works in batches.
+
+Foreground is what differs from the border's median colour; each 8-connected component gets the
+nearest palette colour and the template (the renderer's own stamps, over shape, texture, radius and
+sub-pixel offset) with the best soft IoU. A component below `MIN_IOU`, too far from every palette
+colour, or of mixed colour is `malformed`; one of fewer than `MIN_PIXELS` pixels is a speck and
+ignored.
 """
 
 from dataclasses import dataclass
@@ -28,7 +32,10 @@ _PALETTE = np.array([COLORS[name] for name in _NAMES], dtype=np.float32)
 
 @dataclass(frozen=True)
 class ShapeDetection(Detection):
-    """One shape in a picture; `score` is its soft IoU with the best template, in [0, 1]. `malformed`: no shape fits it."""
+    """One shape in an image; `score` is its soft IoU with the best template, in [0, 1].
+
+    `malformed`: no shape fits it.
+    """
 
     texture: str = "solid"
     size: str | None = None
@@ -41,7 +48,11 @@ class ShapeDetection(Detection):
 
 @dataclass(frozen=True)
 class Bank:
-    """Templates `(K, S * S)` float32, unit-norm copies for the shortlist, and what each stands for."""
+    """Templates `(K, S * S)` float32, and what each of them stands for.
+
+    unit: the templates with norm 1, for the shortlist. boxes: `(K, 3)`, the centre's offset `(x,
+    y)` from the patch's centre, and the half-extent.
+    """
 
     side: int
     templates: np.ndarray
@@ -49,12 +60,15 @@ class Bank:
     shapes: tuple[str, ...]
     textures: tuple[str, ...]
     sizes: tuple[str | None, ...]
-    boxes: np.ndarray  # (K, 3): centre offset from the patch's centre, and half-extent
+    boxes: np.ndarray
 
 
 @cache
 def template_bank(size: int) -> Bank:
-    """Every stamp that a canvas of `size` pixels can hold, moved by up to a pixel in quarter steps (above 32 px: two pixels, half steps)."""
+    """Every stamp that a canvas of `size` pixels can hold, moved by up to a pixel in quarter steps.
+
+    Above 32 pixels they are moved by up to two pixels in half steps.
+    """
     kinds = [(shape, "solid", r, None) for shape in (BASE_SHAPES if size == 32 else LARGE_SHAPES) for r in radii(size)]
     if size == 32:
         kinds += [(shape, "solid", r, None) for shape in BASE_SHAPES for r in (4.0, 6.0)]
@@ -81,16 +95,19 @@ def template_bank(size: int) -> Bank:
 
 
 def components(mask: np.ndarray) -> np.ndarray:
-    """8-connected components of boolean `(N, H, W)`: int labels, 0 outside, distinct over the whole batch."""
-    n, height, width = mask.shape
-    labels = np.zeros((n, height + 2, width + 2), dtype=np.int32)
+    """8-connected components of boolean `(N, H, W)`: distinct int labels, 0 outside.
+
+    Each pixel takes the greatest label around it, until no label changes.
+    """
+    count, height, width = mask.shape
+    labels = np.zeros((count, height + 2, width + 2), dtype=np.int32)
     inner = labels[:, 1:-1, 1:-1]
     inner[:] = np.arange(1, mask.size + 1, dtype=np.int32).reshape(mask.shape) * mask
     while True:
-        before = inner.copy()
+        former_labels = inner.copy()
         rows = np.maximum(np.maximum(labels[:, :-2], labels[:, 1:-1]), labels[:, 2:])
         inner[:] = np.maximum(np.maximum(rows[:, :, :-2], rows[:, :, 1:-1]), rows[:, :, 2:]) * mask
-        if np.array_equal(before, inner):
+        if np.array_equal(former_labels, inner):
             return inner.copy()
 
 
@@ -102,9 +119,8 @@ def detect(images: np.ndarray) -> list[list[ShapeDetection]]:
     """
     size = images.shape[1]
     if images.ndim != 4 or images.shape[2:] != (size, 3) or size not in CANVASES:
-        raise UserError(
-            f"the shapes oracle reads {' or '.join(map(str, CANVASES))} pixel square images, not {images.shape[1:]}"
-        )
+        sides = " or ".join(map(str, CANVASES))
+        raise UserError(f"the shapes oracle reads {sides} pixel square images, not {images.shape[1:]}")
     bank = template_bank(size)
     pixels = images.astype(np.float32)
     border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
@@ -119,33 +135,47 @@ def detect(images: np.ndarray) -> list[list[ShapeDetection]]:
             if member.sum() < MIN_PIXELS:
                 continue
             core = offset[number][_core(distance[number], member)]
-            color, clean = _color(core, _PALETTE - background[number], faintest=1.0 if size == 32 else 0.3)
+            color, is_pure = _color(core, _PALETTE - background[number], faintest=1.0 if size == 32 else 0.3)
             full = core.mean(axis=0) if size == 32 else _PALETTE[color] - background[number]
             patch, center = _patch(offset[number], full, member, bank.side // 2)
             patches.append(patch)
-            crops.append((number, center, color, clean))
-    shapes = _match(np.stack(patches), bank) if patches else []
-    result: list[list[ShapeDetection]] = [[] for _ in images]
-    for (number, (x, y), color, clean), (best, iou) in zip(crops, shapes, strict=True):
-        dx, dy, r = bank.boxes[best]
-        box = tuple(float(edge) for edge in (x + dx - r, y + dy - r, x + dx + r, y + dy + r))
-        malformed = iou < MIN_IOU or not clean
-        result[number].append(
-            ShapeDetection(bank.shapes[best], box, iou, _NAMES[color], bank.textures[best], bank.sizes[best], malformed)
+            crops.append((number, center, color, is_pure))
+    best_templates = _match(np.stack(patches), bank) if patches else []
+    detections: list[list[ShapeDetection]] = [[] for _ in images]
+    for (number, center, color, is_pure), (template, iou) in zip(crops, best_templates, strict=True):
+        item = ShapeDetection(
+            label=bank.shapes[template],
+            box=_box(center, *bank.boxes[template]),
+            score=iou,
+            color=_NAMES[color],
+            texture=bank.textures[template],
+            size=bank.sizes[template],
+            malformed=iou < MIN_IOU or not is_pure,
         )
-    return [sorted(row, key=lambda item: -item.score) for row in result]
+        detections[number].append(item)
+    return [sorted(items, key=lambda item: -item.score) for items in detections]
+
+
+def _box(center: tuple[int, int], dx: float, dy: float, r: float) -> tuple[float, float, float, float]:
+    """`(x1, y1, x2, y2)` of a template that lies off the centre of its patch by `dx` and `dy`."""
+    x, y = center
+    return float(x + dx - r), float(y + dy - r), float(x + dx + r), float(y + dy + r)
 
 
 def _core(distance: np.ndarray, member: np.ndarray) -> np.ndarray:
-    """The two fifths of a component that differ most from the background: its colour, free of anti-aliasing."""
+    """The two fifths of a component that differ most from the background.
+
+    They have its colour, free of anti-aliasing.
+    """
     values = distance[member]
     return member & (distance >= np.partition(values, int(0.6 * len(values)))[int(0.6 * len(values))])
 
 
 def _color(core: np.ndarray, palette: np.ndarray, faintest: float) -> tuple[int, bool]:
-    """Palette index of a component's core `(P, 3)`, and whether the core is that colour and no other (both as offsets to the background).
+    """Palette index of a component's core `(P, 3)`, and whether the core is that colour alone.
 
-    Thin rims never reach full coverage, so a colour also stands for its blends with the background down to `faintest`.
+    Core and palette are offsets to the background. Thin rims never reach full coverage, so a colour
+    also stands for its blends with the background down to `faintest`.
     """
 
     def gaps(points: np.ndarray) -> np.ndarray:
@@ -159,7 +189,10 @@ def _color(core: np.ndarray, palette: np.ndarray, faintest: float) -> tuple[int,
 
 
 def _patch(offset: np.ndarray, full: np.ndarray, member: np.ndarray, half: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """Coverage of one component in a window around the middle of its box, and that middle as (x, y); `full` is the offset at coverage 1."""
+    """Coverage of one component in a window around the middle of its box, and that middle `(x, y)`.
+
+    `full` is the offset to the background at coverage 1.
+    """
     grown = member.copy()
     grown[1:] |= member[:-1]
     grown[:-1] |= member[1:]
@@ -173,11 +206,14 @@ def _patch(offset: np.ndarray, full: np.ndarray, member: np.ndarray, half: int) 
 
 
 def _match(patches: np.ndarray, bank: Bank) -> list[tuple[int, float]]:
-    """Best template of each patch and its soft IoU (sum of minima over sum of maxima), exact on a shortlist by cosine."""
-    chosen = []
-    for patch, scores in zip(patches, patches @ bank.unit.T, strict=True):
-        short = np.argpartition(-scores, SHORTLIST)[:SHORTLIST]
-        low = np.minimum(bank.templates[short], patch).sum(axis=1)
-        iou = low / (bank.templates[short].sum(axis=1) + patch.sum() - low)
-        chosen.append((int(short[iou.argmax()]), float(iou.max())))
-    return chosen
+    """Best template of each patch and its soft IoU: sum of minima over sum of maxima.
+
+    A shortlist goes by cosine; on it the IoU is exact.
+    """
+    best_templates = []
+    for patch, cosines in zip(patches, patches @ bank.unit.T, strict=True):
+        shortlist = np.argpartition(-cosines, SHORTLIST)[:SHORTLIST]
+        low = np.minimum(bank.templates[shortlist], patch).sum(axis=1)
+        iou = low / (bank.templates[shortlist].sum(axis=1) + patch.sum() - low)
+        best_templates.append((int(shortlist[iou.argmax()]), float(iou.max())))
+    return best_templates

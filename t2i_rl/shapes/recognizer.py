@@ -1,4 +1,7 @@
-"""A small differentiable recogniser of `shapes`: where objects are, of which shape and colour. Unlike the oracle it can be fooled."""
+"""A small differentiable recogniser of `shapes`: where objects are, of which shape and colour.
+
+Unlike the oracle it can be fooled.
+"""
 
 import json
 from pathlib import Path
@@ -15,20 +18,23 @@ COLOR_NAMES = tuple(COLORS)
 
 
 class Recognizer(nn.Module):
-    """Pixels `(B, 3, H, W)` in [0, 1] -> logits of an object's centre `(B, 64)`, of its shape `(B, 64, 7)` and colour `(B, 64, 8)`, a cell of an 8x8 grid each."""
+    """Pixels `(B, 3, H, W)` in [0, 1] -> logits for each of the 64 cells of an 8x8 grid.
+
+    They are of an object's centre `(B, 64)`, of its shape `(B, 64, 7)` and colour `(B, 64, 8)`.
+    """
 
     def __init__(self, width: int = 64, size: int = 32):
         super().__init__()
         self.size = size
         widths = (width // 2, width, 2 * width)
-        layers, before = [], 3
-        for number, after in enumerate(widths):
+        layers, channels = [], 3
+        for number, width in enumerate(widths):
             stride = 1 if number == 0 else 2
-            layers += [nn.Conv2d(before, after, 3, stride, 1), nn.GroupNorm(8, after), nn.SiLU()]
-            layers += [nn.Conv2d(after, after, 3, 1, 1), nn.GroupNorm(8, after), nn.SiLU()]
-            before = after
-        layers += [nn.Conv2d(before, before, 3, 1, 1), nn.GroupNorm(8, before), nn.SiLU()]
-        layers += [nn.Conv2d(before, 1 + len(LARGE_SHAPES) + len(COLORS), 1)]
+            layers += [nn.Conv2d(channels, width, 3, stride, 1), nn.GroupNorm(8, width), nn.SiLU()]
+            layers += [nn.Conv2d(width, width, 3, 1, 1), nn.GroupNorm(8, width), nn.SiLU()]
+            channels = width
+        layers += [nn.Conv2d(channels, channels, 3, 1, 1), nn.GroupNorm(8, channels), nn.SiLU()]
+        layers += [nn.Conv2d(channels, 1 + len(LARGE_SHAPES) + len(COLORS), 1)]
         self.layers = nn.Sequential(*layers)
 
     def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -36,20 +42,23 @@ class Recognizer(nn.Module):
         return cells[..., 0], cells[..., 1 : 1 + len(LARGE_SHAPES)], cells[..., 1 + len(LARGE_SHAPES) :]
 
     @classmethod
-    def load(cls, folder: Path) -> "Recognizer":
+    def load(cls, folder: str | Path) -> "Recognizer":
         """The recogniser that a folder holds, frozen.
 
         Raises:
             UserError: its weights are not finite.
         """
-        made = cls(**json.loads((Path(folder) / "config.json").read_text()))
-        made.load_state_dict(load_file(Path(folder) / "model.safetensors"))
-        check_weights(made.named_parameters(), str(folder))
-        return made.float().eval().requires_grad_(False)
+        recognizer = cls(**json.loads((Path(folder) / "config.json").read_text()))
+        recognizer.load_state_dict(load_file(Path(folder) / "model.safetensors"))
+        check_weights(recognizer.named_parameters(), str(folder))
+        return recognizer.float().eval().requires_grad_(False)
 
 
 def cells_of(scene: Scene) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What the recogniser ought to say: object or not `(64,)`, and shape and colour `(64,)`, -100 where there is none."""
+    """What the recogniser ought to say: object or not, shape and colour, `(64,)` each.
+
+    Shape and colour are -100 where there is no object.
+    """
     present, shape, color = torch.zeros(GRID * GRID), *torch.full((2, GRID * GRID), -100)
     for item in scene.objects:
         cell = int(item.y * GRID / scene.size) * GRID + int(item.x * GRID / scene.size)

@@ -1,4 +1,7 @@
-"""What is wrong with a picture of the world, in its words, and the scene that mends it and keeps what was right."""
+"""What is wrong with an image of the world, in its words, and the scene that mends it.
+
+The mended scene keeps what was right.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,56 +21,65 @@ TRIES = 40
 
 @dataclass(frozen=True)
 class Reflection:
-    """`text`: what the picture shows, as a plan has it; each fault and how to mend it; the plan of the mended scene. Where nothing is wrong, `NO_CHANGE` in place
-    of faults and plan. `faults`: what is wrong, a phrase each, as `text` begins its sentences. `kept`: the objects of `scene` that stand where the picture has them."""
+    """What is said of an image, and the scene that mends it.
+
+    text: what the image shows, as a plan has it; each fault and how to mend it; the plan of the
+    mended scene. Where nothing is wrong, `NO_CHANGE` stands in place of faults and plan. faults:
+    what is wrong, a phrase each, as `text` begins its sentences. unmoved: the objects of `scene`
+    that stand where the image has them.
+    """
 
     text: str
     faults: tuple[str, ...]
     scene: Scene
-    kept: tuple[Object, ...]
+    unmoved: tuple[Object, ...]
 
 
-def reflect(prompt: Prompt, found: Sequence[ShapeDetection], size: int, rng: np.random.Generator) -> Reflection:
-    """Of what the oracle found in a picture of `size` pixels that was drawn for a prompt of the world."""
-    asked, match, extra, blobs = matching(prompt.meta, found)
-    seen = [None if item is None else as_object(item, size) for item in match]
-    wrong = [_wrong(number, asked, match) for number in range(len(asked))]
-    objects, stays = _mended(asked, seen, wrong, size, rng)
+def reflect(prompt: Prompt, detections: Sequence[ShapeDetection], size: int, rng: np.random.Generator) -> Reflection:
+    """The reflection on what the oracle detected in an image of `size` pixels."""
+    slots, match, extra, blobs = matching(prompt.meta, detections)
+    items = [None if item is None else as_object(item, size) for item in match]
+    slot_faults = [_fault(number, slots, match) for number in range(len(slots))]
+    objects, stays = _mended(slots, items, slot_faults, size, rng)
     scene = Scene(tuple(objects), size)
     faults, sentences = [], []
-    for slot, item, fault, new in zip(asked, seen, wrong, objects, strict=True):
+    for slot, item, fault, new in zip(slots, items, slot_faults, objects, strict=True):
         if fault is None:
             continue
-        told = f"no {slot.name}" if fault == "missing" else _at(item, size)
+        phrase = f"no {slot.name}" if fault == "missing" else _at(item, size)
         remedy = {"missing": f"draw {_at(new, size)}", "place": f"draw at the {place_name(new, size)}"}
-        faults.append(told)
-        sentences.append(f"{told}: {remedy.get(fault, f'draw {article(object_name(new, size))}')}.")
-    unused = [item for item, fault in zip(seen, wrong, strict=True) if item is not None and fault == "missing"]
+        faults.append(phrase)
+        sentences.append(f"{phrase}: {remedy.get(fault, f'draw {article(object_name(new, size))}')}.")
+    unused = [item for item, fault in zip(items, slot_faults, strict=True) if item is not None and fault == "missing"]
     for item in [*unused, *(as_object(item, size) for item in extra)]:
         faults.append(_at(item, size))
         sentences.append(f"{faults[-1]}: clear.")
     for item in blobs:
         faults.append(_blob(item, size))
         sentences.append(f"{faults[-1]}: clear.")
-    rest = [*sentences, plan(scene)] if faults else [NO_CHANGE]
-    text = " ".join([*_shown(found, size), *rest])
-    return Reflection(text, tuple(faults), scene, tuple(new for new, stay in zip(objects, stays, strict=True) if stay))
+    conclusion = [*sentences, plan(scene)] if faults else [NO_CHANGE]
+    text = " ".join([*_description(detections, size), *conclusion])
+    unmoved = tuple(new for new, stay in zip(objects, stays, strict=True) if stay)
+    return Reflection(text, tuple(faults), scene, unmoved)
 
 
-def _shown(found: Sequence[ShapeDetection], size: int) -> list[str]:
-    """Sentences on what a picture shows, in reading order: how many objects, then each; a malformed one is an `object` of its colour."""
-    items = sorted(((as_object(item, size), item) for item in found), key=lambda pair: (pair[0].y, pair[0].x))
-    count = {0: "no objects.", 1: "one object."}.get(len(items)) or f"{NUMBERS.get(len(items), 'many')} objects."
-    return [count, *(f"{_blob(item, size) if item.malformed else _at(seen, size)}." for seen, item in items)]
+def _description(detections: Sequence[ShapeDetection], size: int) -> list[str]:
+    """Sentences on what an image shows, in reading order: how many objects, then each of them.
+
+    A malformed one is an `object` of its colour.
+    """
+    pairs = sorted(((as_object(item, size), item) for item in detections), key=lambda pair: (pair[0].y, pair[0].x))
+    count = {0: "no objects.", 1: "one object."}.get(len(pairs)) or f"{NUMBERS.get(len(pairs), 'many')} objects."
+    return [count, *(f"{_blob(item, size) if item.malformed else _at(on_grid, size)}." for on_grid, item in pairs)]
 
 
 def named(text: str) -> tuple[str, ...]:
-    """The faults that a written reflection names: what stands before the colon of each of its sentences."""
+    """The faults that a reflection's text names: what stands before the colon of each sentence."""
     return tuple(sentence.split(":")[0].strip() for sentence in text.split(".") if ":" in sentence)
 
 
 def as_object(item: ShapeDetection, size: int) -> Object:
-    """A detection on the grid of scenes: centre to half a pixel, radius the nearest that the canvas has."""
+    """A detection on the grid of scenes: centre to half a pixel, radius the canvas's nearest."""
     half = max(item.box[2] - item.box[0], item.box[3] - item.box[1]) / 2
     r = min(radii(size, item.size), key=lambda value: abs(value - half))
     x, y = (min(max(round(2 * value) / 2, r + 1), size - r - 1) for value in item.center)
@@ -82,9 +94,9 @@ def _blob(item: ShapeDetection, size: int) -> str:
     return f"{article(f'{item.color} object')} at the {place_name(as_object(item, size), size)}"
 
 
-def _wrong(number: int, asked: list[Slot], match: Sequence[ShapeDetection | None]) -> str | None:
-    """What is wrong with the object that stands for a slot: `missing`, `looks`, `place`, or None."""
-    slot, item = asked[number], match[number]
+def _fault(number: int, slots: list[Slot], match: Sequence[ShapeDetection | None]) -> str | None:
+    """What is wrong with a slot's object: `missing`, `looks`, `place`, or None."""
+    slot, item = slots[number], match[number]
     if item is None or slot.credit(item) == 0:
         return "missing"
     if slot.credit(item) < 1:
@@ -97,36 +109,39 @@ def _wrong(number: int, asked: list[Slot], match: Sequence[ShapeDetection | None
 
 
 def _mended(
-    asked: list[Slot], seen: list[Object | None], wrong: list[str | None], size: int, rng: np.random.Generator
+    slots: list[Slot], items: list[Object | None], faults: list[str | None], size: int, rng: np.random.Generator
 ) -> tuple[list[Object], list[bool]]:
-    """An object for each slot, in place where it can stay, and which of them stay just as they are; after `TRIES` layouts that do not fit all are placed anew."""
+    """An object for each slot, in place where it can stay, and which of them stay just as they are.
+
+    After `TRIES` layouts that do not fit, all objects are placed anew.
+    """
     attempt = 0
     while True:
         objects: list[Object] = []
         stays = []
-        for number, (slot, item, fault) in enumerate(zip(asked, seen, wrong, strict=True)):
+        for number, (slot, item, fault) in enumerate(zip(slots, items, faults, strict=True)):
             wish = _wish(slot, item if fault != "missing" else None, rng)
-            there = None if item is None or fault in ("missing", "place") or attempt >= TRIES else _redrawn(item, wish)
-            if there is None or not _fits(there, wish, objects):
-                right = [
-                    later for later, why in zip(seen[number + 1 :], wrong[number + 1 :], strict=True) if why is None
-                ]
-                there = place(wish, [*objects, *right] if attempt < TRIES else objects, rng, size)
-            if there is None:
+            can_stay = item is not None and fault not in ("missing", "place") and attempt < TRIES
+            new = _redrawn(item, wish) if can_stay else None
+            if new is None or not _fits(new, wish, objects):
+                later = zip(items[number + 1 :], faults[number + 1 :], strict=True)
+                right_items = [right_item for right_item, its_fault in later if its_fault is None]
+                new = place(wish, [*objects, *right_items] if attempt < TRIES else objects, rng, size)
+            if new is None:
                 break
-            objects.append(there)
-            stays.append(fault is None and there == item)
-        if len(objects) == len(asked):
+            objects.append(new)
+            stays.append(fault is None and new == item)
+        if len(objects) == len(slots):
             return objects, stays
         attempt += 1
 
 
 def _wish(slot: Slot, item: Object | None, rng: np.random.Generator) -> Wish:
-    """The slot as a wish; what it leaves free is as the picture has it."""
-    asked = {name: slot.clause.get(name) for name in ATTRIBUTES}
-    color = asked["color"] or (item.color if item else str(rng.choice(tuple(COLORS))))
-    texture = asked["texture"] or (item.texture if item else None)
-    return Wish(slot.clause["class"], color, texture, asked["size"], slot.relation)
+    """The slot as a wish; what it leaves free is as the image has it."""
+    color, texture, size_word = (slot.clause.get(name) for name in ATTRIBUTES)
+    color = color or (item.color if item else str(rng.choice(tuple(COLORS))))
+    texture = texture or (item.texture if item else None)
+    return Wish(slot.clause["class"], color, texture, size_word, slot.relation)
 
 
 def _redrawn(item: Object, wish: Wish) -> Object:
@@ -134,5 +149,5 @@ def _redrawn(item: Object, wish: Wish) -> Object:
 
 
 def _fits(item: Object, wish: Wish, placed: list[Object]) -> bool:
-    clear = all(apart(item, other) for other in placed)
-    return clear and (wish.relation is None or relation_holds(wish.relation[0], item, placed[wish.relation[1]]))
+    is_clear = all(apart(item, other) for other in placed)
+    return is_clear and (wish.relation is None or relation_holds(wish.relation[0], item, placed[wish.relation[1]]))

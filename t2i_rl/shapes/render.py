@@ -1,4 +1,8 @@
-"""Scene -> image. Anti-aliased by supersampling; since centres lie on a half-pixel grid, each stamp is made once and kept."""
+"""From a scene to its image.
+
+Objects are anti-aliased by supersampling. Since centres lie on a half-pixel grid, each stamp is
+computed once and kept.
+"""
 
 from functools import cache
 
@@ -14,7 +18,8 @@ SUPERSAMPLING = 8
 def stamp(shape: str, r: float, fx: float, fy: float, texture: str = "solid") -> np.ndarray:
     """Coverage in [0, 1] of one object, float32 `(S, S)` with `S = 2 * reach(r) + 1`.
 
-    The centre lies at `(reach + fx, reach + fy)` pixels from the stamp's corner; `fx`, `fy` in [0, 1).
+    The centre lies at `(reach + fx, reach + fy)` pixels from the stamp's corner; `fx` and `fy` are
+    at least 0 and below 1.
     """
     side = 2 * reach(r) + 1
     ticks = (np.arange(side * SUPERSAMPLING) + 0.5) / SUPERSAMPLING - reach(r)
@@ -24,7 +29,7 @@ def stamp(shape: str, r: float, fx: float, fy: float, texture: str = "solid") ->
 
 
 def to_pixels(images: np.ndarray) -> torch.Tensor:
-    """uint8 `(B, H, W, 3)` -> float32 `(B, 3, H, W)` in [-1, 1], as every autoencoder here reads it."""
+    """uint8 `(B, H, W, 3)` -> float32 `(B, 3, H, W)` in [-1, 1], as autoencoders here read it."""
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -44,9 +49,10 @@ def render(scene: Scene) -> np.ndarray:
 def _paint(canvas: np.ndarray, item: Object) -> None:
     column, row = int(np.floor(item.x)), int(np.floor(item.y))
     alpha = stamp(item.shape, item.r, item.x - column, item.y - row, item.texture)
-    k, size = reach(item.r), canvas.shape[0]
-    top, left = row - k, column - k
-    rows, columns = slice(max(top, 0), min(top + len(alpha), size)), slice(max(left, 0), min(left + len(alpha), size))
+    size = canvas.shape[0]
+    top, left = row - reach(item.r), column - reach(item.r)
+    rows = slice(max(top, 0), min(top + len(alpha), size))
+    columns = slice(max(left, 0), min(left + len(alpha), size))
     alpha = alpha[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left, None]
     canvas[rows, columns] += alpha * (np.array(COLORS[item.color], dtype=np.float32) - canvas[rows, columns])
 
@@ -76,7 +82,7 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _texture(shape: str, texture: str, u: np.ndarray, v: np.ndarray, r: float) -> np.ndarray:
-    """Coverage inside the outline: a hollow object keeps a rim of 2 px, a striped one pales in 2 px bands."""
+    """Coverage inside the outline: rim of a hollow and bands of a striped one are 2 px."""
     if texture == "solid":
         return np.ones_like(u)
     if texture == "hollow":

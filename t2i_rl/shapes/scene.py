@@ -1,4 +1,7 @@
-"""Scenes are data: a list of objects on a canvas. Captions, plans, images and verdicts are functions of a scene."""
+"""Scenes are data: a list of objects on a canvas.
+
+Captions, plans, images and verdicts are functions of a scene.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +36,10 @@ _SIZED_RADII = {48: {"small": (5.0,), "large": (9.0, 9.5)}, 64: {"small": (6.0, 
 
 @dataclass(frozen=True)
 class Object:
-    """One object: centre `(x, y)` and half-extent `r` in pixels, y pointing down, all on a half-pixel grid."""
+    """One object: centre `(x, y)` and half-extent `r` in pixels, all on a half-pixel grid.
+
+    y points down.
+    """
 
     shape: str
     color: str
@@ -50,7 +56,7 @@ class Object:
 
 @dataclass(frozen=True)
 class Scene:
-    """Objects that neither touch (2 px apart or more) nor leave the canvas, on a light grey background."""
+    """Objects on a light grey background, 2 pixels apart or more, inside the canvas."""
 
     objects: tuple[Object, ...]
     size: int = 32
@@ -58,10 +64,14 @@ class Scene:
 
 
 def radii(size: int, size_word: str | None = None) -> tuple[float, ...]:
-    """Half-extents in pixels that an object may have on a canvas; `size_word` is `small`, `large` or None.
+    """Half-extents in pixels that an object may have on a canvas.
+
+    Args:
+        size_word: `small`, `large`, or None for the usual size.
 
     Raises:
-        UserError: the canvas is not one of `CANVASES`, or sizes are asked for on a canvas too small to show them.
+        UserError: the canvas is not one of `CANVASES`, or sizes are asked for on a canvas too small
+            to show them.
     """
     if size not in CANVASES:
         raise UserError(f"a shapes canvas is one of {CANVASES} pixels, not {size}")
@@ -79,18 +89,20 @@ def apart(a: Object, b: Object) -> bool:
 
 
 def relation_holds(relation: str, subject: Object, reference: Object, threshold: float = 0.5) -> bool:
-    """GenEval's rule on boxes: the centre offset, shrunk by a tenth of both extents, over its length, beyond `threshold`."""
+    """GenEval's rule on boxes, see `geneval_rule.relations`, with a threshold of one's own."""
     offset = np.array([subject.x - reference.x, subject.y - reference.y])
     shrunk = np.sign(offset) * np.maximum(np.abs(offset) - 0.2 * (subject.r + reference.r), 0.0)
     dx, dy = shrunk / max(float(np.linalg.norm(offset)), 1e-9)
-    return {"left of": dx < -threshold, "right of": dx > threshold, "above": dy < -threshold, "below": dy > threshold}[
-        relation
-    ]
+    along = {"left of": -dx, "right of": dx, "above": -dy, "below": dy}[relation]
+    return along > threshold
 
 
 @dataclass(frozen=True)
 class Wish:
-    """What one object of a scene to be drawn must be; None leaves the attribute free. `relation` is to an earlier wish."""
+    """What one object of a scene to be drawn must be; None leaves the attribute free.
+
+    `relation` is to an earlier wish.
+    """
 
     shape: str
     color: str | None = None
@@ -100,9 +112,10 @@ class Wish:
 
 
 def sample_scene(wishes: Sequence[Wish], rng: np.random.Generator, size: int = 32) -> Scene:
-    """Draw a scene that holds exactly the wished objects, free attributes and layout drawn at random.
+    """Draw a scene that holds exactly the wished objects; what is free is drawn at random.
 
-    A stated relation holds with a margin (the dominant axis, 0.6 instead of GenEval's 0.5). Textures are solid unless wished.
+    A stated relation holds with a margin (the dominant axis, 0.6 instead of GenEval's 0.5).
+    Textures are solid unless wished.
     """
     while True:
         objects: list[Object] = []
@@ -116,7 +129,10 @@ def sample_scene(wishes: Sequence[Wish], rng: np.random.Generator, size: int = 3
 
 
 def place(wish: Wish, placed: Sequence[Object], rng: np.random.Generator, size: int) -> Object | None:
-    """An object that is as wished and touches none of those placed, whose numbers the wish's relation means; None where 24 tries find no room."""
+    """An object that is as wished and touches none of those placed; None after 24 tries.
+
+    The wish's relation is to one of those placed, by its number.
+    """
     colors = tuple(COLORS)
     r = float(rng.choice(radii(size, wish.size)))
     color = wish.color or colors[rng.integers(len(colors))]

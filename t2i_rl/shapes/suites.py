@@ -1,4 +1,7 @@
-"""Which prompts train, which choose settings and which test: held-out object pairs by a fixed hash, disjoint texts, pinned by sha256."""
+"""Which prompts train, which choose settings and which test.
+
+Object pairs are held out by a fixed hash, texts are disjoint, and all is pinned by sha256.
+"""
 
 import hashlib
 import itertools
@@ -15,7 +18,7 @@ SALT = "shapes-2"
 
 
 def fraction(text: str) -> float:
-    """A fixed pseudo-random number in [0, 1) for a string: the one source of chance in the splits."""
+    """A fixed pseudo-random number in [0, 1) for a string: the splits' one source of chance."""
     return int.from_bytes(hashlib.sha256(f"{SALT}|{text}".encode()).digest()[:8], "big") / 2**64
 
 
@@ -29,11 +32,11 @@ def object_pairs(prompt: Prompt) -> list[str]:
 
 
 def pair_split(pair: str) -> str:
-    """Where an object pair belongs: `test` and `validation` pairs are kept out of every training prompt."""
-    place = 100 * fraction(f"pair|{pair}")
-    if place < HELD_OUT_PERCENT["test"]:
+    """The split of an object pair: those of `test` and `validation` are in no training prompt."""
+    percentile = 100 * fraction(f"pair|{pair}")
+    if percentile < HELD_OUT_PERCENT["test"]:
         return "test"
-    return "validation" if place < sum(HELD_OUT_PERCENT.values()) else "train"
+    return "validation" if percentile < sum(HELD_OUT_PERCENT.values()) else "train"
 
 
 def held_out(prompt: Prompt) -> bool:
@@ -42,16 +45,18 @@ def held_out(prompt: Prompt) -> bool:
 
 
 def split_of(prompt: Prompt) -> str:
-    """The one split of a prompt: that of its held-out pairs, test before validation; for all others a fixed share of the texts
-    tests (a fifth, more in small tasks) and half as many validate.
+    """The one split of a prompt: that of its held-out pairs, test before validation.
+
+    Of all others a fixed share of the texts tests (a fifth, more in small tasks), and half as many
+    validate.
     """
     pairs = {pair_split(pair) for pair in object_pairs(prompt)} - {"train"}
     if pairs:
         return min(pairs)
-    place, test = 100 * fraction(f"split|{prompt.text}"), TEST_PERCENT.get(prompt.tag, 20)
-    if place < test:
+    percentile, test_percent = 100 * fraction(f"split|{prompt.text}"), TEST_PERCENT.get(prompt.tag, 20)
+    if percentile < test_percent:
         return "test"
-    return "validation" if place < 1.5 * test else "train"
+    return "validation" if percentile < 1.5 * test_percent else "train"
 
 
 def train_prompts(tag: str, size: int = 32) -> list[Prompt]:
@@ -60,17 +65,17 @@ def train_prompts(tag: str, size: int = 32) -> list[Prompt]:
 
 
 def select_prompts(split: str, per_task: int, tasks: tuple[str, ...] = GENEVAL_TASKS, size: int = 32) -> list[Prompt]:
-    """A fixed selection: `per_task` prompts of each task from one of `SPLITS`, the same on every machine.
+    """A fixed selection: `per_task` prompts of each task from one of `SPLITS`.
 
-    Settings are chosen on `validation`; numbers are reported on `test`. Both are half seen, half held-out pairs where a task has both;
-    a task with fewer prompts gives what it has.
+    Settings are chosen on `validation`; numbers are reported on `test`. Both are half seen, half
+    held-out pairs where a task has both; a task with fewer prompts gives what it has.
 
     Raises:
         UserError: an unknown split or task, or a task that needs a larger canvas.
     """
     if split not in SPLITS:
         raise UserError(f"shapes has the splits {', '.join(SPLITS)}, not {split!r}")
-    chosen = []
+    selection = []
     for tag in tasks:
         if tag not in GENEVAL_TASKS + EXTRA_TASKS:
             raise UserError(f"shapes has no task {tag!r}; choose from {', '.join(GENEVAL_TASKS + EXTRA_TASKS)}")
@@ -79,26 +84,20 @@ def select_prompts(split: str, per_task: int, tasks: tuple[str, ...] = GENEVAL_T
         pool = [prompt for prompt in enumerate_prompts(tag, size) if split_of(prompt) == split]
         pool.sort(key=lambda prompt: fraction(f"order|{prompt.text}"))
         unseen = [prompt for prompt in pool if held_out(prompt)][: per_task // 2]
-        part = unseen + [prompt for prompt in pool if not held_out(prompt)][: per_task - len(unseen)]
-        chosen += [
-            Prompt(prompt.id, prompt.text, prompt.tag, {**prompt.meta, "split": split, "seen": not held_out(prompt)})
-            for prompt in part
-        ]
-    return chosen
+        seen = [prompt for prompt in pool if not held_out(prompt)][: per_task - len(unseen)]
+        for prompt in [*unseen, *seen]:
+            meta = {**prompt.meta, "split": split, "seen": not held_out(prompt)}
+            selection.append(Prompt(prompt.id, prompt.text, prompt.tag, meta))
+    return selection
 
 
 def wishes(prompt: Prompt) -> list[Wish]:
-    """What a scene must hold to satisfy a prompt strictly: one wish per object, relations to earlier wishes."""
-    wanted, first = [], []
+    """What a scene must hold to satisfy a prompt strictly: a wish for each object."""
+    scene_wishes: list[Wish] = []
+    first_wishes: list[int] = []  # of each clause
     for clause in prompt.meta["include"]:
-        relation = clause.get("position")
-        first.append(len(wanted))
-        wish = Wish(
-            clause["class"],
-            clause.get("color"),
-            clause.get("texture"),
-            clause.get("size"),
-            (relation[0], first[relation[1]]) if relation else None,
-        )
-        wanted += [wish] * clause["count"]
-    return wanted
+        first_wishes.append(len(scene_wishes))
+        color, texture, size_word, position = (clause.get(key) for key in ("color", "texture", "size", "position"))
+        relation = (position[0], first_wishes[position[1]]) if position else None
+        scene_wishes += [Wish(clause["class"], color, texture, size_word, relation)] * clause["count"]
+    return scene_wishes

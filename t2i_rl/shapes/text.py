@@ -1,4 +1,4 @@
-"""Words of the world: noun phrases, prompts with their metadata, semantic plans, and the facts behind indirect prompts."""
+"""Words of the world: noun phrases, prompts, plans, and the facts behind indirect prompts."""
 
 import itertools
 from collections.abc import Iterator
@@ -68,7 +68,9 @@ def _prompt(tag: str, body: str, include: list[dict], exclude: list[dict] | None
 
 
 def enumerate_prompts(tag: str, size: int = 32) -> Iterator[Prompt]:
-    """Every prompt of one task, in every phrasing. Metadata as GenEval's: in `position`, clause 0 is the reference.
+    """Every prompt of one task, in every phrasing.
+
+    Metadata is GenEval's; in `position`, clause 0 is the reference.
 
     Raises:
         KeyError: no such task.
@@ -130,24 +132,25 @@ def _size(shapes):
         yield from _prompt("size", f"{article(_name(large))} and {article(_name(small))}", [large, small])
 
 
+def _colored(shape: str, color: str) -> dict:
+    return clause(shape, color=color)
+
+
 def _complex(shapes):
     colors = list(COLORS)
     for (a, b, c), (i, relation) in itertools.product(itertools.permutations(shapes, 3), enumerate(RELATIONS)):
         for j, k, m in itertools.product(range(len(colors)), (1, 3, 5), (2, 6)):
-            chosen = [colors[(j + shift) % len(colors)] for shift in (0, k, m + i)]
-            if len(set(chosen)) < 3:
+            three_colors = [colors[(j + shift) % len(colors)] for shift in (0, k, m + i)]
+            if len(set(three_colors)) < 3:
                 continue
-            subject, reference, third = (
-                clause(shape, color=color) for shape, color in zip((a, b, c), chosen, strict=True)
-            )
+            subject, reference, third = map(_colored, (a, b, c), three_colors)
             body = f"{article(_name(subject))} {relation} {article(_name(reference))} and {article(_name(third))}"
             yield from _prompt("complex", body, [reference, {**subject, "position": [relation, 0]}, third])
 
 
 def _negation(shapes):
-    for (shape, absent), count, color in itertools.product(
-        itertools.permutations(shapes, 2), (1, 2, 3), (None, *COLORS)
-    ):
+    pairs = itertools.permutations(shapes, 2)
+    for (shape, absent), count, color in itertools.product(pairs, (1, 2, 3), (None, *COLORS)):
         words = " ".join(filter(None, (color, shape if count == 1 else plural(shape))))
         body = f"{article(words) if count == 1 else f'{NUMBERS[count]} {words}'} and no {absent}"
         yield from _prompt("negation", body, [clause(shape, count, color=color)], [{"class": absent, "count": 1}])
@@ -156,9 +159,8 @@ def _negation(shapes):
 def _knowledge(shapes):
     for shape, (thing, color) in itertools.product(shapes, COLOR_FACTS.items()):
         body, rewrite = f"{article(shape)} in the color of {thing}", article(f"{color} {shape}")
-        yield from _prompt(
-            "knowledge", body, [clause(shape, color=color)], rewrite=rewrite, explanation=f"{thing}: {color}"
-        )
+        include = [clause(shape, color=color)]
+        yield from _prompt("knowledge", body, include, rewrite=rewrite, explanation=f"{thing}: {color}")
     for shape, (thing, count) in itertools.product(shapes, NUMBER_FACTS.items()):
         body, rewrite = f"as many {plural(shape)} as {thing}", f"{NUMBERS[count]} {plural(shape)}"
         exclude = [{"class": shape, "count": count + 1}]
@@ -203,9 +205,10 @@ def size_word(item: Object, size: int) -> str | None:
 
 
 def plan(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """The semantic plan ("CoT") of a scene: how many objects, then each with its attributes and its place.
+    """The semantic plan ("CoT") of a scene: how many objects, then each with attributes and place.
 
-    With a generator the order of the objects and the phrasing vary; without one they are canonical (reading order).
+    With a generator the order of the objects and the phrasing vary; without one they are canonical
+    (reading order).
     """
     items = sorted(scene.objects, key=lambda item: (item.y, item.x))
     inverted = False
@@ -213,8 +216,7 @@ def plan(scene: Scene, rng: np.random.Generator | None = None) -> str:
         items = [items[i] for i in rng.permutation(len(items))]
         inverted = rng.random() < 0.25
     count = "one object." if len(items) == 1 else f"{NUMBERS[len(items)]} objects."
-    form = "at the {place} {what}." if inverted else "{what} at the {place}."
-    sentences = (
-        form.format(what=article(object_name(item, scene.size)), place=place_name(item, scene.size)) for item in items
-    )
-    return " ".join([count, *sentences])
+    form = "at the {place} {name}." if inverted else "{name} at the {place}."
+    names = [article(object_name(item, scene.size)) for item in items]
+    places = [place_name(item, scene.size) for item in items]
+    return " ".join([count, *(form.format(name=name, place=place) for name, place in zip(names, places, strict=True))])

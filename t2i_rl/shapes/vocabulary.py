@@ -13,25 +13,10 @@ WORDS = Regex(r"\n\n|\w+|[^\w\s]")
 
 
 def vocabulary() -> list[str]:
-    """Every token of the world, special tokens first: prompts of all tasks, plans, chat punctuation."""
-    words = {
-        "\n\n",
-        ".",
-        ":",
-        ",",
-        '"',
-        "?",
-        "the",
-        "at",
-        "object",
-        "objects",
-        "describe",
-        "picture",
-        "center",
-        "middle",
-        "one",
-    }
-    words |= {*TEXTURES, *SIZES, "top", "bottom", "left", "right"}
+    """Every token of the world, special tokens first, then what prompts, plans and chats hold."""
+    words = {"\n\n", *'.:,"?', *TEXTURES, *SIZES}
+    words |= {"the", "at", "one", "object", "objects", "describe", "picture"}
+    words |= {"top", "middle", "bottom", "left", "center", "right"}
     splitter = pre_tokenizers.Split(WORDS, behavior="removed", invert=True)
     for tag in GENEVAL_TASKS + EXTRA_TASKS:
         for prompt in enumerate_prompts(tag, size=48):
