@@ -9,11 +9,12 @@ from t2i_rl.core.numbers import check_arguments
 
 @dataclass(frozen=True)
 class Chat:
-    """The wording around a prompt. `{prompt}` in `instruction` is where the raw prompt goes (T2I-R1 section 3.2).
+    """The wording around a prompt (T2I-R1 section 3.2).
 
-    `reflect` and `redraw` are asked, where they are not empty, after a picture and after a reflection on it
-    (`interleaved`); `stop` is the reflection that finds nothing wrong. `final_stop` says what becomes of the full stop of
-    a prompt that a plan follows: `strip` takes it away; `keep` leaves it, and "a cat." with its plan reads "a cat.. a
+    instruction: `{prompt}` in it is where the raw prompt goes. reflect, redraw: asked, where they
+    are not empty, after an image and after a reflection on it (`interleaved`). stop: the reflection
+    that finds nothing wrong. final_stop: what becomes of the full stop of a prompt that a plan
+    follows. `strip` takes it away; `keep` leaves it, and "a cat." with its plan reads "a cat.. a
     grey cat", as in the released code of T2I-R1 and IRIS.
     """
 
@@ -30,7 +31,8 @@ class Chat:
         try:
             self.instruction.format(prompt="")
         except (LookupError, ValueError, AttributeError) as error:
-            raise UserError(f"model.chat.instruction may hold {{prompt}} and no other braces, not {self.instruction!r}") from error  # fmt: skip
+            limits = "may hold {prompt} and no other braces"
+            raise UserError(f"model.chat.instruction {limits}, not {self.instruction!r}") from error
 
     @classmethod
     def of(cls, settings: Mapping) -> "Chat":
@@ -39,11 +41,11 @@ class Chat:
         Raises:
             UserError: a setting is unknown, missing or no text.
         """
-        known = {field.name: field.default is MISSING for field in fields(cls)}
+        is_needed = {field.name: field.default is MISSING for field in fields(cls)}
         for name in settings:
-            if name not in known:
-                raise UserError(f"model.chat has no {name}; it has {', '.join(known)}")
-        lacking = [name for name, needed in known.items() if needed and name not in settings]
+            if name not in is_needed:
+                raise UserError(f"model.chat has no {name}; it has {', '.join(is_needed)}")
+        lacking = [name for name, needed in is_needed.items() if needed and name not in settings]
         if lacking:
             raise UserError(f"model.chat.{lacking[0]} must be given")
         check_arguments(cls, settings, "model.chat")

@@ -1,19 +1,22 @@
-"""Janus and Janus-Pro: loading, the two conversations (plan, then image), and pictures out of tokens."""
+"""Janus and Janus-Pro: loading, the conversations (plan, then image), and images out of tokens."""
 
 import copy
 import math
+from collections.abc import Mapping
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
+from hydra.utils import instantiate
 from torch import nn
 
 from t2i_rl.core import loading
 from t2i_rl.core.contracts import Generation, ImageModel
-from t2i_rl.core.encoder_texts import Reader, Reading
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Device, Dtype, Guidance, Temperature, check_arguments
 from t2i_rl.core.pixels import to_bytes
+from t2i_rl.core.readers import Reader, Reading
 from t2i_rl.core.tokenizing import check_tokenizer, ids_of, marked, special_texts
 from t2i_rl.models.autoregressive.chat import Chat
 from t2i_rl.models.autoregressive.engine.decode import DecodedImages, decode_image, decode_text
@@ -32,14 +35,21 @@ TAGS = {
 
 
 class Janus(ImageModel):
-    """Adapter over `transformers.JanusForConditionalGeneration`; knows the chat format, not the training method."""
+    """Adapter over `transformers.JanusForConditionalGeneration`.
+
+    It knows the chat format, not the training method.
+
+    Args:
+        chat: see `Chat`.
+        rollout: how drawing is computed.
+    """
 
     family = "autoregressive"
 
     def __init__(
         self,
         path: str,
-        chat: dict,
+        chat: Mapping,
         dtype: Dtype = "float32",
         revision: str | None = None,
         attn_implementation: str = "sdpa",
@@ -63,7 +73,13 @@ class Janus(ImageModel):
         self.reader = reader_of(self.tokenizer, self.model.config, self.chat, self.path)
 
     @classmethod
-    def text_reader(cls, settings: dict) -> Reader:
+    def check(cls, settings: Mapping[str, Any]) -> None:
+        """See `ImageModel.check`; what draws fast has options of its own."""
+        if settings.get("rollout"):
+            instantiate(settings["rollout"])
+
+    @classmethod
+    def text_reader(cls, settings: Mapping[str, Any]) -> Reader:
         """How a config's checkpoint reads prompts; its tokenizer is read, no weights.
 
         Raises:
@@ -73,9 +89,9 @@ class Janus(ImageModel):
         config = load_config(path, revision)
         return reader_of(load_tokenizer(path, revision, config), config, Chat.of(settings["chat"]), path)
 
-    @staticmethod
-    def image_size(settings: dict) -> int:
-        """The side in pixels of what a config's checkpoint draws; reads its config.json, no weights.
+    @classmethod
+    def image_size(cls, settings: Mapping[str, Any]) -> int:
+        """The side in pixels of what a config draws; reads its config.json, no weights.
 
         Raises:
             UserError: see `load_config`.
@@ -90,7 +106,8 @@ class Janus(ImageModel):
 
     def sampling(self) -> dict:
         """The settings that a drawn image depends on besides weights, prompt and seed."""
-        # Runs of before `final_stop` was a choice name none, and stripped it: their settings stay equal to ours.
+        # Runs of before `final_stop` was a choice name none, and stripped it: their settings stay
+        # equal to ours.
         stop = {"final_stop": "keep"} if self.chat.final_stop == "keep" else {}
         return {
             **stop,
@@ -103,13 +120,22 @@ class Janus(ImageModel):
         }
 
     def prepare(self) -> None:
-        """Read the weights as they are now for drawing. Under FSDP this gathers them: every rank calls it."""
+        """Read the weights as they are now for drawing.
+
+        Under FSDP this gathers them: every rank calls it.
+        """
         self.engine.load(self.model)
 
     def forward(
         self, plan: tuple | None = None, image: tuple | None = None, distribution: str = "conditional"
     ) -> TokenStats:
-        """Teacher-forced statistics of plans `(ids, mask, tokens, token_mask)`, or of images `(ids, mask, tokens)` under `distribution`."""
+        """Teacher-forced statistics of plans, or of images under a distribution.
+
+        Args:
+            plan: `(ids, mask, tokens, token_mask)`.
+            image: `(ids, mask, tokens)`.
+            distribution: of the images, see `score_image`.
+        """
         if plan is not None:
             return score_text(self.model, *plan, temperature=self.temperature)
         return score_image(
@@ -121,8 +147,8 @@ class Janus(ImageModel):
             temperature=self.temperature,
         )
 
-    def interleaved(self) -> nn.Module:
-        """Texts and pictures in one conversation with this model: what method=irg asks of any."""
+    def interleaved(self) -> InterleavedJanus:
+        """Texts and images in one conversation with this model: what method=irg asks of any."""
         return InterleavedJanus(self)
 
     def twin(self) -> "Janus":
@@ -131,19 +157,23 @@ class Janus(ImageModel):
         return copy.deepcopy(self, shared).requires_grad_(False).eval()
 
     def blocks(self) -> list[nn.Module]:
-        """The layers that FSDP gathers one at a time, and that gradient checkpointing computes again."""
+        """The layers that FSDP gathers one at a time, and checkpointing computes again."""
         return list(self.model.model.language_model.layers)
 
     def unsharded(self) -> set[nn.Parameter]:
-        """What FSDP leaves whole: the frozen parts around the language model, which drawing uses between forward passes."""
+        """What FSDP leaves whole: the frozen parts around the language model.
+
+        Drawing uses them between forward passes.
+        """
         trunk = ("model.language_model.", "lm_head.")
         named = self.model.named_parameters()
         return {parameter for name, parameter in named if not (name.startswith(trunk) or parameter.requires_grad)}
 
     def encode(self, texts: list[str], boi: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask `(B, L)`, left-padded, one BOS each; with `boi` the begin-of-image token is appended.
+        """Token ids and mask `(B, L)`, left-padded, one BOS each.
 
-        What a user or a model wrote is put into `texts` by way of `as_text`.
+        With `boi` the begin-of-image token is appended. What a user or a model wrote is put into
+        `texts` by way of `as_text`.
         """
         rows = [self.ids_of(text) + [self.special["boi"]] * boi for text in texts]
         width = max(map(len, rows))
@@ -152,16 +182,16 @@ class Janus(ImageModel):
         return ids, mask
 
     def ids_of(self, conversation: str) -> list[int]:
-        """Token ids of a conversation, one BOS in front whatever the tokenizer's own settings say."""
+        """Token ids of a conversation, one BOS in front whatever the tokenizer's own settings
+        say."""
         return [self.special["bos"], *ids_of(self.tokenizer, conversation)]
 
     def as_text(self, text: str) -> str:
-        """A prompt, a plan or a reflection for a conversation, where a special token that it spells is read as text."""
+        """A text for a conversation, where a special token that it spells is read as text."""
         return marked(text, self.special_texts)
 
     def _check_room(self, lengths: torch.Tensor) -> None:
-        """Refuse conversations that are longer `(B,)` than the model was made for: beyond, positions mean nothing to
-        it."""
+        """Refuse conversations that are longer `(B,)` than the model has positions."""
         longest, room = int(lengths.max()), self.model.config.text_config.max_position_embeddings
         if longest > room:
             raise UserError(
@@ -170,7 +200,10 @@ class Janus(ImageModel):
             )
 
     def draw_plans(self, prompts: list[str], seeds: list[int]) -> tuple[tuple, tuple, list[str]]:
-        """Phase 1: `(ids, mask)` of the conversations, `(tokens, mask)` of the plans, and the plans as text, a row for each seed.
+        """Phase 1: plans, a row for each seed.
+
+        Returns `(ids, mask)` of the conversations, `(tokens, mask)` of the plans, and the plans as
+        text.
 
         Draws with the weights that `prepare` read. Equal prompts that stand together are read once.
         """
@@ -193,7 +226,7 @@ class Janus(ImageModel):
         return (ids, mask), (tokens, token_mask), plans
 
     def draw_images(self, prompts: list[str], plans: list[str], seeds: list[int]) -> tuple[tuple, DecodedImages]:
-        """Phase 2: `(ids, mask)` of the conversations, and the image tokens with what was seen while drawing them.
+        """Phase 2: `(ids, mask)` of the conversations, and the images' tokens.
 
         Draws with the weights that `prepare` read.
         """
@@ -201,7 +234,7 @@ class Janus(ImageModel):
         pairs = zip(map(self.as_text, prompts), map(self.as_text, plans), strict=True)
         ids, mask = self.encode([self.chat.image(prompt, plan) for prompt, plan in pairs], boi=True)
         self._check_room(mask.sum(dim=1) + self.model.config.vision_config.num_image_tokens)
-        drawn = decode_image(
+        decoded = decode_image(
             self.engine,
             ids,
             mask,
@@ -211,12 +244,13 @@ class Janus(ImageModel):
             guidance_scale=self.guidance_scale,
             temperature=self.temperature,
         )
-        return (ids, mask), drawn
+        return (ids, mask), decoded
 
     def generate(self, prompts: list[str], seeds: list[int], mode: str = "plan", fresh: bool = True) -> Generation:
-        """Draw one image a prompt; `mode` is `plan` (write a plan, draw from it) or `direct`. Row `i` depends on `seeds[i]` alone.
+        """Draw one image a prompt; row `i` depends on `seeds[i]` alone.
 
-        `fresh=False` draws with the weights that `prepare` read last, which spares reading them again for every batch.
+        `mode` is `plan` (write a plan, draw from it) or `direct`. `fresh=False` draws with the
+        weights that `prepare` read last, which spares reading them again for every batch.
         """
         if fresh:
             self.prepare()
@@ -226,8 +260,8 @@ class Janus(ImageModel):
             lengths = token_mask.sum(-1).tolist()
         elif mode != "direct":
             raise UserError(f"an autoregressive model draws in mode plan or direct, not {mode!r}")
-        _, drawn = self.draw_images(prompts, plans, [seed + 1 for seed in seeds])
-        return Generation(self.decode(drawn.tokens), plans, lengths, drawn.tokens)
+        _, decoded = self.draw_images(prompts, plans, [seed + 1 for seed in seeds])
+        return Generation(self.decode(decoded.tokens), plans, lengths, decoded.tokens)
 
     @torch.no_grad()
     def decode(self, image_ids: torch.Tensor) -> np.ndarray:
@@ -240,42 +274,43 @@ class Janus(ImageModel):
         return to_bytes(pixels.permute(0, 3, 1, 2), centred=True)
 
 
-def special_ids(tokenizer) -> dict[str, int]:
+def special_ids(tokenizer: Any) -> dict[str, int]:
     """Ids of the tokens that the chat format stands on.
 
     Raises:
-        UserError: a tag is not one token of this tokenizer (Janus-Pro needs `<|User|>` and `<|Assistant|>` as single ids).
+        UserError: a tag is not one token of this tokenizer (Janus-Pro needs `<|User|>` and
+            `<|Assistant|>` as single ids).
     """
-    found = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+    special = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
     for name, text in TAGS.items():
         ids = tokenizer(text, add_special_tokens=False).input_ids
         if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
             raise UserError(f"the tokenizer has no single token for {text!r}: this is not a Janus-Pro tokenizer")
-        found[name] = ids[0]
-    if None in found.values():
-        raise UserError(
-            f"the tokenizer lacks {[name for name, value in found.items() if value is None]}: this is not a Janus-Pro tokenizer"
-        )
-    return found
+        special[name] = ids[0]
+    lacking = [name for name, token in special.items() if token is None]
+    if lacking:
+        raise UserError(f"the tokenizer lacks {lacking}: this is not a Janus-Pro tokenizer")
+    return special
 
 
-def load_config(path: str, revision: str | None):
+def load_config(path: str, revision: str | None) -> Any:
     """The config of a Janus checkpoint, from a folder or a hub id.
 
     Raises:
-        UserError: it can be neither found nor downloaded, or is not Janus's; the line names what to do.
+        UserError: it can be neither found nor downloaded, or is not Janus's; the line names what to
+            do.
     """
     return loading.load_config(path, "janus", revision)
 
 
 def load_pretrained(
     path: str, *, dtype: str, revision: str | None, attn_implementation: str, device: str | None = None
-):
-    """Model and checked tokenizer from a folder or a hub id, read straight into `dtype` on `device` (`auto`: this
-    process's GPU; None: the CPU).
+) -> tuple[Any, Any]:
+    """Model and checked tokenizer from a folder or a hub id; see `loading.load_model`.
 
     Raises:
-        UserError: the weights can be neither found nor downloaded, or are not Janus's; or see `load_tokenizer`.
+        UserError: the weights can be neither found nor downloaded, or are not Janus's; or see
+            `load_tokenizer`.
     """
     from transformers import JanusForConditionalGeneration
 
@@ -292,12 +327,12 @@ def load_pretrained(
     return model, tokenizer
 
 
-def load_tokenizer(path: str, revision: str | None, config):
+def load_tokenizer(path: str, revision: str | None, config: Any) -> Any:
     """The tokenizer of a Janus checkpoint, checked against its config.
 
     Raises:
-        UserError: it can be neither found nor downloaded, is not a Janus's, or gives the model other tokens than its
-            own.
+        UserError: it can be neither found nor downloaded, is not a Janus's, or gives the model
+            other tokens than its own.
     """
     from transformers import AutoTokenizer
 
@@ -307,7 +342,7 @@ def load_tokenizer(path: str, revision: str | None, config):
     return tokenizer
 
 
-def reader_of(tokenizer, config, chat: Chat, path: str) -> Reader:
-    """How a Janus reads prompts: whole, so long as a picture's tokens fit behind them."""
+def reader_of(tokenizer: Any, config: Any, chat: Chat, path: str) -> Reader:
+    """How a Janus reads prompts: whole, so long as an image's tokens fit behind them."""
     limit = config.text_config.max_position_embeddings - config.vision_config.num_image_tokens - 1  # begin-of-image
     return Reader("Janus", path, [Reading("Janus", tokenizer, limit, worded=chat.image, conversation=True)])

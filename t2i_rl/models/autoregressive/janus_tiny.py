@@ -1,4 +1,4 @@
-"""`janus_tiny` from nothing: transformers' own Janus classes with a small config, and a word-level tokenizer in Janus's chat format."""
+"""`janus_tiny` from nothing: transformers' Janus classes, small, with a word-level tokenizer."""
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
@@ -15,8 +15,8 @@ from transformers import (
 
 from t2i_rl.shapes.vocabulary import ASSISTANT, BOI, BOS, EOI, EOS, IMAGE, PAD, SPECIAL, USER, WORDS, vocabulary
 
-# Content is a string, or a list of parts in transformers' form, laid out as Janus-Pro's own template does it: lines
-# around an image.
+# Content is a string, or a list of parts in transformers' form, laid out as Janus-Pro's own
+# template does it: lines around an image.
 CHAT_TEMPLATE = (
     "{% macro worded(content) %}"
     "{% if content is string %}{{ content.strip() }}"
@@ -41,7 +41,7 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Word-level tokenizer: BOS added in front, left padding, decoding joins words with spaces and mends punctuation."""
+    """Word-level tokenizer: BOS in front, left padding, decoding that mends punctuation."""
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary())}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(WORDS, behavior="removed", invert=True)
     tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=True)
@@ -84,9 +84,10 @@ def build_processor(image_size: int = 32) -> JanusProcessor:
 def build_model(
     width: int = 192, layers: int = 6, codes: int = 512, image_size: int = 32
 ) -> JanusForConditionalGeneration:
-    """A randomly initialised `JanusForConditionalGeneration`, every part present; `width` and `layers` are the dials.
+    """A randomly initialised `JanusForConditionalGeneration`, every part present.
 
-    Images are `image_size` pixels, 4 pixels a token: 64 tokens at 32. The global torch generator seeds the weights.
+    `width` and `layers` are the dials. Images are `image_size` pixels, 4 pixels a token: 64 tokens
+    at 32. The global torch generator seeds the weights.
     """
     tokenizer = build_tokenizer()
     ids = tokenizer.convert_tokens_to_ids

@@ -1,4 +1,4 @@
-"""What an autoregressive model drew: everything that sampling and scoring leave behind for rewards and updates."""
+"""What an autoregressive model drew, with all that rewards and updates read of it."""
 
 from dataclasses import dataclass
 
@@ -13,9 +13,11 @@ from t2i_rl.models.autoregressive.engine.stats import TokenStats
 class TokenRollout(Drawn):
     """`B = P * group_size` rows of tokens. Without plans the text fields are None.
 
-    plan_ids, plan_mask: phase-1 conversations `(B, L1)`; plan_tokens, plan_token_mask: the plans `(B, T)`.
+    plan_ids, plan_mask: phase-1 conversations `(B, L1)`.
+    plan_tokens, plan_token_mask: the plans `(B, T)`.
     plan_truncated: `(B,)`, no EOS within the limit.
-    image_ids, image_mask: phase-2 conversations `(B, L2)`; image_tokens `(B, N)`.
+    image_ids, image_mask: phase-2 conversations `(B, L2)`.
+    image_tokens: `(B, N)`.
     drawn: what was seen while the image tokens were drawn, see `DecodedImages`.
     text_stats, image_stats: teacher-forced statistics of the rollout policy, no gradient.
     text_vocabulary, image_vocabulary: how many entries the two heads have.

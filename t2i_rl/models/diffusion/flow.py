@@ -9,7 +9,8 @@ from t2i_rl.models.diffusion.schedulers import check_flow
 
 
 class FlowMatching(LatentDiffusion):
-    """`x_t = (1 - sigma) x0 + sigma eps` with `sigma = t / 1000`; predicts the velocity `eps - x0`."""
+    """`x_t = (1 - sigma) x0 + sigma eps` with `sigma = t / 1000`; predicts the velocity `eps -
+    x0`."""
 
     denoiser_name = "transformer"
 

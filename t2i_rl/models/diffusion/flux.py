@@ -1,4 +1,9 @@
-"""FLUX.1: MM-DiT trained by flow matching on packed latents (Black Forest Labs 2024); schnell draws in one step, dev has its guidance embedded."""
+"""FLUX.1: MM-DiT trained by flow matching on packed latents (Black Forest Labs 2024).
+
+schnell draws in one step; dev has its guidance embedded.
+"""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +15,7 @@ from t2i_rl.models.diffusion.flow import FlowMatching
 
 
 class Flux(FlowMatching):
-    """Latents are `(B, C, h, w)` here; the transformer reads them packed, 2x2 of them to a token of `4 C`.
+    """Latents are `(B, C, h, w)` here; the transformer reads 2x2 of them as a token.
 
     Args:
         guidance_scale: what dev's embedding is told; schnell has none and takes 0.
@@ -52,11 +57,11 @@ class Flux(FlowMatching):
     ) -> torch.Tensor:
         batch, channels, height, width = x_t.shape
         positions = {"device": x_t.device, "dtype": self.dtype}
-        embedded = self.denoiser.config.guidance_embeds
+        guidance = torch.full([batch], self.guidance_scale, device=x_t.device)
         velocity = self.denoiser(
             hidden_states=self.pipe._pack_latents(x_t.to(self.dtype), batch, channels, height, width),
             timestep=(t / 1000).to(x_t.device, self.dtype),
-            guidance=torch.full([batch], self.guidance_scale, device=x_t.device) if embedded else None,
+            guidance=guidance if self.denoiser.config.guidance_embeds else None,
             encoder_hidden_states=text.embeds.to(self.dtype),
             pooled_projections=text.pooled.to(self.dtype),
             txt_ids=torch.zeros(text.embeds.shape[1], 3, **positions),
@@ -67,8 +72,8 @@ class Flux(FlowMatching):
         factor = self.pipe.vae_scale_factor
         return self.pipe._unpack_latents(velocity, height * factor, width * factor, factor).float()
 
-    def scheduled(self, steps: int):
-        """As the pipeline has it: even sigmas, moved by the number of tokens where the scheduler asks for that (dev)."""
+    def scheduled(self, steps: int) -> Any:
+        """As the pipeline has it: even sigmas, moved by the number of tokens for dev."""
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
@@ -78,7 +83,7 @@ class Flux(FlowMatching):
         scheduler.set_timesteps(sigmas=sigmas, device=self.device, mu=calculate_shift(tokens, *bounds))
         return scheduler
 
-    def _call_settings(self) -> dict:
+    def call_settings(self) -> dict:
         return {"max_sequence_length": self.max_sequence_length}
 
     def blocks(self) -> list[nn.Module]:

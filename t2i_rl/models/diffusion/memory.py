@@ -1,29 +1,41 @@
-"""How much memory optimising the noise of a model will take, from its config files: its modules are built without values and run on shapes alone."""
+"""How much memory optimising a model's noise will take, from its config files alone.
 
+Its modules are built without values and run on shapes.
+"""
+
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 
 from t2i_rl.core import loading
+from t2i_rl.models.diffusion.base import LatentDiffusion
 from t2i_rl.models.diffusion.noise_to_image import enable_checkpointing
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes: of denoiser and autoencoder, of the text encoders, and of what the graph of one picture keeps for its gradient."""
+    """Bytes that a run takes.
+
+    weights: of denoiser and autoencoder. text_encoders: of these. graph: of what the graph of one
+    image keeps for its gradient.
+    """
 
     weights: int
     text_encoders: int
     graph: int
 
-    def sentence(self, pictures: int, freed: bool) -> str:
-        """What a run will take, in one line."""
-        total = self.weights + pictures * self.graph + (0 if freed else self.text_encoders)
+    def sentence(self, images: int, freed: bool) -> str:
+        """What a run will take, in one line; `freed`: text encoders go once texts are encoded."""
+        climbing = self.weights + images * self.graph + (0 if freed else self.text_encoders)
+        total = size(max(climbing, self.weights + self.text_encoders))
         encoders = f"text encoders {size(self.text_encoders)}{' (freed once the texts are encoded)' if freed else ''}"
-        graph = f", graph {size(self.graph)} a picture x {pictures}" if self.graph else ""
-        return f"memory predicted: weights {size(self.weights)}, {encoders}{graph}: {size(max(total, self.weights + self.text_encoders))} and what the reward takes"
+        graph = f", graph {size(self.graph)} a picture x {images}" if self.graph else ""
+        parts = f"weights {size(self.weights)}, {encoders}{graph}"
+        return f"memory predicted: {parts}: {total} and what the reward takes"
 
 
 def size(count: int) -> str:
@@ -31,11 +43,14 @@ def size(count: int) -> str:
     return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def predict(settings, gradients: bool, checkpointing: bool) -> Memory:
-    """Of a model's config; no weight is read. Without `gradients` no graph is kept.
+def predict(settings: DictConfig, gradients: bool, checkpointing: bool) -> Memory:
+    """Of a model's config; no weight is read.
+
+    Without `gradients` no graph is kept; `checkpointing` keeps the ends of its parts alone.
 
     Raises:
-        InstantiationException: its config files can be neither found nor downloaded (Hydra wraps the line that says so).
+        InstantiationException: its config files can be neither found nor downloaded (Hydra wraps
+            the line that says so).
     """
     with loading.without_weights():
         model = instantiate(settings, device=None).requires_grad_(False)
@@ -54,16 +69,16 @@ def predict(settings, gradients: bool, checkpointing: bool) -> Memory:
     return Memory(weights, encoders, ends * (model.steps == 1) + decoder_ends + again)
 
 
-def graphs(model) -> tuple[int, int]:
+def graphs(model: LatentDiffusion) -> tuple[int, int]:
     """Bytes that the graphs of one prediction and of one decoding keep, on shapes alone."""
-    held = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
     with torch.device("meta"):
         noise, t = torch.empty(1, *model.latent_shape, requires_grad=True), torch.empty(1)
         text = model.encode_prompts([""])
-        with counted(held) as of_denoiser:
-            drawn = model.denoise(noise, t, text, empty=False)
-        with counted(held) as of_autoencoder:
-            pixels = model.decode_latents(noise - drawn)
+        with counted(weights) as of_denoiser:
+            prediction = model.denoise(noise, t, text, empty=False)
+        with counted(weights) as of_autoencoder:
+            pixels = model.decode_latents(noise - prediction)
     del pixels
     return sum(of_denoiser.values()), sum(of_autoencoder.values())
 
@@ -73,15 +88,15 @@ def bytes_of(module: torch.nn.Module) -> int:
 
 
 @contextmanager
-def counted(held: set[int]):
-    """Bytes by storage of what autograd keeps for the way back, without the storages `held`."""
-    kept: dict[int, int] = {}
+def counted(weights: set[int]) -> Iterator[dict[int, int]]:
+    """Bytes by storage of what autograd keeps for the way back, without the storages of weights."""
+    bytes_of_storage: dict[int, int] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in held:
-            kept[storage._cdata] = storage.nbytes()
+        if storage._cdata not in weights:
+            bytes_of_storage[storage._cdata] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
+        yield bytes_of_storage

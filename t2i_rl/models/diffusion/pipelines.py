@@ -1,5 +1,6 @@
-"""Stock pipelines of diffusers as they lie on a disk: their config files alone, whole with weights, or as shapes
-without values."""
+"""Stock pipelines of diffusers on a disk: their configs, the whole, or shapes without values."""
+
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin
@@ -20,21 +21,30 @@ def read_config(path: str, part: str | None = None, revision: str | None = None,
     Raises:
         UserError: it can be neither found nor downloaded; the line names what to do.
     """
+    kind = type("Config", (ConfigMixin,), {"config_name": file})
     try:
-        return type("Config", (ConfigMixin,), {"config_name": file}).load_config(
-            path, subfolder=part, revision=revision
-        )
+        return kind.load_config(path, subfolder=part, revision=revision)
     except (OSError, ValueError) as error:
         raise loading.cannot_load(path, error) from error
 
 
-def load_pipeline(stock_class, path: str, dtype: str, revision: str | None = None, device: str | None = None, **parts):
-    """A stock pipeline (or part of one) from a folder or a hub id, frozen, in eval mode, on `device` (`auto`: this
-    process's GPU).
+def load_pipeline(
+    stock_class: Any,
+    path: str,
+    dtype: str,
+    revision: str | None = None,
+    device: str | None = None,
+    **parts: Any,
+) -> Any:
+    """A stock pipeline (or part of one) from a folder or a hub id, frozen and in eval mode.
+
+    Args:
+        device: `auto` is this process's GPU; None the CPU.
+        parts: in place of the pipeline's own, by name.
 
     Raises:
-        UserError: it can be neither found nor downloaded, is not whole, or holds weights that are not finite; the line
-            names what to do.
+        UserError: it can be neither found nor downloaded, is not whole, or holds weights that are
+            not finite; the line names what to do.
     """
     from diffusers.utils import logging
     from transformers.utils import logging as transformers_logging
@@ -67,20 +77,23 @@ def load_pipeline(stock_class, path: str, dtype: str, revision: str | None = Non
 
 
 def shapes_of(path: str, revision: str | None, index: dict, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """The modules that a pipeline's index names, built from their config files on torch's meta device."""
+    """The modules that a pipeline's index names, built from their configs without values."""
     import diffusers
     import transformers
 
     libraries, modules = {"diffusers": diffusers, "transformers": transformers}, {}
     for name, entry in index.items():
-        kind = getattr(libraries.get(entry[0]), entry[1] or "", None) if isinstance(entry, (list, tuple)) else None
+        if not isinstance(entry, (list, tuple)):
+            continue  # a setting of the pipeline, and no part of it
+        library, class_name = entry
+        kind = getattr(libraries.get(library), class_name or "", None)
         if isinstance(kind, type) and issubclass(kind, nn.Module):
-            read = kind.load_config if entry[0] == "diffusers" else kind.config_class.from_pretrained
-            modules[name] = on_meta(kind, read(path, subfolder=name, revision=revision), dtype)
+            load_config = kind.load_config if library == "diffusers" else kind.config_class.from_pretrained
+            modules[name] = on_meta(kind, load_config(path, subfolder=name, revision=revision), dtype)
     return modules
 
 
-def on_meta(kind: type[nn.Module], config, dtype: torch.dtype) -> nn.Module:
+def on_meta(kind: type[nn.Module], config: Any, dtype: torch.dtype) -> nn.Module:
     """A module of diffusers or transformers without values."""
     with torch.device("meta"):
-        return (kind.from_config(config) if hasattr(kind, "load_config") else kind(config)).to(dtype)
+        return (kind.from_config(config) if issubclass(kind, ConfigMixin) else kind(config)).to(dtype)

@@ -1,22 +1,27 @@
-"""SANA-Sprint: a linear-attention transformer that draws in one or a few steps by continuous-time consistency (arXiv 2503.09641)."""
+"""SANA-Sprint: one or a few steps by continuous-time consistency (arXiv 2503.09641).
+
+Its transformer has linear attention.
+"""
 
 from collections.abc import Mapping
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import nn
 
-from t2i_rl.core.encoder_texts import Reading
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Device, Dtype, Guidance, Pixels
-from t2i_rl.models.diffusion.base import LatentDiffusion, TextEncoding, load_pipeline
+from t2i_rl.core.readers import Reading
+from t2i_rl.models.diffusion.base import Denoise, LatentDiffusion, TextEncoding, load_pipeline
 from t2i_rl.models.diffusion.schedulers import check_trigflow
 
 
 class SanaSprint(LatentDiffusion):
-    """TrigFlow: `x_t = cos(t) x0 + sin(t) sigma_data eps`; at one step it draws `cos(t) x - sin(t) F(x)` from `t = pi/2`.
+    """TrigFlow: `x_t = cos(t) x0 + sin(t) sigma_data eps`.
 
-    A text's `pooled` is its mask here. It is drawn from and through, not trained: the noise of pairs is not defined for it.
+    At one step it draws `cos(t) x - sin(t) F(x)` from `t = pi/2`. A text's `pooled` is its mask
+    here. It is drawn from and through, not trained: the noise of pairs is not defined for it.
 
     Args:
         guidance_scale: embedded, times the checkpoint's own factor.
@@ -54,7 +59,7 @@ class SanaSprint(LatentDiffusion):
         check_trigflow(path, config)
 
     @classmethod
-    def reading_of(cls, encoder: str, tokenizer, settings: dict) -> Reading:
+    def reading_of(cls, encoder: str, tokenizer: Any, settings: Mapping[str, Any]) -> Reading:
         """The window is for the instruction and `max_sequence_length` tokens, less two."""
         from diffusers import SanaSprintPipeline
 
@@ -64,15 +69,18 @@ class SanaSprint(LatentDiffusion):
         return Reading(encoder, tokenizer, limit, lambda text: wording + text.lower().strip())
 
     def _encoded(self, prompts: list[str]) -> TextEncoding:
-        embeds, mask = self.pipe.encode_prompt(
-            prompts, device=self.device, max_sequence_length=self.max_sequence_length, complex_human_instruction=self._instruction()
-        )  # fmt: skip
+        embeds, mask = self.pipe.encode_prompt(prompts, device=self.device, **self.text_settings())
         return TextEncoding(embeds, mask)
+
+    def text_settings(self) -> dict[str, Any]:
+        """What the pipeline takes to encode a text as it does while it draws."""
+        instruction = self._instruction()
+        return {"complex_human_instruction": instruction, "max_sequence_length": self.max_sequence_length}
 
     def _instruction(self) -> list[str] | None:
         return instruction_of(type(self.pipe)) if self.instruction else None
 
-    def scheduled(self, steps: int):
+    def scheduled(self, steps: int) -> Any:
         if steps != 1:
             raise UserError("SANA-Sprint adds fresh noise between its steps: gradients to the noise are for steps=1")
         scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config)
@@ -80,44 +88,40 @@ class SanaSprint(LatentDiffusion):
         return scheduler
 
     def noise_to_latents(
-        self, noise: torch.Tensor, denoise, steps: int, eta: float = 0.0, last_step_noise: bool = True
+        self, noise: torch.Tensor, denoise: Denoise, steps: int, eta: float = 0.0, last_step_noise: bool = True
     ) -> torch.Tensor:
         scheduler = self.scheduled(steps)
         sigma_data, t = scheduler.config.sigma_data, scheduler.timesteps[0]
         x = noise * sigma_data
-        return (
-            scheduler.step(denoise(x / sigma_data, t.expand(len(x))) * sigma_data, t, x, return_dict=False)[1]
-            / sigma_data
-        )
+        prediction = denoise(x / sigma_data, t.expand(len(x))) * sigma_data
+        return scheduler.step(prediction, t, x, return_dict=False)[1] / sigma_data
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, empty=None) -> torch.Tensor:
-        """TrigFlow's velocity of `x_t` in units of sigma_data, from a transformer that knows linear flow times."""
+        """TrigFlow's velocity of `x_t`, which is in units of sigma_data.
+
+        The transformer knows linear flow times: `x_t` is scaled there and back.
+        """
         sigmas = (t.sin() / (t.cos() + t.sin())).view(-1, 1, 1, 1)
         scale = (sigmas**2 + (1 - sigmas) ** 2).sqrt()
-        told = self.guidance_scale * self.denoiser.config.guidance_embeds_scale
+        guidance = self.guidance_scale * self.denoiser.config.guidance_embeds_scale
         velocity = self.denoiser(
             (x_t * scale).to(self.dtype),
             encoder_hidden_states=text.embeds.to(self.dtype),
             encoder_attention_mask=text.pooled,
-            guidance=torch.full([len(x_t)], told, device=x_t.device, dtype=self.dtype),
+            guidance=torch.full([len(x_t)], guidance, device=x_t.device, dtype=self.dtype),
             timestep=sigmas.flatten(),
             return_dict=False,
         )[0].float()
         return ((1 - 2 * sigmas) * x_t * scale + (1 - 2 * sigmas + 2 * sigmas**2) * velocity) / scale
 
-    def _call_settings(self) -> dict:
-        instruction = {
-            "complex_human_instruction": self._instruction(),
-            "max_sequence_length": self.max_sequence_length,
-        }
-        return {"use_resolution_binning": False, **instruction} | (
-            {"intermediate_timesteps": None} if self.steps != 2 else {}
-        )
+    def call_settings(self) -> dict:
+        timesteps = {"intermediate_timesteps": None} if self.steps != 2 else {}
+        return {"use_resolution_binning": False, **self.text_settings(), **timesteps}
 
     def blocks(self) -> list[nn.Module]:
         return list(self.denoiser.transformer_blocks)
 
 
-def instruction_of(stock_class) -> list[str]:
+def instruction_of(stock_class: type) -> list[str]:
     """The instruction that the pipeline puts in front of a prompt where none is given."""
     return signature(stock_class.__call__).parameters["complex_human_instruction"].default

@@ -37,20 +37,25 @@ class SD3(FlowMatching):
 
     def _encoded(self, prompts: list[str]) -> TextEncoding:
         embeds, _, pooled, _ = self.pipe.encode_prompt(
-            prompts, None, None, device=self.device, do_classifier_free_guidance=False, max_sequence_length=self.max_sequence_length
-        )  # fmt: skip
+            prompts,
+            prompt_2=None,
+            prompt_3=None,
+            device=self.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_sequence_length,
+        )
         return TextEncoding(embeds, pooled)
 
     def compact(self, text: TextEncoding) -> dict[str, torch.Tensor]:
-        """CLIP's states without the zeros that widen them to T5's, and T5's states where there is a T5."""
+        """CLIP's states without the zeros that widen them to T5's, and T5's where there are."""
         length, width = self.pipe.tokenizer_max_length, self._clip_width
-        kept = {"clip": text.embeds[:, :length, :width], "pooled": text.pooled}
-        return kept | ({"t5": text.embeds[:, length:]} if self.pipe.text_encoder_3 is not None else {})
+        parts = {"clip": text.embeds[:, :length, :width], "pooled": text.pooled}
+        return parts | ({"t5": text.embeds[:, length:]} if self.pipe.text_encoder_3 is not None else {})
 
-    def expand(self, kept: dict[str, torch.Tensor]) -> TextEncoding:
-        clip, full = kept["clip"], self.denoiser.config.joint_attention_dim
-        t5 = kept.get("t5", clip.new_zeros(len(clip), self.max_sequence_length, full))
-        return TextEncoding(torch.cat([F.pad(clip, (0, full - clip.shape[-1])), t5], dim=1), kept["pooled"])
+    def expand(self, parts: dict[str, torch.Tensor]) -> TextEncoding:
+        clip, width = parts["clip"], self.denoiser.config.joint_attention_dim
+        t5 = parts.get("t5", clip.new_zeros(len(clip), self.max_sequence_length, width))
+        return TextEncoding(torch.cat([F.pad(clip, (0, width - clip.shape[-1])), t5], dim=1), parts["pooled"])
 
     @property
     def _clip_width(self) -> int:
@@ -69,7 +74,7 @@ class SD3(FlowMatching):
             **self._carried(soft_tokens, empty),
         )[0].float()
 
-    def _call_settings(self) -> dict:
+    def call_settings(self) -> dict:
         return {"max_sequence_length": self.max_sequence_length}
 
     def blocks(self) -> list[nn.Module]:

@@ -1,18 +1,21 @@
-"""Soft text tokens: a small trained bank, spliced into the text that chosen blocks of a frozen denoiser read (SoftREPA, AGSM)."""
+"""Soft text tokens: a small trained bank that chosen blocks of a frozen denoiser read.
+
+Both SoftREPA and AGSM train one; `splice` puts it among the text.
+"""
 
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from t2i_rl.core import loading
-from t2i_rl.core.errors import UserError
+from t2i_rl.core.errors import UserError, first_line
 from t2i_rl.core.files import write_atomic
 from t2i_rl.core.finite import check_weights
 from t2i_rl.models.diffusion.splice import EMPTY, POSITIONS, Splice, latents_of, layout_of, text_width
@@ -25,13 +28,21 @@ GUIDED_IN_HALVES = frozenset(
 
 @dataclass(frozen=True)
 class TokenSpec:
-    """The shape and the place of a bank.
+    """The shape of a bank, and where its tokens go.
 
     Args:
-        architecture: class name of the denoiser; layout: block name -> layer of the bank that it reads.
-        tokens, dim: tokens a layer, and their width (what the blocks read); branches: how many banks (AGSM: positive, negative).
-        buckets: rows of the time table over t in [0, 1000), 0 for none; interpolate: between the buckets' centres;
-        tables: time tables, 1 (shared by the branches, as released) or one a branch; position: `start`, `after_bos` or `end`.
+        architecture: class name of the denoiser.
+        layout: block name -> layer of the bank that it reads.
+        tokens: how many a layer has.
+        dim: their width, which is that of the text that blocks read.
+        branches: how many banks there are (AGSM: positive, negative).
+        buckets: rows of the time table over t in [0, 1000), 0 for none.
+        interpolate: between the buckets' centres.
+        tables: time tables, 1 (shared by the branches, as released) or one a branch.
+        position: `start`, `after_bos` or `end` of the text.
+
+    Raises:
+        UserError: numbers or names that fit no bank.
     """
 
     architecture: str
@@ -63,18 +74,28 @@ class TokenSpec:
 
 
 class SoftTokens(nn.Module):
-    """`tokens` `(branches, layers, K, D)` plus an offset by time, `time` `(tables, buckets, layers, D)`; float32, N(0, `std`)."""
+    """A bank of tokens plus an offset by time, float32, at first N(0, `std`).
+
+    tokens: `(branches, layers, K, D)`. time: `(tables, buckets, layers, D)`, or None. null_branch:
+    the branch that the empty prompt reads, None for that of the prompts. facts: what a file says of
+    where it comes from.
+    """
 
     def __init__(self, spec: TokenSpec, std: float = 0.02, generator: torch.Generator | None = None):
         super().__init__()
-        self.spec, self.null_branch = spec, None
+        self.spec = spec
+        self.null_branch: int | None = None
+        self.facts: dict[str, str] = {}
         shape = (spec.branches, spec.layers, spec.tokens, spec.dim)
         self.tokens = nn.Parameter(torch.randn(shape, generator=generator) * std)
         table = (spec.tables, spec.buckets, spec.layers, spec.dim)
         self.time = nn.Parameter(torch.randn(table, generator=generator) * std) if spec.buckets else None
 
     def forward(self, t: torch.Tensor, branch: torch.Tensor | int = 0) -> torch.Tensor:
-        """Tokens float32 `(B, layers, K, D)` at times `t` `(B,)` in [0, 1000]; `branch` is one for all or one a row."""
+        """Tokens float32 `(B, layers, K, D)` at times `t` `(B,)` in [0, 1000].
+
+        `branch` is one for all, or one a row.
+        """
         branch = torch.as_tensor(branch, device=self.tokens.device).expand(len(t))
         tokens = self.tokens[branch]
         if self.time is None:
@@ -83,19 +104,19 @@ class SoftTokens(nn.Module):
         return tokens + self._offsets(table, t.to(self.tokens.device)).unsqueeze(2)
 
     def _offsets(self, table: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Rows of `table` `(B, buckets, layers, D)` for times in [0, 1000]; t = 1000 falls into the last bucket."""
+        """Rows of `table` `(B, buckets, layers, D)` for times; t = 1000 is in the last bucket."""
         rows = torch.arange(len(t), device=t.device)
-        place = t.double() * self.spec.buckets / 1000
+        bucket = t.double() * self.spec.buckets / 1000
         last = self.spec.buckets - 1
         if not self.spec.interpolate:
-            return table[rows, place.floor().long().clamp(0, last)]
-        place = (place - 0.5).clamp(0, last)
-        low = place.floor().long()
-        share = (place - low).float().view(-1, 1, 1)
+            return table[rows, bucket.floor().long().clamp(0, last)]
+        bucket = (bucket - 0.5).clamp(0, last)
+        low = bucket.floor().long()
+        share = (bucket - low).float().view(-1, 1, 1)
         return (1 - share) * table[rows, low] + share * table[rows, (low + 1).clamp(max=last)]
 
     def save(self, path: str | Path, **facts: str) -> Path:
-        """Write a safetensors file, atomically; its metadata hold the spec and `facts` (base model, method, ...).
+        """Write a safetensors file, atomically; its metadata hold the spec and `facts`.
 
         Raises:
             UserError: the tokens are not finite.
@@ -111,8 +132,8 @@ class SoftTokens(nn.Module):
         """Read a file that `save` wrote.
 
         Raises:
-            UserError: there is no such file, it is broken, it holds something else, its tokens are not finite, or its
-                `null_branch` is none of its branches.
+            UserError: there is no such file, it is broken, it holds something else, its tokens are
+                not finite, or its `null_branch` is none of its branches.
         """
         if Path(path).is_dir():
             raise UserError(f"soft tokens {path} is a folder: give the file in it, soft_tokens.safetensors")
@@ -123,20 +144,17 @@ class SoftTokens(nn.Module):
                 about = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise UserError(
-                f"soft tokens {path}: not a whole safetensors file ({error}); a .pth of SoftREPA's authors is read by task=import_soft_tokens"
-            ) from error
+            fix = "a .pth of SoftREPA's authors is read by task=import_soft_tokens"
+            raise UserError(f"soft tokens {path}: not a whole safetensors file ({error}); {fix}") from error
         if about.get("format") != FORMAT:
-            raise UserError(
-                f"soft tokens {path}: its metadata do not say {FORMAT!r}; convert the authors' files with task=import_soft_tokens"
-            )
+            fix = "convert the authors' files with task=import_soft_tokens"
+            raise UserError(f"soft tokens {path}: its metadata do not say {FORMAT!r}; {fix}")
         try:
             bank = cls(TokenSpec(**json.loads(about["spec"])))
             bank.load_state_dict(tensors)
         except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-            raise UserError(
-                f"soft tokens {path}: its spec and its tensors do not fit ({loading.first_line(error)})"
-            ) from error
+            reason = f"its spec and its tensors do not fit ({first_line(error)})"
+            raise UserError(f"soft tokens {path}: {reason}") from error
         check_weights(tensors.items(), f"soft tokens {path}")
         bank.facts = {key: value for key, value in about.items() if key not in ("format", "spec")}
         null_branch = bank.facts.get("null_branch")
@@ -150,7 +168,7 @@ class SoftTokens(nn.Module):
         return bank
 
 
-def spec_for(denoiser: nn.Module, layers: int | list[str] | None, tokens: int, **options) -> TokenSpec:
+def spec_for(denoiser: nn.Module, layers: int | list[str] | None, tokens: int, **options: Any) -> TokenSpec:
     """The spec that fits a denoiser; `layers` as in `splice.layout_of`."""
     layout = layout_of(denoiser, layers)
     return TokenSpec(type(denoiser).__name__, layout, tokens, text_width(denoiser), **options)
@@ -159,22 +177,28 @@ def spec_for(denoiser: nn.Module, layers: int | list[str] | None, tokens: int, *
 class Attached:
     """A bank at work in a denoiser: every forward pass reads its tokens, whoever calls it.
 
-    `branch` is read by all rows; with `null_branch`, rows whose text is guidance's empty prompt read that one instead.
-    Which rows these are is said by the caller (`splice.EMPTY` among the arguments that reach the blocks), or known from
-    the stock `pipe`: never guessed by place alone, since a batch of prompts looks the same.
+    `branch` is read by all rows; with `null_branch`, rows whose text is guidance's empty prompt
+    read that one instead. Which rows these are is said by the caller (`splice.EMPTY` among the
+    arguments that reach the blocks), or known from the stock `pipe`: never guessed by place alone,
+    since a batch of prompts looks the same.
 
     Raises:
         UserError: the bank is for another architecture, or has no such branch.
     """
 
     def __init__(
-        self, denoiser: nn.Module, bank: SoftTokens, branch: int = 0, null_branch: int | None = None, pipe=None
+        self,
+        denoiser: nn.Module,
+        bank: SoftTokens,
+        branch: int = 0,
+        null_branch: int | None = None,
+        pipe: Any = None,
     ):
         check_fits(denoiser, bank.spec)
         null_branch = bank.null_branch if null_branch is None else null_branch
-        for chosen in (branch, null_branch or 0):
-            if chosen not in range(bank.spec.branches):
-                raise UserError(f"these soft tokens have {bank.spec.branches} branches: there is no branch {chosen}")
+        for number in (branch, null_branch or 0):
+            if number not in range(bank.spec.branches):
+                raise UserError(f"these soft tokens have {bank.spec.branches} branches: there is no branch {number}")
         self.bank, self.branch, self.null_branch, self.pipe = bank, branch, null_branch, pipe
         self.splice = Splice(denoiser, bank.spec.layout, bank.spec.position, self._tokens)
 
@@ -190,9 +214,9 @@ class Attached:
         Raises:
             UserError: nobody says so, and it is no call of a stock pipeline that tells.
         """
-        named = (call.get(self.splice.carrier) or {}).get(EMPTY)
-        if named is not None:
-            return torch.as_tensor(named)
+        empty = (call.get(self.splice.carrier) or {}).get(EMPTY)
+        if empty is not None:
+            return torch.as_tensor(empty)
         latents = latents_of(call)
         if type(self.pipe).__name__ in GUIDED_IN_HALVES:
             if not self.pipe.do_classifier_free_guidance or call.get("skip_layers") is not None:
@@ -216,7 +240,8 @@ class Attached:
         return self.splice.enabled
 
     def enable(self, on: bool = True) -> None:
-        """Switch the tokens off and on; off, the denoiser computes what it did before, bit for bit."""
+        """Switch the tokens off and on; off, the denoiser computes what it did before, bit for
+        bit."""
         self.splice.enabled = on
 
     @contextmanager
@@ -236,7 +261,7 @@ class Attached:
     def __enter__(self) -> "Attached":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
@@ -248,27 +273,33 @@ def check_fits(denoiser: nn.Module, spec: TokenSpec) -> None:
     """
     if type(denoiser).__name__ != spec.architecture:
         raise UserError(f"these soft tokens are for {spec.architecture}, not for {type(denoiser).__name__}")
-    if text_width(denoiser) != spec.dim:
+    width = text_width(denoiser)
+    if width != spec.dim:
         raise UserError(
-            f"these soft tokens are {spec.dim} wide, but the blocks of this {spec.architecture} read {text_width(denoiser)}: another base model"
+            f"these soft tokens are {spec.dim} wide, but the blocks of this {spec.architecture} read {width}: another "
+            "base model"
         )
     names = {name for name, _ in denoiser.named_modules()}
     if missing := sorted(set(spec.layout) - names):
         raise UserError(f"these soft tokens go into {missing[0]}, which this {spec.architecture} does not have")
 
 
-def load_soft_tokens(pipe, path: str | Path, branch: int = 0, null_branch: int | None = None) -> Attached:
-    """Put saved soft tokens into a stock diffusers pipeline; `pipe(...)` is used as before. Returns the handle (`enable`, `remove`).
+def load_soft_tokens(pipe: Any, path: str | Path, branch: int = 0, null_branch: int | None = None) -> Attached:
+    """Put saved soft tokens into a stock diffusers pipeline; `pipe(...)` is used as before.
 
-    `null_branch` None is what the tokens were trained to be drawn with (released for SDXL: the negative ones; else the same as `branch`).
+    Returns the handle (`enable`, `remove`).
 
-    A branch of its own for the empty prompt works in the pipelines of `GUIDED_IN_HALVES`, whose batches are [empty,
-    prompt] while guidance is on and prompts alone while it is off.
+    Args:
+        null_branch: what guidance's empty prompt reads. None is what the tokens were trained to be
+            drawn with (released for SDXL: the negative ones; else the same as `branch`).
+
+    A branch of its own for the empty prompt works in the pipelines of `GUIDED_IN_HALVES`, whose
+    batches are [empty, prompt] while guidance is on and prompts alone while it is off.
 
     Raises:
-        UserError: the file is broken, or made for another architecture; while drawing, a call does not tell which rows
-            are empty.
+        UserError: the file is broken, or made for another architecture; while drawing, a call does
+            not tell which rows are empty.
     """
-    denoiser = getattr(pipe, "transformer", None) or pipe.unet
+    denoiser = getattr(pipe, "transformer", None) or pipe.unet  # a pipeline of anybody's has one of the two
     bank = SoftTokens.load(path).to(denoiser.device)
     return Attached(denoiser, bank.requires_grad_(False), branch, null_branch, pipe)

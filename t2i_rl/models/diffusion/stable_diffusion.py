@@ -1,6 +1,7 @@
-"""Stable Diffusion 1.5 and XL: UNets with cross-attention, by DDPM (Rombach et al. 2022; Podell et al. 2023)."""
+"""Stable Diffusion 1.5 and XL: UNets by DDPM (Rombach et al. 2022; Podell et al. 2023)."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,8 +13,10 @@ from t2i_rl.models.diffusion.schedulers import check_diffusion, ddim
 
 
 class StableDiffusion(LatentDiffusion):
-    """`x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps` with the scheduler's cumulated alphas at whole `t`; predicts `eps`, or
-    what the scheduler's `prediction_type` says: `v = sqrt(a_t) eps - sqrt(1 - a_t) x0` (Salimans and Ho 2022), or `x0`.
+    """`x_t = sqrt(a_t) x0 + sqrt(1 - a_t) eps` with the cumulated alphas at whole `t`.
+
+    The UNet predicts `eps`, or what the scheduler's `prediction_type` says: `x0`, or
+    `v = sqrt(a_t) eps - sqrt(1 - a_t) x0` (Salimans and Ho 2022).
 
     Args:
         scheduler: what draws: `ddim`, or the checkpoint's `own` (models of one step).
@@ -48,13 +51,13 @@ class StableDiffusion(LatentDiffusion):
             raise UserError(f"model.scheduler must be ddim or own, not {drawn_by!r}")
         check_diffusion(path, config, drawn_by)
 
-    def _set_up(self, pipe, path: str, revision: str | None, scheduler: str, *settings) -> None:
+    def _set_up(self, pipe: Any, path: str, revision: str | None, scheduler: str, *settings: Any) -> None:
         if scheduler == "ddim":
             pipe.scheduler = ddim(pipe.scheduler)
         super().__init__(pipe, *settings)
         self.path, self.revision = str(path), revision
 
-    def scheduled(self, steps: int):
+    def scheduled(self, steps: int) -> Any:
         if steps > 1 and "Ancestral" in type(self.pipe.scheduler).__name__:
             raise UserError(
                 "an ancestral sampler adds fresh noise between its steps: gradients to the noise are for model.steps=1"
@@ -93,7 +96,10 @@ class StableDiffusion(LatentDiffusion):
         return self._denoised(x_t, self.whole(t), text, self._conditions(text), self._carried(soft_tokens, empty))
 
     def denoise(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, empty=None) -> torch.Tensor:
-        """`predict` at the sampler's own times, which need not be whole, and for SDXL at the size that is drawn."""
+        """`predict` at the sampler's own times, which need not be whole.
+
+        SDXL is told the size that is drawn.
+        """
         size = (self.size, self.size, 0, 0, self.size, self.size)
         return self._denoised(x_t, t, text, self._conditions(text, size), self._carried(None, empty))
 
@@ -101,7 +107,9 @@ class StableDiffusion(LatentDiffusion):
         """What the UNet reads beside times and texts: nothing here."""
         return None
 
-    def _denoised(self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, conditions: dict | None, carried: dict):
+    def _denoised(
+        self, x_t: torch.Tensor, t: torch.Tensor, text: TextEncoding, conditions: dict | None, carried: dict
+    ) -> torch.Tensor:
         return self.denoiser(
             x_t.to(self.dtype),
             t.to(x_t.device),
@@ -119,7 +127,8 @@ class StableDiffusionXL(StableDiffusion):
     """Two text encoders, pooled text and sizes as further conditions.
 
     Args:
-        size_ids: (original height, width, crop top, left, target height, width) that training names; drawing names the size it draws.
+        size_ids: (original height, width, crop top, left, target height, width) that training
+            names; drawing names the size it draws.
         vae: another autoencoder, by folder or hub id: SDXL's own overflows in float16.
     """
 

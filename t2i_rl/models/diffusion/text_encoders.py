@@ -1,6 +1,8 @@
-"""The text encoders of a pipeline: what they give, which it has, and whether their tokenizers fit them."""
+"""The text encoders of a pipeline: what they give, and whether their tokenizers fit them."""
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,7 +15,10 @@ FRAMES = {"clip_text_model": {"begin": "bos", "end": "eos"}, "t5": {"end": "eos"
 
 @dataclass(frozen=True)
 class TextEncoding:
-    """What the denoiser reads of `B` prompts: `embeds` `(B, N, D)` and, for SDXL and SD3, `pooled` `(B, P)`."""
+    """What the denoiser reads of `B` prompts.
+
+    embeds: `(B, N, D)`. pooled: `(B, P)`, for SDXL, SD3 and FLUX; SANA's mask `(B, N)`.
+    """
 
     embeds: torch.Tensor
     pooled: torch.Tensor | None = None
@@ -21,17 +26,16 @@ class TextEncoding:
     def __len__(self) -> int:
         return len(self.embeds)
 
-    def __getitem__(self, rows) -> "TextEncoding":
+    def __getitem__(self, rows: Any) -> "TextEncoding":
         return self.map(lambda part: part[rows])
 
-    def map(self, change) -> "TextEncoding":
+    def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "TextEncoding":
         """`change` of every tensor."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        return TextEncoding(**{name: None if part is None else change(part) for name, part in parts.items()})
+        return TextEncoding(change(self.embeds), None if self.pooled is None else change(self.pooled))
 
 
 def tokenizers_of(path: str, revision: str | None, index: dict) -> dict:
-    """The tokenizers that a pipeline's index names, each checked against the config of its text encoder.
+    """The tokenizers that a pipeline's index names, each checked against its encoder.
 
     Raises:
         UserError: one cannot be loaded, or does not fit its encoder.
@@ -43,9 +47,9 @@ def tokenizers_of(path: str, revision: str | None, index: dict) -> dict:
         name = encoder.replace("text_encoder", "tokenizer")
         if (index.get(encoder) or [None])[0] is None or (index.get(name) or [None])[0] is None:
             continue
-        kind = getattr(transformers, index[encoder][1]).config_class
+        config_class = getattr(transformers, index[encoder][1]).config_class
         try:
-            config = kind.from_pretrained(path, subfolder=encoder, revision=revision)
+            config = config_class.from_pretrained(path, subfolder=encoder, revision=revision)
         except (OSError, ValueError) as error:
             raise loading.cannot_load(path, error) from error
         tokenizers[name] = loading.load_tokenizer(

@@ -1,4 +1,7 @@
-"""`sd_tiny`, `sd3_tiny` and `flux_tiny` from nothing: the stock diffusers pipelines with small configs and tokenizers of the world's words."""
+"""`sd_tiny`, `sd3_tiny` and `flux_tiny` from nothing: stock pipelines with small configs.
+
+Their tokenizers have a token for each of the world's words.
+"""
 
 import json
 
@@ -36,7 +39,10 @@ def _words() -> list[str]:
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """CLIP's byte-pair tokenizer in which every word of the world is one token; other words fall apart into letters."""
+    """CLIP's byte-pair tokenizer in which every word of the world is one token.
+
+    Other words fall apart into letters.
+    """
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
@@ -59,7 +65,10 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_t5_tokenizer() -> T5TokenizerFast:
-    """T5's unigram tokenizer in which every word of the world is one token; other words fall apart into letters."""
+    """T5's unigram tokenizer in which every word of the world is one token.
+
+    Other words fall apart into letters.
+    """
     pieces = [(f"\u2581{word}", -1.0) for word in _words()]
     pieces += [("\u2581", -6.0), *((letter, -6.0) for letter in ALPHABET if f"\u2581{letter}" not in dict(pieces))]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
@@ -96,7 +105,7 @@ def _text_config(tokenizer: CLIPTokenizer, width: int, layers: int) -> CLIPTextC
 
 
 def build_sd(vae: AutoencoderKL, channels: tuple[int, ...], layers: int, text: dict) -> StableDiffusionPipeline:
-    """Stable Diffusion's classes: UNet with cross-attention that predicts the noise, one CLIP text encoder."""
+    """Stable Diffusion's classes: a UNet that predicts the noise, one CLIP text encoder."""
     tokenizer = build_tokenizer()
     unet = UNet2DConditionModel(
         sample_size=8,
@@ -116,16 +125,22 @@ def build_sd(vae: AutoencoderKL, channels: tuple[int, ...], layers: int, text: d
         tokenizer=tokenizer,
         unet=unet,
         scheduler=DDIMScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+            beta_start=0.00085,
+            beta_end=0.012,
+            beta_schedule="scaled_linear",
+            clip_sample=False,
+            set_alpha_to_one=False,
+            steps_offset=1,
         ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
-    )  # fmt: skip
+    )
 
 
 def build_sd3(vae: AutoencoderKL, width: int, layers: int, text: dict, shift: float) -> StableDiffusion3Pipeline:
-    """Stable Diffusion 3's classes: MM-DiT trained by flow matching, two CLIP text encoders, no T5."""
+    """Stable Diffusion 3's classes: MM-DiT trained by flow matching, two CLIP text encoders, no
+    T5."""
     tokenizer = build_tokenizer()
     encoders = [CLIPTextModelWithProjection(_text_config(tokenizer, **text)) for _ in range(2)]
     transformer = SD3Transformer2DModel(
@@ -155,7 +170,8 @@ def build_sd3(vae: AutoencoderKL, width: int, layers: int, text: dict, shift: fl
 
 
 def build_flux(vae: AutoencoderKL, width: int, layers: int, single_layers: int, text: dict) -> FluxPipeline:
-    """FLUX.1-schnell's classes: MM-DiT of joint and single blocks on packed latents, no embedded guidance, a T5 and a CLIP text encoder."""
+    """FLUX.1-schnell's classes: MM-DiT of joint and single blocks on packed latents, no embedded
+    guidance, a T5 and a CLIP text encoder."""
     tokenizer, tokenizer_2 = build_tokenizer(), build_t5_tokenizer()
     heads = width // 32
     transformer = FluxTransformer2DModel(

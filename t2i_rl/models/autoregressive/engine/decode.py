@@ -1,4 +1,4 @@
-"""Sampling: plans from the language head, images from the generation head under classifier-free guidance."""
+"""Sampling: plans from the language head, images from the generation head under guidance."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,9 @@ from t2i_rl.models.autoregressive.engine.engine import Engine
 from t2i_rl.models.autoregressive.engine.memory import even_chunks, rows_that_fit
 from t2i_rl.models.autoregressive.engine.rows import unconditional
 
-PREFIX_STEP = 32  # prefixes are padded to a multiple where steps are recorded, so that a recording serves many batches
+# where steps are recorded, prefixes are padded to a multiple, so that a recording serves many
+# batches
+PREFIX_STEP = 32
 BROKEN = (
     "the weights are broken, or a half precision overflows (take model.rollout.dtype=bfloat16 or float32, and "
     "model.dtype likewise)"
@@ -22,8 +24,11 @@ WORKING_BYTES = 48  # a vocabulary entry's logits, probabilities and cumulative 
 
 @dataclass
 class DecodedImages:
-    """Image tokens `(B, N)`; the log-probs of the distribution that they were drawn from, and the self-certainties of the conditional
-    and of the guided distribution, all as seen while decoding, float32 `(B, N)`."""
+    """Image tokens `(B, N)`, and what was seen of their distributions, float32 `(B, N)`.
+
+    logprobs: of the distribution that they were drawn from. The self-certainties are of the
+    conditional and of the guided distribution.
+    """
 
     tokens: torch.Tensor
     logprobs: torch.Tensor
@@ -43,11 +48,14 @@ def decode_text(
     temperature: float = 1.0,
     embeds: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sample `len(seeds) / len(ids)` continuations of each left-padded row, those of a row adjacent.
+    """Sample `len(seeds) / len(ids)` continuations of each row, those of a row adjacent.
 
-    `embeds` `(P, L, D)` stand in for those of `ids` where images were put in.
+    Args:
+        ids, mask: left-padded rows `(P, L)`.
+        embeds: `(P, L, D)`, in place of those of `ids`, where images were put in.
 
-    Returns `tokens` `(B, T)`, EOS after a row has ended, and its boolean mask, true up to and including the first EOS.
+    Returns `tokens` `(B, T)`, EOS after a row has ended, and its boolean mask, true up to and
+    including the first EOS.
 
     Raises:
         UserError: not even one row fits into the free memory, or logits are not finite.
@@ -55,24 +63,23 @@ def decode_text(
     group_size = len(seeds) // len(ids)
     prefix = prefix_length(engine, ids)
     uniforms = row_uniforms(seeds, max_tokens, ids.device)
-    needed = engine.cache_bytes(max_tokens) + engine.cache_bytes(prefix) // group_size
-    most = engine.options.max_rows or rows_that_fit(
-        needed + WORKING_BYTES * len(engine.weights.text_head),
+    cache_bytes = engine.cache_bytes(max_tokens) + engine.cache_bytes(prefix) // group_size
+    max_rows = engine.options.max_rows or rows_that_fit(
+        cache_bytes + WORKING_BYTES * len(engine.weights.text_head),
         engine.device,
         "writing a plan",
-        held=engine.held_bytes(TextEmitter),
+        reusable=engine.held_bytes(TextEmitter),
     )
     tokens, lengths = [], []
-    for part in even_chunks(len(ids), max(1, most // group_size)):
+    for part in even_chunks(len(ids), max(1, max_rows // group_size)):
         rows = slice(part.start * group_size, part.stop * group_size)
         shape = (rows.stop - rows.start, group_size, prefix, max_tokens)
         session = engine.session(TextEmitter, *shape, eos=eos, temperature=temperature)
         session.prefill(ids[part], mask[part], None if embeds is None else embeds[part])
         session.emitter.start(uniforms[rows])
         count = session.decode(session.emitter.ended)
-        check_finite(
-            torch.where(session.emitter.finite, 0.0, torch.nan), "the logits of the text that the model wrote", BROKEN
-        )
+        finite = torch.where(session.emitter.finite, 0.0, torch.nan)
+        check_finite(finite, "the logits of the text that the model wrote", BROKEN)
         session.emitter.tokens[:, count:] = eos
         tokens.append(session.emitter.tokens.clone())
         lengths.append(session.emitter.lengths.clone())
@@ -93,10 +100,11 @@ def decode_image(
     guidance_scale: float,
     temperature: float = 1.0,
 ) -> DecodedImages:
-    """Sample the `count` image tokens that follow each of the rows `(B, L)`, which end in the begin-of-image token.
+    """Sample the `count` image tokens that follow each of the rows `(B, L)`.
 
-    Guided logits are `u + guidance_scale * (c - u)`; rows are `[all conditional; all unconditional]`, an unconditional row being
-    its own prompt with every id but BOS and begin-of-image replaced by the pad token, its attention mask unchanged.
+    A row ends in the begin-of-image token. Guided logits are `u + guidance_scale * (c - u)`; rows
+    are `[all conditional; all unconditional]`. An unconditional row is its own prompt with every id
+    but BOS and begin-of-image replaced by the pad token, and with the same attention mask.
 
     Raises:
         UserError: not even one row fits into the free memory, or logits are not finite.
@@ -118,9 +126,10 @@ def decode_branches(
     guidance: tuple[float, ...],
     temperature: float = 1.0,
 ) -> DecodedImages:
-    """Sample `count` image tokens after each row of the first branch, guided by the same row of the others (see `rows.guided`).
+    """Sample `count` image tokens after each row of the first branch.
 
-    A branch is ids `(B, L)` or embeddings `(B, L, D)`, left-padded to the length that all share, with its mask `(B, L)`.
+    They are guided by the same row of the other branches (see `rows.guided`). A branch is ids `(B,
+    L)` or embeddings `(B, L, D)`, left-padded to the length that all share, with its mask `(B, L)`.
 
     Raises:
         UserError: not even one row fits into the free memory, or logits are not finite.
@@ -128,24 +137,25 @@ def decode_branches(
     ids, embedded = branches[0][0], branches[0][0].ndim == 3
     prefix = prefix_length(engine, ids)
     uniforms = row_uniforms(seeds, count, ids.device)
-    needed = len(branches) * engine.cache_bytes(prefix + count) + WORKING_BYTES * len(engine.weights.image_embed)
-    most = engine.options.max_rows or rows_that_fit(
-        needed, engine.device, "drawing an image", held=engine.held_bytes(ImageEmitter)
+    bytes_per_row = len(branches) * engine.cache_bytes(prefix + count) + WORKING_BYTES * len(engine.weights.image_embed)
+    max_rows = engine.options.max_rows or rows_that_fit(
+        bytes_per_row, engine.device, "drawing an image", reusable=engine.held_bytes(ImageEmitter)
     )
-    drawn = []
-    for part in even_chunks(len(ids), most):
-        rows, mask = (torch.cat([branch[which][part] for branch in branches]) for which in (0, 1))
+    parts = []
+    for part in even_chunks(len(ids), max_rows):
+        rows = torch.cat([branch_rows[part] for branch_rows, _ in branches])
+        mask = torch.cat([branch_mask[part] for _, branch_mask in branches])
         session = engine.session(ImageEmitter, len(rows), 1, prefix, count, guidance=guidance, temperature=temperature)
         session.prefill(mask if embedded else rows, mask, rows if embedded else None)
         session.emitter.start(uniforms[part])
         session.decode()
         emitter = session.emitter
         check_finite(emitter.logprobs, "the logits of the image that the model drew", BROKEN)
-        drawn.append([t.clone() for t in (emitter.tokens, emitter.logprobs, emitter.conditional, emitter.guided)])
-    return DecodedImages(*(torch.cat(parts) for parts in zip(*drawn)))
+        parts.append([t.clone() for t in (emitter.tokens, emitter.logprobs, emitter.conditional, emitter.guided)])
+    return DecodedImages(*map(torch.cat, zip(*parts)))
 
 
 def prefix_length(engine: Engine, ids: torch.Tensor) -> int:
-    """Places that the prefixes `(P, L)` get in the cache: `L`, or somewhat more where steps are recorded."""
+    """Positions of the prefixes `(P, L)` in the cache: `L`, or more for recorded steps."""
     step = PREFIX_STEP if engine.options.graphs and engine.device.type == "cuda" else 1
     return -(-ids.shape[1] // step) * step

@@ -1,4 +1,4 @@
-"""What turns a hidden state into the next token: sampling, guidance and statistics in float32, all on the device."""
+"""From a hidden state to the next token: sampling, guidance and statistics, on the device."""
 
 import torch
 import torch.nn.functional as F
@@ -9,9 +9,10 @@ from t2i_rl.models.autoregressive.engine.weights import Weights
 
 
 class ImageEmitter:
-    """Image tokens `(B, N)` under guidance, with the log-probs that they were drawn with and both self-certainties, `(B, N)` each.
+    """Image tokens `(B, N)` under guidance, with log-probs and self-certainties `(B, N)`.
 
-    `guidance` has one scale for each negative branch; rows are `[conditional; first negative; second negative; ...]`.
+    `guidance` has one scale for each negative branch; rows are `[conditional; first negative;
+    second negative; ...]`.
     """
 
     def __init__(self, weights: Weights, rows: int, count: int, guidance: tuple[float, ...], temperature: float):
@@ -31,8 +32,9 @@ class ImageEmitter:
         return []
 
     def __call__(self, hidden: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        (first, first_bias), (second, second_bias) = self.weights.image_head
-        raw = F.linear(self.weights.image_activation(F.linear(hidden, first, first_bias)), second, second_bias).float()
+        first_linear, second_linear = self.weights.image_head
+        activated = self.weights.image_activation(F.linear(hidden, *first_linear))
+        raw = F.linear(activated, *second_linear).float()
         logits = guided(raw, self.guidance)
         token = sample_tokens(logits, self.uniforms.index_select(1, slot).squeeze(1), self.temperature)
         scaled = logits / (self.temperature or 1.0)
@@ -41,12 +43,14 @@ class ImageEmitter:
         self.logprobs.index_copy_(1, slot, logprob)
         self.conditional.index_copy_(1, slot, self_certainty(raw[: len(token)]).unsqueeze(1))
         self.guided.index_copy_(1, slot, self_certainty(logits).unsqueeze(1))
-        x = self.weights.image_embed[token]
-        return torch.cat([x] * (1 + len(self.guidance)))
+        return torch.cat([self.weights.image_embed[token]] * (1 + len(self.guidance)))
 
 
 class TextEmitter:
-    """Plan tokens `(B, T)`, EOS after a row has ended; `lengths` counts a row's tokens up to and including its first EOS."""
+    """Plan tokens `(B, T)`, EOS after a row has ended.
+
+    `lengths` `(B,)` counts a row's tokens up to and including its first EOS.
+    """
 
     def __init__(self, weights: Weights, rows: int, count: int, eos: int, temperature: float):
         self.weights, self.eos, self.temperature = weights, eos, temperature

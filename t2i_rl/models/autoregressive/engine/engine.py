@@ -1,6 +1,7 @@
 """The decoding engine: the weights packed once a rollout, and sessions that decode with them."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,14 +14,13 @@ from t2i_rl.models.autoregressive.engine.weights import Weights, pack
 class EngineOptions:
     """How rollouts are computed; none of these changes what is sampled, beyond rounding.
 
-    Raises:
-        UserError: an unknown dtype.
-
     Args:
         dtype: of weights and cache while decoding; None takes the dtype that the model computes in.
-        max_rows: images (or plans) decoded together; None takes as many as the measured free memory holds.
+        max_rows: images (or plans) decoded together; None takes as many as the measured free memory
+            holds.
         graphs: replay the decoding step as a CUDA graph, on a GPU.
-        keep: keep weights, caches and recorded steps from one rollout to the next; False gives their memory to the update.
+        keep: keep weights, caches and recorded steps from one rollout to the next; False gives
+            their memory to the update.
         compile: let torch.compile fuse the step; needs a C++ compiler or Triton.
 
     Raises:
@@ -43,13 +43,14 @@ class Engine:
     def __init__(self, options: EngineOptions | None = None):
         self.options = options or EngineOptions()
         self.weights: Weights | None = None
-        self._sessions: dict[type, tuple[tuple, Session]] = {}
+        self.sessions: dict[type, tuple[tuple, Session]] = {}
 
     @torch.inference_mode(False)  # what an evaluation makes, training may go on with
-    def load(self, model) -> "Engine":
-        """Read the model's weights as they are now, into the same place as before, so that recorded steps stay valid.
+    def load(self, model: Any) -> "Engine":
+        """Read the weights of a `JanusForConditionalGeneration` as they are now.
 
-        Under FSDP this gathers them: every rank must call it.
+        They go into the same memory as before, so that recorded steps stay valid. Under FSDP this
+        gathers them: every rank must call it.
         """
         trunk = model.model.language_model
         self.config, self._rotary = trunk.config, trunk.rotary_emb
@@ -80,20 +81,23 @@ class Engine:
         return cos[0], sin[0]
 
     @torch.inference_mode(False)
-    def session(self, emitter_class: type, *shape: int, **settings) -> Session:
-        """A session of this shape and these sampler settings; the last one of each kind is kept, with its cache and recorded steps."""
+    def session(self, emitter_class: type, *shape: int, **settings: Any) -> Session:
+        """A session of this shape and these sampler settings.
+
+        The last one of each kind of emitter is kept, with its cache and its recorded steps.
+        """
         key = (shape, tuple(sorted(settings.items())))
-        kept, session = self._sessions.pop(emitter_class, (None, None))
-        if kept != key:
-            del session
+        last_key, session = self.sessions.pop(emitter_class, (None, None))
+        if last_key != key:
+            del session  # before the new one allocates its cache
             session = Session(self, *shape)
             session.emitter = emitter_class(self.weights, session.rows, session.new_tokens, **settings)
-        self._sessions[emitter_class] = key, session
+        self.sessions[emitter_class] = key, session
         return session
 
     def held_bytes(self, emitter_class: type) -> int:
         """What the kept session of this kind holds."""
-        _, session = self._sessions.get(emitter_class, (None, None))
+        _, session = self.sessions.get(emitter_class, (None, None))
         return session.cache_bytes() if session else 0
 
     def rollout_done(self) -> None:
@@ -103,10 +107,10 @@ class Engine:
 
     def release(self) -> None:
         """Give back the packed weights, the caches and the recorded steps."""
-        self.weights, self._sessions = None, {}
+        self.weights, self.sessions = None, {}
 
 
-def working_dtype(model) -> torch.dtype:
+def working_dtype(model: Any) -> torch.dtype:
     """The dtype that the model computes in: autocast's where that is on, else its weights'."""
     weight = model.lm_head.weight
     kind = weight.device.type

@@ -8,7 +8,10 @@ _compiled: dict[Callable, Callable] = {}
 
 
 class Recorder:
-    """Runs `step(length)`. On a GPU each length is recorded the first time it comes and replayed from then on."""
+    """Runs `step(length)`.
+
+    On a GPU each length is recorded the first time it comes and replayed from then on.
+    """
 
     def __init__(self, device: torch.device, options):
         self.records = options.graphs and device.type == "cuda"
@@ -25,7 +28,11 @@ class Recorder:
         return _compiled[function]
 
     def run(self, step: Callable[[int], None], length: int, state: Callable[[], list[torch.Tensor]]) -> None:
-        """One step. Recording runs the step for warm-up, so `state()`, every tensor that it changes for good, is put back first."""
+        """One step.
+
+        Recording runs the step for warm-up, so `state()`, every tensor that it changes for good, is
+        put back first.
+        """
         if not self.records:
             return step(length)
         if length not in self._graphs:
@@ -34,14 +41,14 @@ class Recorder:
         return None
 
     def _record(self, step: Callable[[int], None], length: int, state: list[torch.Tensor]) -> torch.cuda.CUDAGraph:
-        before = [tensor.clone() for tensor in state]
+        former_values = [tensor.clone() for tensor in state]
         aside = torch.cuda.Stream()
         aside.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(aside):
             for _ in range(2):
                 step(length)
         torch.cuda.current_stream().wait_stream(aside)
-        for tensor, value in zip(state, before):
+        for tensor, value in zip(state, former_values):
             tensor.copy_(value)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +13,16 @@ from t2i_rl.models.autoregressive.engine.rows import positions
 from t2i_rl.models.autoregressive.engine.trunk import run_trunk
 
 PREFILL_TOKENS = 16384  # read at once, so that prefixes of many rows need no memory of their own
-BUCKET = {"cuda": 64, "cpu": 32}  # a step attends to a whole number of places: few recordings; contiguous on a CPU
+# a step attends to a multiple of so many positions: few recordings on a GPU, contiguous memory on a
+# CPU
+BUCKET = {"cuda": 64, "cpu": 32}
 
 
 def in_its_own_dtype(method: Callable) -> Callable:
-    """Weights and caches have their dtype; autocast, where training has it on, must not change it again."""
+    """A method without autocast, which would change the dtype of weights and caches again."""
 
     @wraps(method)
-    def plainly(self, *args, **kwargs):
+    def plainly(self: "Session", *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(self.hidden.device.type, enabled=False):
             return method(self, *args, **kwargs)
 
@@ -27,14 +30,15 @@ def in_its_own_dtype(method: Callable) -> Callable:
 
 
 class Session:
-    """`rows` rows, `group_size` of them after each prefix of `prefix` tokens, and room for `new_tokens` more each.
+    """`rows` rows, `group_size` of them after each prefix, and room for `new_tokens` each.
 
-    Where `group_size > 1` the keys and values of a prefix are stored once and read once a step for its whole group (`common`);
-    what a row adds is its `own`. With `group_size == 1` prefix and additions lie in one cache.
-    `emitter(hidden, slot)` samples token number `slot` of each row and returns the embeddings `(rows, D)` to go on with.
+    Where `group_size > 1` the keys and values of a prefix are stored once and read once a step for
+    its whole group (`common`); what a row adds is its `own`. With `group_size == 1` prefix and
+    additions lie in one cache. `emitter(hidden, slot)` samples token number `slot` of each row and
+    returns the embeddings `(rows, D)` to go on with.
     """
 
-    def __init__(self, engine, rows: int, group_size: int, prefix: int, new_tokens: int):
+    def __init__(self, engine: Any, rows: int, group_size: int, prefix: int, new_tokens: int):
         config, device, dtype = engine.config, engine.device, engine.dtype
         self.config, self.weights = config, engine.weights
         self.rows, self.group_size, self.prefixes = rows, group_size, rows // group_size
@@ -47,7 +51,7 @@ class Session:
         self.common_bias = torch.zeros(self.prefixes, 1, 1, prefix, device=device)
         self.cos, self.sin = engine.rotary(prefix + new_tokens)
         self.slot = torch.zeros(1, dtype=torch.long, device=device)
-        self.read = torch.zeros(rows, dtype=torch.long, device=device)
+        self.prefix_lengths = torch.zeros(rows, dtype=torch.long, device=device)
         self.hidden = torch.zeros(rows, config.hidden_size, dtype=dtype, device=device)
         self.recorder = Recorder(device, engine.options)
         self.emitter = None
@@ -55,63 +59,71 @@ class Session:
     @torch.no_grad()
     @in_its_own_dtype
     def prefill(self, ids: torch.Tensor, mask: torch.Tensor, embeds: torch.Tensor | None = None) -> None:
-        """Read the prefixes `(prefixes, L)`, left-padded, `L <= prefix`; equal ones once. `embeds` `(prefixes, L, D)` stand in for those of `ids`.
+        """Read the prefixes `(prefixes, L)`, left-padded, `L <= prefix`; equal ones once. `embeds`
+        `(prefixes, L, D)` stand in for those of `ids`.
 
         Afterwards `hidden` `(rows, D)` predicts the first new token of each row.
         """
         if self.grows:
             self.own.resize(self.start)
-        room = (self.prefix - ids.shape[1], 0)
-        mask = F.pad(mask.bool(), room)
+        padding = (self.prefix - ids.shape[1], 0)
+        mask = F.pad(mask.bool(), padding)
+        # distinct prefixes and their masks; `number` is the distinct prefix of each of the prefixes
         if embeds is None:
-            kept, place = F.pad(ids, room).masked_fill(~mask, -1).unique(dim=0, return_inverse=True)
-            seen, table = kept >= 0, kept.clamp(min=0)
+            distinct_ids, number = F.pad(ids, padding).masked_fill(~mask, -1).unique(dim=0, return_inverse=True)
+            distinct_mask, distinct = distinct_ids >= 0, distinct_ids.clamp(min=0)
         else:
-            seen, place = mask, torch.arange(len(mask), device=mask.device)
-            table = F.pad(embeds, (0, 0, *room))
-        hidden = torch.empty(len(seen), self.hidden.shape[1], dtype=self.hidden.dtype, device=self.hidden.device)
-        several = max(1, PREFILL_TOKENS // self.prefix)
-        for first in range(0, len(seen), several):
-            part = slice(first, first + several)
-            x = table[part].to(hidden.dtype) if embeds is not None else self.weights.text_embed[table[part]]
-            hidden[part] = self._read(x, seen[part], (place >= first) & (place < first + several), place - first)
+            distinct_mask, number = mask, torch.arange(len(mask), device=mask.device)
+            distinct = F.pad(embeds, (0, 0, *padding))
+        count, width = len(distinct_mask), self.hidden.shape[1]
+        hidden = torch.empty(count, width, dtype=self.hidden.dtype, device=self.hidden.device)
+        at_once = max(1, PREFILL_TOKENS // self.prefix)
+        for first in range(0, count, at_once):
+            part = slice(first, first + at_once)
+            x = self.weights.text_embed[distinct[part]] if embeds is None else distinct[part].to(hidden.dtype)
+            rows = (number >= first) & (number < first + at_once)
+            hidden[part] = self._read(x, distinct_mask[part], rows, number - first)
         group = torch.arange(self.rows, device=mask.device) // self.group_size
-        self.hidden.copy_(hidden[place[group]])
+        self.hidden.copy_(hidden[number[group]])
         hides = torch.where(mask, 0.0, float("-inf"))[:, None, None]
         self.common_bias.copy_(hides)
         self.own_bias.fill_(float("-inf"))
         if self.start:
             self.own_bias[..., : self.start].copy_(hides)
-        self.read.copy_(mask.sum(-1)[group])
+        self.prefix_lengths.copy_(mask.sum(-1)[group])
         self.slot.zero_()
 
-    def _read(self, x: torch.Tensor, seen: torch.Tensor, rows: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-        """Run the distinct prefixes `x` `(U, prefix, D)` through the trunk and put their keys and values where `rows` need them."""
+    def _read(self, x: torch.Tensor, mask: torch.Tensor, rows: torch.Tensor, number: torch.Tensor) -> torch.Tensor:
+        """Run the distinct prefixes `x` `(U, prefix, D)` through the trunk and put their keys and
+        values where `rows` need them."""
         length = x.shape[1]
-        visible = seen[:, None, None] & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
+        visible = mask[:, None, None] & torch.ones(length, length, dtype=torch.bool, device=x.device).tril()
         visible = visible | torch.eye(length, dtype=torch.bool, device=x.device)  # padding attends itself: no NaN
-        place = place[rows]
+        number = number[rows]
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             keys, values = self.common[layer]
-            keys[rows, :, :, :length] = k[place].transpose(-1, -2)
-            values[rows, :, :length] = v[place]
+            keys[rows, :, :, :length] = k[number].transpose(-1, -2)
+            values[rows, :, :length] = v[number]
             return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, enable_gqa=q.shape[1] != k.shape[1])
 
-        place_of = positions(seen)
-        return run_trunk(self.weights, self.config, x, self.cos[place_of], self.sin[place_of], attend)[:, -1]
+        position = positions(mask)
+        return run_trunk(self.weights, self.config, x, self.cos[position], self.sin[position], attend)[:, -1]
 
     @torch.no_grad()
     @in_its_own_dtype
     def decode(self, ended: torch.Tensor | None = None) -> int:
-        """Emit up to `new_tokens` tokens a row; returns how many. Where `ended` `(rows,)` is given, stops soon after all of it is true."""
-        look = 1 if self.slot.device.type == "cpu" else 16
+        """Emit up to `new_tokens` tokens a row; returns how many.
+
+        Where `ended` `(rows,)` is given, stops soon after all of it is true.
+        """
+        look_every = 1 if self.slot.device.type == "cpu" else 16  # a look waits for a GPU
         for count in range(1, self.new_tokens):
             filled = self.start + min(-(-count // self.bucket) * self.bucket, self.new_tokens)
             if self.grows and self.own.length < filled:
                 self.own.resize(filled, keep=self.own.length)
-            self.recorder.run(self._step, filled, self._state)
-            if ended is not None and count % look == 0 and bool(ended.all()):
+            self.recorder.run(self.step, filled, self._state)
+            if ended is not None and count % look_every == 0 and bool(ended.all()):
                 return count
         self.emitter(self.hidden, self.slot)
         return self.new_tokens
@@ -123,11 +135,14 @@ class Session:
     def _state(self) -> list[torch.Tensor]:
         return [self.slot, self.hidden, self.own_bias, *self.emitter.state()]
 
-    def _step(self, filled: int) -> None:
-        """Emit one token a row and run it through the trunk; attends to the first `filled` places. No argument or result leaves the device."""
+    def step(self, filled: int) -> None:
+        """Emit one token a row and run it through the trunk; attends to the first `filled` places.
+
+        No argument or result leaves the device.
+        """
         x = self.emitter(self.hidden, self.slot).unsqueeze(1)
         self.own_bias.index_fill_(3, self.start + self.slot, 0.0)
-        place = (self.read + self.slot).unsqueeze(1)
+        position = (self.prefix_lengths + self.slot).unsqueeze(1)
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
             keys, values = self.own[layer]
@@ -141,11 +156,12 @@ class Session:
                 return (scores.softmax(-1).to(v.dtype) @ values).view(rows, heads, 1, dim)
             common = (self._by_group(q) @ self.common[layer][0]).float() + self.common_bias
             scores = torch.cat([self._by_row(common), scores], dim=-1).softmax(-1).to(v.dtype)
-            read, added = scores.split([self.prefix, filled], dim=-1)
-            mixed = self._by_row(self._by_group(read) @ self.common[layer][1]) + added @ values
+            to_prefix, to_own = scores.split([self.prefix, filled], dim=-1)
+            mixed = self._by_row(self._by_group(to_prefix) @ self.common[layer][1]) + to_own @ values
             return mixed.view(rows, heads, 1, dim)
 
-        x = run_trunk(self.weights, self.config, x, self.cos[place], self.sin[place], attend, self.recorder.fused)
+        cos, sin = self.cos[position], self.sin[position]
+        x = run_trunk(self.weights, self.config, x, cos, sin, attend, self.recorder.fused)
         self.hidden.copy_(x[:, 0])
         self.slot += 1
 

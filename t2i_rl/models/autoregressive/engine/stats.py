@@ -1,4 +1,7 @@
-"""What is read off a next-token distribution: log-probability, self-certainty, entropy. Always float32, always the full softmax."""
+"""What is read off a next-token distribution: log-probability, self-certainty, entropy.
+
+Always float32, always the full softmax.
+"""
 
 import math
 from dataclasses import dataclass
@@ -8,9 +11,12 @@ import torch
 
 @dataclass
 class TokenStats:
-    """Per token, `(B, T)`, zero where `mask` is False. Self-certainty and entropy carry no gradient.
+    """Per token, `(B, T)`, zero where `mask` is False.
 
-    self_certainty: KL(U || p) = logsumexp(z) - mean(z) - log V, in nats (IRIS; Kang et al. 2025), at temperature 1.
+    Self-certainty and entropy carry no gradient.
+
+    self_certainty: KL(U || p) = logsumexp(z) - mean(z) - log V, in nats (IRIS; Kang et al. 2025),
+    at temperature 1.
     entropy: H(p) in nats, at temperature 1.
     """
 
@@ -33,18 +39,23 @@ def entropy(logits: torch.Tensor) -> torch.Tensor:
 
 
 def token_stats(logits: torch.Tensor, tokens: torch.Tensor, mask: torch.Tensor, temperature: float = 1.0) -> TokenStats:
-    """Statistics of `tokens` `(B, T)` under `logits` `(B, T, V)`; log-probs at `temperature`, the one they were sampled at."""
+    """Statistics of `tokens` `(B, T)` under `logits` `(B, T, V)`.
+
+    Log-probs are at `temperature`, the one that the tokens were sampled at.
+    """
     z = logits.float()
-    chosen = (z / temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    logprobs = (z / temperature).log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     with torch.no_grad():
         certainty, spread = self_certainty(z), entropy(z)
-    return TokenStats(chosen * mask, certainty * mask, spread * mask, mask)
+    return TokenStats(logprobs * mask, certainty * mask, spread * mask, mask)
 
 
 def sample_tokens(logits: torch.Tensor, uniforms: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Draw one token a row by inverting the CDF of `softmax(logits / temperature)` at `uniforms` `(B,)`; temperature 0 is greedy.
+    """Draw one token a row by inverting the CDF of `softmax(logits / temperature)` at `uniforms`
+    `(B,)`; temperature 0 is greedy.
 
-    The whole distribution is sampled: no top-k, no top-p, so a log-prob over the full softmax is the sampler's own.
+    The whole distribution is sampled: no top-k, no top-p, so a log-prob over the full softmax is
+    the sampler's own.
     """
     if temperature == 0:
         return logits.argmax(-1)

@@ -1,7 +1,8 @@
-"""The weights that decoding reads, packed for it once a rollout: adapters merged, shards gathered, projections fused."""
+"""The weights that decoding reads, packed once a rollout: adapters merged, projections fused."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -12,7 +13,10 @@ from t2i_rl.core.hashing import gathered
 
 @dataclass
 class LayerWeights:
-    """One decoder layer; `qkv` and `gate_up` are the projections side by side. Biases are None where the model has none."""
+    """One decoder layer; `qkv` and `gate_up` are the projections side by side.
+
+    Biases are None where the model has none.
+    """
 
     attention_norm: torch.Tensor
     qkv: torch.Tensor
@@ -30,8 +34,9 @@ class LayerWeights:
 
 @dataclass
 class Weights:
-    """A Janus language model with both vocabularies: `text_embed` `(V, D)` and `text_head` `(V, D)` for words, `image_embed`
-    `(codes, D)` (codebook embeddings already through the aligner) and `image_head` for pictures."""
+    """A Janus language model with both vocabularies: `text_embed` `(V, D)` and `text_head` `(V, D)`
+    for words, `image_embed` `(codes, D)` (codebook embeddings already through the aligner) and
+    `image_head` for pictures."""
 
     text_embed: torch.Tensor
     image_embed: torch.Tensor
@@ -54,16 +59,18 @@ class Weights:
             yield from layer.tensors()
 
     def bytes_per_step(self) -> int:
-        """What one decoding step of image tokens has to read: the trunk and the image head, not the embeddings."""
+        """What a decoding step of image tokens has to read: trunk and image head, no embeddings."""
         unread = (self.text_embed, self.image_embed, self.text_head)
         return sum(t.nbytes for t in self.tensors() if all(t is not other for other in unread))
 
 
 @torch.no_grad()
-def pack(model, dtype: torch.dtype, device: torch.device, into: Weights | None = None) -> Weights:
-    """Read `JanusForConditionalGeneration` into `Weights`, new ones or those of `into`, a layer at a time: no second copy comes to be.
+def pack(model: Any, dtype: torch.dtype, device: torch.device, into: Weights | None = None) -> Weights:
+    """Read `JanusForConditionalGeneration` into `Weights`, new ones or those of `into`, a layer at
+    a time: no second copy comes to be.
 
-    LoRA adapters are added in float32 and rounded once. Under FSDP every rank must call it together: each weight is gathered once.
+    LoRA adapters are added in float32 and rounded once. Under FSDP every rank must call it
+    together: each weight is gathered once.
     """
 
     def plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -90,7 +97,8 @@ def pack(model, dtype: torch.dtype, device: torch.device, into: Weights | None =
         )
 
     def ends() -> Weights:
-        trunk, aligner, head = model.model.language_model, model.model.generation_aligner, model.model.generation_head
+        parts = model.model
+        trunk, aligner, head = parts.language_model, parts.generation_aligner, parts.generation_head
         image_embed = plain(model.model.generation_embeddings.weight)
         for number, module in enumerate([aligner.fc1, *aligner.hidden_layers]):
             image_embed = aligner.activation_fn(image_embed) if number else image_embed
@@ -110,10 +118,10 @@ def pack(model, dtype: torch.dtype, device: torch.device, into: Weights | None =
         packed = ends()
         packed.layers = [layer(block) for block in blocks]
         return packed
-    for mine, fresh in zip(into.ends(), ends().ends(), strict=True):
-        mine.copy_(fresh)
-    for mine, block in zip(into.layers, blocks, strict=True):
-        for old, new in zip(mine.tensors(), layer(block).tensors(), strict=True):
+    for old, new in zip(into.ends(), ends().ends(), strict=True):
+        old.copy_(new)
+    for old_layer, block in zip(into.layers, blocks, strict=True):
+        for old, new in zip(old_layer.tensors(), layer(block).tensors(), strict=True):
             old.copy_(new)
     return into
 
