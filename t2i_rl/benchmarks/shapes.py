@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from t2i_rl.core.contracts import Benchmark, Verdict
+from t2i_rl.core.contracts import Benchmark, Column, Verdict
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Pixels, check_arguments
 from t2i_rl.core.prompts import Prompt
@@ -17,14 +17,21 @@ from t2i_rl.shapes.scene import CANVASES, sample_scene
 from t2i_rl.shapes.suites import select_prompts, wishes
 from t2i_rl.shapes.text import GENEVAL_TASKS
 
-COLUMNS = {"malformed": "malformed", "over_counted": "extra", "under_counted": "missing"}  # by kind of defect
+COUNTING = ("counting",)
+COLUMNS = {  # by the kind of defect that each counts
+    "malformed": Column("malformed", "malformed images", more_is_better=False),
+    "extra": Column("over_counted", "counting: too many", COUNTING, more_is_better=False),
+    "missing": Column("under_counted", "counting: too few", COUNTING, more_is_better=False),
+}
 
 
 class Shapes(Benchmark):
-    """Held-out prompts of `shapes`, half of them with object pairs that no training prompt names (where a task has pairs).
+    """Held-out prompts of `shapes`, half of them with object pairs that no training prompt names (where a task has
+    pairs).
 
     Args:
-        tasks: which tasks; those of GenEval's six among them make `overall` (all, if there is none), others stand under their own names.
+        tasks: which tasks; those of GenEval's six among them make `overall` (all, if there is none), others stand under
+            their own names.
         prompts_per_task: at most so many prompts of each task; samples_per_prompt: images of each prompt.
         split: `test`, or `validation` to choose settings on; size: canvas in pixels, must be what the model draws.
     """
@@ -32,7 +39,7 @@ class Shapes(Benchmark):
     name = "shapes"
     version = 2
     needs_meta = ("include",)
-    columns = tuple(COLUMNS)
+    columns = tuple(COLUMNS.values())
 
     def __init__(
         self,
@@ -47,13 +54,8 @@ class Shapes(Benchmark):
             raise UserError(f"benchmark.size must be one of {CANVASES}, not {size}")
         if not tasks:
             raise UserError("benchmark.tasks must not be empty")
-        self.tasks, self.prompts_per_task, self.samples_per_prompt, self.split, self.size = (
-            tuple(tasks),
-            prompts_per_task,
-            samples_per_prompt,
-            split,
-            size,
-        )
+        self.tasks, self.split, self.size = tuple(tasks), split, size
+        self.prompts_per_task, self.samples_per_prompt = prompts_per_task, samples_per_prompt
         self.image_sizes = (size,)
         self.overall_tasks = tuple(task for task in self.tasks if task in GENEVAL_TASKS) or self.tasks
         self._reference: np.ndarray | None = None
@@ -69,27 +71,28 @@ class Shapes(Benchmark):
             UserError: images of a size that the judge was not made for.
         """
         if images.shape[1:3] != (self.size, self.size):
-            raise UserError(
-                f"benchmark=shapes judges {self.size}x{self.size} images, the model drew {images.shape[2]}x{images.shape[1]}"
-            )
-        return [judge(prompt.meta, found) for prompt, found in zip(prompts, detect(images), strict=True)]
+            drawn = f"{images.shape[2]}x{images.shape[1]}"
+            raise UserError(f"benchmark=shapes judges {self.size}x{self.size} images, the model drew {drawn}")
+        return [judge(prompt.meta, objects) for prompt, objects in zip(prompts, detect(images), strict=True)]
 
     def measured(self, prompt: Prompt, verdict: Verdict) -> dict[str, float]:
         """Whether there is something that is no shape, an object too many, an object too few."""
         kinds = {defect.kind for defect in verdict.defects}
-        return {column: float(kind in kinds) for column, kind in COLUMNS.items()}
+        return {column.name: float(kind in kinds) for kind, column in COLUMNS.items()}
 
     def faults(self, images: np.ndarray, prompts: list[Prompt]) -> list[list[str]]:
         """What is wrong with each picture, in the words that a reflection uses; empty for a right one."""
         rng = np.random.default_rng(0)  # places what a mended scene needs; faults do not depend on it
-        return [list(reflect(prompt, found, self.size, rng).faults) for prompt, found in zip(prompts, detect(images), strict=True)]  # fmt: skip
+        pictures = zip(prompts, detect(images), strict=True)
+        return [list(reflect(prompt, objects, self.size, rng).faults) for prompt, objects in pictures]
 
     def named(self, text: str) -> list[str]:
         """See `reflections.named`."""
         return named(text)
 
     def features(self, images: np.ndarray) -> np.ndarray:
-        """What diversity is measured on, float32 `(N, 192)`: the image without its background, averaged over an 8x8 grid."""
+        """What diversity is measured on, float32 `(N, 192)`: the image without its background, averaged over an 8x8
+        grid."""
         pixels = images.astype(np.float32) / 255
         border = np.concatenate([pixels[:, 0], pixels[:, -1], pixels[:, :, 0], pixels[:, :, -1]], axis=1)
         pixels = pixels - np.median(border, axis=1)[:, None, None]
@@ -97,7 +100,8 @@ class Shapes(Benchmark):
         return pixels.reshape(len(images), 8, cell, 8, cell, 3).mean(axis=(2, 4)).reshape(len(images), -1)
 
     def reference_features(self, count: int = 2000) -> np.ndarray:
-        """Features `(count, 192)` of renders of scenes that satisfy this benchmark's prompts, its prompts in turn: what pictures are compared with."""
+        """Features `(count, 192)` of renders of scenes that satisfy this benchmark's prompts, its prompts in turn: what
+        pictures are compared with."""
         if self._reference is None or len(self._reference) != count:
             rng, prompts = np.random.default_rng(0), self.prompts()
             scenes = (sample_scene(wishes(prompts[i % len(prompts)]), rng, self.size) for i in range(count))

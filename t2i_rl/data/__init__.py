@@ -1,1 +1,1 @@
-"""Where training prompts come from."""
+"""Training data: prompts, pairs of images and texts, preferences, and the files that hold them."""

@@ -15,8 +15,8 @@ from t2i_rl.core.prompts import Prompt
 class Data(L.LightningDataModule):
     """A data module. A subclass gives `prompts`, `batch_size` and `train_dataloader`.
 
-    gives: what a batch holds, which a method says that it `learns_from`: `prompts` (`(number, Prompt)` each), `pairs`,
-        `preferences` or `trajectories`.
+    gives: what a batch holds, which a method says that it `learns_from`: `prompts` (of `(number,
+        Prompt)`), `pairs`, `preferences` or `trajectories`.
     prompts: the texts of the training data, known before any weight loads.
     validation: prompts held back from training, for callbacks that draw while it goes on.
     batch_size: rows a step, over all ranks together.
@@ -36,7 +36,7 @@ class Data(L.LightningDataModule):
         return ()
 
     def check(self, image_size: int) -> None:
-        """Refuse what cannot be learnt by a model that draws pictures of this side in pixels.
+        """Refuse what cannot be learnt by a model that draws images of this side in pixels.
 
         Raises:
             UserError: one line that says what to change.

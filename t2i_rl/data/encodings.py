@@ -1,7 +1,8 @@
-"""Latents and texts of a data set, encoded once: a shard of rows a file, every row by itself, bfloat16, checksummed, resumable.
+"""Latents and texts of a data set, encoded once: shards of rows, checksummed and resumable.
 
-An image costs its posterior's mean and deviation (latents are sampled anew each time they are read), a caption what its encoders say and no
-padding that is known beforehand; equal captions are kept once.
+Of an image its posterior's mean and deviation are kept: latents are sampled anew each time they are
+read. Of a caption it is what its encoders say, without padding that is known beforehand; equal
+captions are kept once.
 """
 
 import hashlib
@@ -27,7 +28,10 @@ KINDS = ("images", "texts")
 
 @dataclass
 class EncodedPairs:
-    """This rank's share of a batch, read from shards. Without `text` the captions are encoded on the fly."""
+    """This rank's share of a batch, read from shards.
+
+    Without `text` the captions are encoded on the fly.
+    """
 
     numbers: list[int]
     captions: list[str]
@@ -43,7 +47,7 @@ class EncodedPairs:
             return x0, model.encode_prompts(self.captions)
         return x0, model.expand({name: part.to(model.dtype) for name, part in self.text.items()})
 
-    def to(self, device) -> "EncodedPairs":
+    def to(self, device: torch.device | str) -> "EncodedPairs":
         text = None if self.text is None else {name: part.to(device) for name, part in self.text.items()}
         return EncodedPairs(self.numbers, self.captions, self.mean.to(device), self.std.to(device), text)
 
@@ -55,7 +59,7 @@ def about(model: LatentDiffusion, size: int, images: int, texts: int) -> dict:
         "kind": model.kind,
         "encoders_sha256": weights_sha256(torch.nn.ModuleList([model.vae, model.text_encoders])),
         "size": size,
-        "text_length": getattr(model, "max_sequence_length", None),
+        "text_length": model.max_sequence_length,
         "images": images,
         "texts": texts,
     }
@@ -80,21 +84,30 @@ def write_shard(folder: Path, kind: str, number: int, keys: list[str], rows: dic
 
 
 def finished(folder: Path, kind: str, number: int, keys: list[str]) -> int | None:
-    """The bytes of a shard that is there already, whole, finite and of these keys; None if it has to be written."""
-    file, record = folder / f"{kind}-{number:05d}.safetensors", folder / f"{kind}-{number:05d}.json"
-    if not (file.is_file() and record.is_file()):
+    """The bytes of a shard that is there already, whole, finite and of these keys.
+
+    None: it has to be written.
+    """
+    file, record_file = folder / f"{kind}-{number:05d}.safetensors", folder / f"{kind}-{number:05d}.json"
+    if not (file.is_file() and record_file.is_file()):
         return None
-    known = read_object(record, "keys", "bytes", "sha256")
-    whole = known["keys"] == keys and file.stat().st_size == known["bytes"]
-    if not whole:
+    record = read_object(record_file, "keys", "bytes", "sha256")
+    if record["keys"] != keys or record["bytes"] != file.stat().st_size:
         return None
     content = file.read_bytes()
-    whole = hashlib.sha256(content).hexdigest() == known["sha256"]
-    return known["bytes"] if whole and all(torch.isfinite(part).all() for part in load(content).values()) else None
+    if hashlib.sha256(content).hexdigest() != record["sha256"]:
+        return None
+    return record["bytes"] if all(torch.isfinite(part).all() for part in load(content).values()) else None
 
 
 class Encodings:
-    """A finished folder, read row by row; a shard's checksum is compared when it is first opened."""
+    """A finished folder, read row by row; a shard's checksum is compared when it is first opened.
+
+    Args:
+        about: what the folder says of itself, see `about`.
+        places: by kind and key, the number of a shard and a row in it.
+        sums: each shard's sha256.
+    """
 
     def __init__(self, folder: Path, about: dict, places: dict[str, dict[str, tuple[int, int]]], sums: dict[str, str]):
         self.folder, self.about, self.places, self.sums = folder, about, places, sums
@@ -110,23 +123,22 @@ class Encodings:
         folder = Path(path)
         if not (folder / "about.json").is_file():
             raise UserError(f"data.encodings={path}: no about.json there; make the folder with task=encode")
-        known = read_object(folder / "about.json", "format", *KINDS)
-        if known["format"] != FORMAT:
+        facts = read_object(folder / "about.json", "format", *KINDS)
+        if facts["format"] != FORMAT:
             raise UserError(f"data.encodings={path}: about.json does not say {FORMAT!r}")
         places: dict[str, dict[str, tuple[int, int]]] = {kind: {} for kind in KINDS}
         sums = {}
         for kind in KINDS:
-            for record in sorted(folder.glob(f"{kind}-*.json")):
-                if not record.stem.removeprefix(f"{kind}-").isdecimal():
-                    raise UserError(f"{record} is no record of a shard, whose name ends in a number: delete it")
-                number, shard = int(record.stem.split("-")[1]), read_object(record, "keys", "sha256")
-                sums[f"{kind}-{number:05d}"] = shard["sha256"]
-                places[kind] |= {key: (number, row) for row, key in enumerate(shard["keys"])}
-            if len(places[kind]) < known[kind]:
-                raise UserError(
-                    f"data.encodings={path}: {len(places[kind])} of {known[kind]} {kind} are encoded; the same task=encode again goes on"
-                )
-        return cls(folder, known, places, sums)
+            for file in sorted(folder.glob(f"{kind}-*.json")):
+                if not file.stem.removeprefix(f"{kind}-").isdecimal():
+                    raise UserError(f"{file} is no record of a shard, whose name ends in a number: delete it")
+                number, record = int(file.stem.split("-")[1]), read_object(file, "keys", "sha256")
+                sums[f"{kind}-{number:05d}"] = record["sha256"]
+                places[kind] |= {key: (number, row) for row, key in enumerate(record["keys"])}
+            if len(places[kind]) < facts[kind]:
+                count = f"{len(places[kind])} of {facts[kind]} {kind} are encoded"
+                raise UserError(f"data.encodings={path}: {count}; the same task=encode again goes on")
+        return cls(folder, facts, places, sums)
 
     def check(self, model: LatentDiffusion, size: int) -> None:
         """Whether these are encodings by this model's encoders at this size.
@@ -134,12 +146,11 @@ class Encodings:
         Raises:
             UserError: they are not.
         """
-        mine = about(model, size, self.about["images"], self.about["texts"])
-        for name, value in mine.items():
+        expected = about(model, size, self.about["images"], self.about["texts"])
+        for name, value in expected.items():
             if self.about[name] != value:
-                raise UserError(
-                    f"data.encodings={self.folder}: made with {name}={self.about[name]}, but this run has {value}; encode again"
-                )
+                difference = f"made with {name}={self.about[name]}, but this run has {value}"
+                raise UserError(f"data.encodings={self.folder}: {difference}; encode again")
 
     def check_holds(self, names: list[str]) -> None:
         """Whether all images of these names were encoded.
@@ -150,14 +161,16 @@ class Encodings:
         lacking = next((name for name in names if name not in self.places["images"]), None)
         if lacking is not None:
             raise UserError(
-                f"data.encodings={self.folder}: {lacking!r} is not among its images; encode this data set again, into another folder"
+                f"data.encodings={self.folder}: {lacking!r} is not among its images; encode this data set again, into "
+                "another folder"
             )
 
     def pairs(self, numbers: list[int], names: list[str], captions: list[str]) -> EncodedPairs:
         """A batch.
 
         Raises:
-            UserError: an image or caption was not encoded, a shard has changed since, or a row is not finite.
+            UserError: an image or caption was not encoded, a shard has changed since, or a row is
+                not finite.
         """
         images = self._rows("images", names)
         text = self._rows("texts", captions) if self.about["texts"] else None

@@ -1,6 +1,7 @@
-"""Training prompts in GenEval's and T2I-CompBench's manner, annotated with the objects, counts, colours and relations that they ask for.
+"""Training prompts after GenEval and T2I-CompBench, annotated with what they ask for.
 
-Wording: GenEval (arXiv 2310.11513) for `a photo of ...`, T2I-CompBench (arXiv 2307.06350) for attributes; rows: T2I-R1's format.
+Wording: GenEval (arXiv 2310.11513) for `a photo of ...`, T2I-CompBench (arXiv 2307.06350) for
+attributes; rows: T2I-R1's format.
 """
 
 import random
@@ -18,7 +19,7 @@ COLORABLE = tuple(noun for noun in EVERYTHING if noun not in ("person", "orange"
 TRIES = 5000  # draws without a new prompt before a kind counts as used up
 
 
-def _one(draw: random.Random) -> dict:
+def _single_object(draw: random.Random) -> dict:
     noun = draw.choice(EVERYTHING)
     return {
         "prompt": f"a photo of {with_article(noun)}",
@@ -28,7 +29,7 @@ def _one(draw: random.Random) -> dict:
     }
 
 
-def _two(draw: random.Random) -> dict:
+def _two_objects(draw: random.Random) -> dict:
     nouns = draw.sample(EVERYTHING, 2)
     text = " and ".join(map(with_article, nouns))
     return {
@@ -41,28 +42,36 @@ def _two(draw: random.Random) -> dict:
 
 def _counting(draw: random.Random) -> dict:
     noun, number = draw.choice(COUNTABLE), draw.choice(list(NUMBERS))
-    counted = [{"obj_name": noun, "num": number}]
     return {
-        "prompt": f"a photo of {NUMBERS[number]} {plural(noun)}", "task_type": "numeracy", "nouns": [noun], "numeracy_info": counted,
-        "include": [_clause(noun, number)], "exclude": [_clause(noun, number + 1)],
-    }  # fmt: skip
+        "prompt": f"a photo of {NUMBERS[number]} {plural(noun)}",
+        "task_type": "numeracy",
+        "nouns": [noun],
+        "numeracy_info": [{"obj_name": noun, "num": number}],
+        "include": [_clause(noun, number)],
+        "exclude": [_clause(noun, number + 1)],
+    }
 
 
 def _color(draw: random.Random) -> dict:
     noun, color = draw.choice(COLORABLE), draw.choice(COLORS)
     return {
-        "prompt": f"a photo of {with_article(f'{color} {noun}')}", "task_type": "color", "nouns": [noun],
-        "attr_nouns": [f"{color} {noun}"], "include": [{**_clause(noun), "color": color}],
-    }  # fmt: skip
+        "prompt": f"a photo of {with_article(f'{color} {noun}')}",
+        "task_type": "color",
+        "nouns": [noun],
+        "attr_nouns": [f"{color} {noun}"],
+        "include": [{**_clause(noun), "color": color}],
+    }
 
 
 def _position(draw: random.Random) -> dict:
     (first, second), side = draw.sample(EVERYTHING, 2), draw.choice(SIDES)
     return {
-        "prompt": f"a photo of {with_article(first)} {side} {with_article(second)}", "task_type": "spatial", "nouns": [first, second],
+        "prompt": f"a photo of {with_article(first)} {side} {with_article(second)}",
+        "task_type": "spatial",
+        "nouns": [first, second],
         "spatial_info": {"obj1": first, "obj2": second, "locality": side},
         "include": [_clause(second), {**_clause(first), "position": [side, 0]}],
-    }  # fmt: skip
+    }
 
 
 def _color_pair(draw: random.Random) -> dict:
@@ -90,8 +99,8 @@ def _clause(noun: str, count: int = 1) -> dict:
 
 
 KINDS: dict[str, Callable[[random.Random], dict]] = {
-    "single_object": _one,
-    "two_object": _two,
+    "single_object": _single_object,
+    "two_object": _two_objects,
     "counting": _counting,
     "colors": _color,
     "position": _position,
@@ -102,44 +111,56 @@ KINDS: dict[str, Callable[[random.Random], dict]] = {
 
 
 def meaning(row: dict) -> tuple:
-    """What a row asks for, however it is worded: objects with counts and colours, and which is left of or above which. Its text where
-    `include` does not say."""
+    """What a row asks for, however it is worded; its text where `include` does not say.
+
+    These are objects with counts and colours, and which is left of or above which.
+    """
     clauses = row.get("include")
     if not clauses or "attr_nouns" in row and not any("color" in clause for clause in clauses):
         return ("text", plain(row["prompt"]))
-    things = sorted((clause["class"], clause.get("count", 1), clause.get("color", "")) for clause in clauses)
+    objects = sorted((clause["class"], clause.get("count", 1), clause.get("color", "")) for clause in clauses)
     relations = []
     for clause in clauses:
         if "position" in clause:
-            side, other = clause["position"]
-            pair = (clause["class"], clauses[other]["class"])
+            side, reference = clause["position"]
+            pair = (clause["class"], clauses[reference]["class"])
             opposite = {"right of": "left of", "below": "above"}.get(side)
             relations.append((opposite, *pair[::-1]) if opposite else (side, *pair))
-    return ("scene", tuple(things), tuple(sorted(relations)))
+    return ("scene", tuple(objects), tuple(sorted(relations)))
 
 
 def make_prompts(counts: dict[str, int], seed: int, barred: list[dict] | None = None) -> list[dict]:
-    """So many rows of each kind, all different in meaning from each other and from the `barred` rows; a function of the arguments alone.
-    `tag` names a row's kind.
+    """Rows of each kind, as many as `counts` says; a function of the arguments alone.
+
+    All differ in meaning from each other and from the `barred` rows. `tag` names a row's kind.
 
     Raises:
         UserError: an unknown kind, a number that is none, or more than a kind has.
     """
-    rows, taken = [], {meaning(row) for row in barred or []} | {("text", plain(row["prompt"])) for row in barred or []}
-    for kind, wanted in counts.items():
+    used_meanings = {meaning for row in barred or () for meaning in _meanings(row)}
+    rows = []
+    for kind, count in counts.items():
         if kind not in KINDS:
             raise UserError(f"task.counts holds {kind!r}; choose from {', '.join(KINDS)}")
-        if type(wanted) is not int or wanted < 0:
-            raise UserError(f"task.counts.{kind} must be a whole number of 0 or more, not {wanted!r}")
-        draw, made, failed = random.Random(derive_seed(seed, "prompts", kind)), 0, 0
-        while made < wanted:
+        if type(count) is not int or count < 0:
+            raise UserError(f"task.counts.{kind} must be a whole number of 0 or more, not {count!r}")
+        draw, rows_of_kind, failures = random.Random(derive_seed(seed, "prompts", kind)), 0, 0
+        while rows_of_kind < count:
             row = KINDS[kind](draw)
-            if {meaning(row), ("text", plain(row["prompt"]))} & taken:
-                failed += 1
-                if failed > TRIES:
-                    raise UserError(f"task.counts.{kind}={wanted}: there are only {made} different prompts of this kind; ask for fewer")  # fmt: skip
+            if _meanings(row) & used_meanings:
+                failures += 1
+                if failures > TRIES:
+                    raise UserError(
+                        f"task.counts.{kind}={count}: there are only {rows_of_kind} different prompts of this kind; "
+                        "ask for fewer"
+                    )
                 continue
-            taken |= {meaning(row), ("text", plain(row["prompt"]))}
+            used_meanings |= _meanings(row)
             rows.append({"tag": kind, **row})
-            made, failed = made + 1, 0
+            rows_of_kind, failures = rows_of_kind + 1, 0
     return rows
+
+
+def _meanings(row: dict) -> set[tuple]:
+    """What a row asks for, and its text: two rows may have neither in common."""
+    return {meaning(row), ("text", plain(row["prompt"]))}

@@ -1,5 +1,6 @@
-"""Batches of image-text pairs, and `shapes_pairs`: an endless stream of rendered scenes with their captions."""
+"""Batches of image-text pairs, and `shapes_pairs`: an endless stream of rendered scenes."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +24,11 @@ from t2i_rl.shapes.suites import select_prompts
 
 @dataclass
 class PixelPairs:
-    """This rank's share of a batch. `numbers` are its places in the batch of all ranks; pixels float32 `(R, 3, H, W)` in [-1, 1]."""
+    """This rank's share of a batch.
+
+    `numbers` are its rows' numbers in the batch of all ranks; pixels float32 `(R, 3, H, W)` in
+    [-1, 1].
+    """
 
     numbers: list[int]
     captions: list[str]
@@ -33,18 +38,18 @@ class PixelPairs:
         """Latents `(R, C, h, w)`, row `i` sampled with `seeds[i]`, and texts."""
         return sampled_latents(model, self.pixels, seeds), model.encode_prompts(self.captions)
 
-    def to(self, device) -> "PixelPairs":
+    def to(self, device: torch.device | str) -> "PixelPairs":
         return PixelPairs(self.numbers, self.captions, self.pixels.to(device))
 
 
 def sampled_latents(model: LatentDiffusion, pixels: torch.Tensor, seeds: list[int]) -> torch.Tensor:
-    """Latents of pixels of any size, `(B, C, h, w)`; row `i` is sampled from its posterior with `seeds[i]`."""
+    """Latents `(B, C, h, w)` of pixels; row `i` is sampled from its posterior with `seeds[i]`."""
     mean, std = model.posterior(pixels)
     return model.scaled(mean + std * row_normals(seeds, mean.shape[1:]).to(mean))
 
 
 def share_of(batch_size: int) -> tuple[int, int]:
-    """The first place of this rank in a batch of all ranks, and how many places are its own.
+    """The first row of this rank in a batch of all ranks, and how many rows are its own.
 
     Raises:
         UserError: the batch does not split.
@@ -62,36 +67,42 @@ def as_found(scene: Scene) -> list[ShapeDetection]:
 
 
 def distinct_examples(rng: np.random.Generator, count: int, weights: dict[str, float]) -> list[tuple[Prompt, Scene]]:
-    """Examples of which no caption is true of another's scene: contrasted texts must not be false negatives.
+    """Examples of which no caption is true of another's scene.
+
+    A contrasted text must not be a false negative.
 
     Raises:
         UserError: these tasks have not so many.
     """
-    chosen: list[tuple[Prompt, Scene]] = []
-    clashes = 0
-    while len(chosen) < count:
-        if clashes > 1000:
+    examples: list[tuple[Prompt, Scene]] = []
+    clashes_in_a_row = 0
+    while len(examples) < count:
+        if clashes_in_a_row > 1000:
             raise UserError(
-                f"data.batch_size={count}: data.tasks={list(weights)} have only about {len(chosen)} captions that are not true of one another's pictures; take fewer pairs, or more tasks"
+                f"data.batch_size={count}: data.tasks={list(weights)} have only about {len(examples)} captions that "
+                "are not true of one another's pictures; take fewer pairs, or more tasks"
             )
-        prompt, scene = sample_example(rng, weights)
-        clash = any(
-            judge(other.meta, as_found(scene)).strict or judge(prompt.meta, as_found(their)).strict
-            for other, their in chosen
-        )
-        clashes = clashes + 1 if clash else 0
-        if not clash:
-            chosen.append((prompt, scene))
-    return chosen
+        example = sample_example(rng, weights)
+        if any(_is_true_of(example, other) or _is_true_of(other, example) for other in examples):
+            clashes_in_a_row += 1
+        else:
+            clashes_in_a_row = 0
+            examples.append(example)
+    return examples
+
+
+def _is_true_of(example: tuple[Prompt, Scene], other: tuple[Prompt, Scene]) -> bool:
+    """Whether one example's caption is true of another's scene."""
+    return judge(example[0].meta, as_found(other[1])).strict
 
 
 class ShapesStream(IterableDataset):
-    """Batch `k` of all ranks together is a function of `(seed, k)`; a rank takes its share of it."""
+    """Batch `k` of all ranks together is a function of `(seed, k)`; a rank takes its share."""
 
     def __init__(self, batch_size: int, weights: dict[str, float], seed: int, first: int):
         self.batch_size, self.weights, self.seed, self.position = batch_size, weights, seed, first
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[PixelPairs]:
         first, share = share_of(self.batch_size)
         while True:
             rng = np.random.default_rng((self.seed, 5, self.position))
@@ -112,7 +123,8 @@ class ShapesPairs(Data):
         tasks: which tasks the captions come from, in the shares of `shapes.examples.TASK_WEIGHTS`.
 
     Raises:
-        UserError: fewer than two pairs (nothing to contrast), more than the tasks have captions for, or no such task.
+        UserError: fewer than two pairs (nothing to contrast), more than the tasks have captions
+            for, or no such task.
     """
 
     gives = "pairs"
@@ -124,9 +136,8 @@ class ShapesPairs(Data):
         if unknown or not tasks:
             raise UserError(f"data.tasks must be some of {', '.join(TASK_WEIGHTS)}, not {unknown or list(tasks)}")
         if batch_size < 2:
-            raise UserError(
-                f"data.batch_size={batch_size}: a text needs at least one other to be told from; take 2 or more"
-            )
+            why = "a text needs at least one other to be told from"
+            raise UserError(f"data.batch_size={batch_size}: {why}; take 2 or more")
         self.batch_size, self.seed = batch_size, seed
         self.weights = {task: TASK_WEIGHTS[task] for task in tasks}
         self.prompts = select_prompts("train", 40, tuple(tasks))

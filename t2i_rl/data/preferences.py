@@ -1,6 +1,7 @@
-"""Preferences on `shapes`: several pictures a training prompt, drawn by the model itself and ranked by the exact judge."""
+"""Preferences on `shapes`: images of one prompt, ranked by the exact judge."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from t2i_rl.core.numbers import Count, Seed, check_arguments
 from t2i_rl.core.pixels import read_image
 from t2i_rl.core.prompts import Prompt
 from t2i_rl.core.seeding import derive_seed
-from t2i_rl.core.written_texts import fault_of_text
+from t2i_rl.core.texts import fault_of_text
 from t2i_rl.data.base import Data
 from t2i_rl.data.pairs import sampled_latents, share_of
 from t2i_rl.models.diffusion.base import LatentDiffusion, TextEncoding
@@ -23,7 +24,10 @@ from t2i_rl.shapes.render import to_pixels
 
 @dataclass
 class Preferred:
-    """This rank's share of a batch: `pixels` `(2 R, 3, H, W)` are the preferred pictures of `captions` `(R,)`, then the others."""
+    """This rank's share of a batch.
+
+    pixels: `(2 R, 3, H, W)`, the preferred images of `captions` `(R,)`, then the others.
+    """
 
     numbers: list[int]
     captions: list[str]
@@ -33,46 +37,49 @@ class Preferred:
         text = model.encode_prompts(self.captions)
         return sampled_latents(model, self.pixels, seeds), text.map(lambda part: torch.cat([part, part]))
 
-    def to(self, device) -> "Preferred":
+    def to(self, device: torch.device | str) -> "Preferred":
         return Preferred(self.numbers, self.captions, self.pixels.to(device))
 
 
 class PreferenceStream(IterableDataset):
-    """Batch `k` of all ranks is a function of `(seed, k)`; every epoch is its own order. Both pictures of a pair have one number: one draw."""
+    """Batch `k` of all ranks is a function of `(seed, k)`; every epoch is its own order.
+
+    Both images of a pair have one number: one draw.
+    """
 
     def __init__(self, folder: Path, rows: list[dict], batch_size: int, seed: int, first: int):
         self.folder, self.rows, self.batch_size, self.seed, self.position = folder, rows, batch_size, seed, first
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Preferred]:
         first, share = share_of(self.batch_size)
         while True:
-            places = range(self.position * self.batch_size + first, self.position * self.batch_size + first + share)
-            chosen = [self.rows[self._item(place)] for place in places]
+            start = self.position * self.batch_size + first
+            rows = [self.rows[self._row(index)] for index in range(start, start + share)]
             self.position += 1
-            names = [row["preferred"] for row in chosen] + [row["other"] for row in chosen]
-            images = [self._read(name) for name in names]
+            names = [row["preferred"] for row in rows] + [row["other"] for row in rows]
+            images = [np.asarray(read_image(self.folder / name)) for name in names]
             odd = next((number for number, image in enumerate(images) if image.shape != images[0].shape), None)
             if odd is not None:
                 sizes = " and ".join(f"{names[i]} has {images[i].shape[1]}x{images[i].shape[0]}" for i in (0, odd))
                 raise UserError(f"{self.folder}: pictures of preferences must be of one size, but {sizes}")
             numbers = list(range(first, first + share))
-            yield Preferred(numbers + numbers, [row["prompt"] for row in chosen], to_pixels(np.stack(images)))
+            yield Preferred(numbers + numbers, [row["prompt"] for row in rows], to_pixels(np.stack(images)))
 
-    def _item(self, place: int) -> int:
-        epoch, offset = divmod(place, len(self.rows))
-        return int(
-            np.random.default_rng(derive_seed(self.seed, "preferences", epoch)).permutation(len(self.rows))[offset]
-        )
-
-    def _read(self, name: str) -> np.ndarray:
-        return np.asarray(read_image(self.folder / name))
+    def _row(self, index: int) -> int:
+        """The number of the row at an index of the endless stream."""
+        epoch, offset = divmod(index, len(self.rows))
+        rng = np.random.default_rng(derive_seed(self.seed, "preferences", epoch))
+        return int(rng.permutation(len(self.rows))[offset])
 
 
 class Preferences(Data):
-    """Pairs that task=make_preferences has written, or anybody in its form: rows of `prompt`, `preferred` and `other`.
+    """Pairs that task=make_preferences has written, or anybody in its form.
+
+    Its rows have `prompt`, `preferred` and `other`.
 
     Raises:
-        UserError: there are none, or fewer than a batch; or a row is broken or names a file that is not there.
+        UserError: there are none, or fewer than a batch; or a row is broken or names a file that is
+            not there.
     """
 
     gives = "preferences"
@@ -83,9 +90,8 @@ class Preferences(Data):
         self.folder, self.batch_size, self.seed = Path(path), batch_size, seed
         file = self.folder / "preferences.jsonl"
         if not file.is_file():
-            raise UserError(
-                f"data.path={path}: there is no preferences.jsonl; make the folder with task=make_preferences"
-            )
+            fix = "make the folder with task=make_preferences"
+            raise UserError(f"data.path={path}: there is no preferences.jsonl; {fix}")
         self.rows = [_checked(row, place, self.folder) for _, place, row in read_json_lines(file)]
         if len(self.rows) < batch_size:
             raise UserError(f"data.batch_size={batch_size}, but there are only {len(self.rows)} preferences")
@@ -93,7 +99,8 @@ class Preferences(Data):
 
     def train_dataloader(self) -> DataLoader:
         first = self.trainer.lightning_module.batches_done
-        return DataLoader(PreferenceStream(self.folder, self.rows, self.batch_size, self.seed, first), batch_size=None)
+        stream = PreferenceStream(self.folder, self.rows, self.batch_size, self.seed, first)
+        return DataLoader(stream, batch_size=None)
 
 
 def _checked(row: dict, place: str, folder: Path) -> dict:

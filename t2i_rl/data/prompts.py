@@ -1,4 +1,6 @@
-"""An endless, seeded stream of prompt batches, sharded over ranks without repeats, that a resumed run continues."""
+"""An endless, seeded stream of prompt batches that a resumed run continues."""
+
+from collections.abc import Iterator
 
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
@@ -13,9 +15,9 @@ from t2i_rl.shapes.text import GENEVAL_TASKS
 
 
 class PromptBatches(IterableDataset):
-    """Batches of `(index, prompt)`. Every epoch is its own permutation; batch `k` of the global stream is split evenly over ranks.
+    """Batches of `(index, prompt)`, each of which is one rollout.
 
-    `updates_per_rollout` is the method's affair: one batch is one rollout.
+    Every epoch is its own permutation; batch `k` of the global stream is split evenly over ranks.
     """
 
     def __init__(
@@ -23,32 +25,35 @@ class PromptBatches(IterableDataset):
     ):
         self.prompts, self.batch_size, self.seed, self.first = prompts, batch_size, seed, first
         self.rank, self.world_size = rank, world_size
+        self._epoch: int | None = None  # of which `_order` is
+        self._order: list[int] = []
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, Prompt]]]:
         number = self.first
         share = self.batch_size // self.world_size
         while True:
             start = number * self.batch_size + self.rank * share
-            yield [
-                (index, self.prompts[index]) for index in (self._index(place) for place in range(start, start + share))
-            ]
+            indices = [self._index(draw) for draw in range(start, start + share)]
+            yield [(index, self.prompts[index]) for index in indices]
             number += 1
 
-    def _index(self, place: int) -> int:
-        epoch, offset = divmod(place, len(self.prompts))
-        if getattr(self, "_epoch", None) != epoch:
+    def _index(self, draw: int) -> int:
+        """The number of the prompt that is drawn as number `draw` of the endless stream."""
+        epoch, offset = divmod(draw, len(self.prompts))
+        if self._epoch != epoch:
             self._epoch = epoch
             self._order = sorted(range(len(self.prompts)), key=lambda i: derive_seed(self.seed, "order", epoch, i))
         return self._order[offset]
 
 
 class PromptData(Data):
-    """Training prompts from a file (JSON lines or plain text), or from the training side of `shapes`.
+    """Training prompts from a file, or from the training side of `shapes`.
 
     Args:
         path: a prompt file; None takes `shapes`.
         batch_size: prompts per rollout over all ranks together.
-        prompts_per_task, tasks: how many training prompts of each `shapes` task.
+        prompts_per_task: how many training prompts of each `shapes` task.
+        tasks: the tasks of `shapes`.
         prompts: the prompts themselves, in place of all that.
         split: of `shapes`; what trains takes `train`.
 
@@ -75,17 +80,14 @@ class PromptData(Data):
             self.prompts = read_prompts(path) if path else select_prompts(split, prompts_per_task, tuple(tasks))
         self.batch_size, self.seed = batch_size, seed
         if len(self.prompts) < batch_size:
-            raise UserError(
-                f"data.batch_size={batch_size} prompts a rollout, but there are only {len(self.prompts)} prompts"
-            )
+            count = len(self.prompts)
+            raise UserError(f"data.batch_size={batch_size} prompts a rollout, but there are only {count} prompts")
 
     def train_dataloader(self) -> DataLoader:
         rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         if self.batch_size % world_size:
-            raise UserError(
-                f"data.batch_size={self.batch_size} prompts do not split over {world_size} ranks: take a multiple"
-            )
+            size = f"data.batch_size={self.batch_size}"
+            raise UserError(f"{size} prompts do not split over {world_size} ranks: take a multiple")
         first = self.trainer.lightning_module.rollouts_done
-        return DataLoader(
-            PromptBatches(self.prompts, self.batch_size, self.seed, first, rank, world_size), batch_size=None
-        )
+        batches = PromptBatches(self.prompts, self.batch_size, self.seed, first, rank, world_size)
+        return DataLoader(batches, batch_size=None)

@@ -1,10 +1,11 @@
-"""Where images and their captions lie on a disk: COCO's layout, a folder, a webdataset, parquet files. Nothing is decoded before it is asked for."""
+"""Images and their captions on a disk: COCO's layout, a folder, a webdataset, parquet files."""
 
 import os
 import tarfile
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -13,14 +14,16 @@ from t2i_rl.core.files import decoded, lines_of, parse_json, read_bytes, read_js
 from t2i_rl.core.members import is_image, matched
 from t2i_rl.core.pixels import read_image
 from t2i_rl.core.ranks import is_main_process
-from t2i_rl.core.written_texts import fault_of_text
+from t2i_rl.core.texts import fault_of_text
 
 TEXT_COLUMNS = ("text", "caption", "captions", "prompt")
 
 
 class Source:
-    """`captions[i]` are the texts of item `i`, one or more; `names[i]` tells it from the others; `open(i)` reads its
-    image's bytes. `ignored` names what lies there and is not taken up.
+    """Images and the texts of each, where they lie.
+
+    names: `names[i]` tells item `i` from the others. captions: `captions[i]` are its texts, one or
+    more. ignored: names of what lies there and is not taken up.
     """
 
     def __init__(self, names: list[str], captions: list[list[str]], ignored: Iterable[str] = ()):
@@ -38,7 +41,7 @@ class Source:
         raise NotImplementedError
 
     def image(self, item: int) -> Image.Image:
-        """The picture as `core.pixels.read_image` gives it.
+        """The image as `core.pixels.read_image` gives it.
 
         Raises:
             UserError: it cannot be read; the line names it.
@@ -57,11 +60,18 @@ class Files(Source):
 
 
 def coco(path: Path, split: str) -> Source:
-    """`annotations/captions_<split>.json` and the images in `<split>/`, as COCO is published; an image's captions stay together."""
+    """`annotations/captions_<split>.json` and the images in `<split>/`, as COCO is published.
+
+    An image's captions stay together.
+
+    Raises:
+        UserError: a file is missing or broken; the line names it.
+    """
     annotations = path / "annotations" / f"captions_{split}.json"
     if not annotations.is_file():
         raise UserError(
-            f"data.path={path}: there is no {annotations.relative_to(path)}; COCO's layout is annotations/captions_{split}.json and {split}/*.jpg"
+            f"data.path={path}: there is no {annotations.relative_to(path)}; COCO's layout is "
+            f"annotations/captions_{split}.json and {split}/*.jpg"
         )
     table = read_json(annotations)
     rows = {key: _rows_by_id(table, key, annotations) for key in ("images", "annotations")}
@@ -79,9 +89,9 @@ def coco(path: Path, split: str) -> Source:
             strays.append(f"{place}, of an image that is not in the table")
             continue
         captions.setdefault(row["image_id"], []).extend(_captions_in(row, ("caption",), place))
-    taken = {name: captions[number] for name, number in names.items() if number in captions}
-    unnamed = _images_but(path / split, {path / split / name for name in taken})
-    return _present(Files([path / split / name for name in taken], list(taken.values()), strays + unnamed))
+    captions_of = {name: captions[number] for name, number in names.items() if number in captions}
+    files = [path / split / name for name in captions_of]
+    return _present(Files(files, list(captions_of.values()), strays + _images_but(path / split, files)))
 
 
 def _rows_by_id(table: object, key: str, file: Path) -> dict:
@@ -101,8 +111,14 @@ def _rows_by_id(table: object, key: str, file: Path) -> dict:
 
 
 def folder(path: Path, split: str) -> Source:
-    """Images with `<name>.txt` beside them, a caption a line, or `<name>.json` (see `members.matched`); or a
-    `metadata.jsonl` of `file_name` and `text` (or `caption`), a line or several an image."""
+    """Images with their texts beside them, or with a `metadata.jsonl`.
+
+    A text is `<name>.txt`, a caption a line, or `<name>.json` (see `members.matched`). The table
+    has `file_name` and `text` (or `caption`), a line or several an image.
+
+    Raises:
+        UserError: an image has no caption, or a file is broken; the line names it.
+    """
     table = path / "metadata.jsonl"
     if table.is_file():
         captions: dict[Path, list[str]] = {}
@@ -112,32 +128,34 @@ def folder(path: Path, split: str) -> Source:
         return _present(Files(list(captions), list(captions.values()), _images_but(path, captions)))
     members = matched(sorted(str(file) for file in path.rglob("*") if file.is_file()))
     if members.lacking:
-        lacking = Path(members.lacking[0])
-        raise UserError(
-            f"{lacking} has no caption: write {lacking.with_suffix('.txt').name} beside it, or a metadata.jsonl in {path}"
-        )
-    captions = [_captions_of_file(read_bytes(text), text) for _, text in members.pairs]
-    return Files([Path(image) for image, _ in members.pairs], captions, members.ignored)
+        image = Path(members.lacking[0])
+        fix = f"write {image.with_suffix('.txt').name} beside it, or a metadata.jsonl in {path}"
+        raise UserError(f"{image} has no caption: {fix}")
+    texts = [_captions_of_file(read_bytes(text), text) for _, text in members.pairs]
+    return Files([Path(image) for image, _ in members.pairs], texts, members.ignored)
 
 
 class WebDataset(Source):
-    """Tar shards whose members share a name: `<key>.jpg` with `<key>.txt`, or `<key>.json` with `caption` or `text`
-    (see `members.matched`). Read in place, in any order."""
+    """Tar shards whose members share a name, read in place and in any order.
+
+    An image `<key>.jpg` goes with `<key>.txt`, or with `<key>.json` that has `caption` or `text`
+    (see `members.matched`).
+    """
 
     def __init__(self, shards: list[Path]):
-        self.places: list[tuple[Path, int, int]] = []
+        self._extents: list[tuple[Path, int, int]] = []  # of each image: its shard, offset and size in bytes
         names, captions, ignored = [], [], []
         for shard in shards:
-            samples, others = _members(shard)
-            ignored += others
-            for key, (place, texts) in samples.items():
+            samples, ignored_members = _members(shard)
+            ignored += ignored_members
+            for key, (offset, size, texts) in samples.items():
                 names.append(f"{shard}:{key}")
                 captions.append(texts)
-                self.places.append((shard, *place))
+                self._extents.append((shard, offset, size))
         super().__init__(names, captions, ignored)
 
     def open(self, item: int) -> bytes:
-        shard, offset, size = self.places[item]
+        shard, offset, size = self._extents[item]
         try:
             with shard.open("rb") as file:
                 file.seek(offset)
@@ -146,8 +164,8 @@ class WebDataset(Source):
             raise UserError(f"{shard} cannot be read: {error.strerror}") from error
 
 
-def _members(shard: Path) -> tuple[dict[str, tuple[tuple[int, int], list[str]]], list[str]]:
-    """By key: where an image lies and its captions; and what is ignored."""
+def _members(shard: Path) -> tuple[dict[str, tuple[int, int, list[str]]], list[str]]:
+    """An image's offset, size and captions, by its key; and the names of what is ignored."""
     try:
         with tarfile.open(shard, "r:") as archive:
             files = _files_of(archive, shard)
@@ -160,7 +178,7 @@ def _members(shard: Path) -> tuple[dict[str, tuple[tuple[int, int], list[str]]],
                 if key in samples:
                     raise UserError(f"{shard}: {key} has two images, {image} and another: leave one")
                 texts = _captions_of_file(archive.extractfile(files[text]).read(), f"{shard}: {text}")
-                samples[key] = (files[image].offset_data, files[image].size), texts
+                samples[key] = files[image].offset_data, files[image].size, texts
     except tarfile.TarError as error:
         raise UserError(f"{shard}: not a plain tar file ({error})") from error
     except OSError as error:
@@ -187,21 +205,26 @@ def _files_of(archive: tarfile.TarFile, shard: Path) -> dict[str, tarfile.TarInf
 
 
 def _check_end(archive: tarfile.TarFile, shard: Path) -> None:
-    """A tar ends with zeros. Python takes any broken header for the end, and silently loses what follows."""
+    """A tar ends with zeros.
+
+    Python takes any broken header for the end, and silently loses what follows.
+    """
     archive.fileobj.seek(archive.offset)
     zeros = 0
     for block in iter(partial(archive.fileobj.read, 1 << 20), b""):
         if any(block):
-            raise UserError(
-                f"{shard}: what follows its last member is no tar: it is damaged, or another tar was joined to it"
-            )
+            fault = "what follows its last member is no tar"
+            raise UserError(f"{shard}: {fault}: it is damaged, or another tar was joined to it")
         zeros += len(block)
     if zeros < tarfile.BLOCKSIZE:
         raise UserError(f"{shard}: there is no end of a tar: it was cut short; fetch or make it anew")
 
 
 class Parquet(Source):
-    """Parquet files with a column of images (bytes, or structs with `bytes` or `path`, as datasets writes them) and one of texts."""
+    """Parquet files with a column of images and one of texts.
+
+    An image is bytes, or a struct with `bytes` or `path`, as the library datasets writes them.
+    """
 
     def __init__(self, files: list[Path]):
         import pyarrow as pa
@@ -231,15 +254,16 @@ class Parquet(Source):
         file, row = self.rows[item]
         image = self._value(file, row)
         if isinstance(image, dict):
-            place = image.get("path")
+            path = image.get("path")
             image = image.get("bytes")
-            if image is None and isinstance(place, str):
-                return read_bytes(file.parent / place)
+            if image is None and isinstance(path, str):
+                return read_bytes(file.parent / path)
         if not isinstance(image, bytes):
             raise UserError(f"{file}: row {row}: its image is {type(image).__name__}, not bytes or a path")
         return image
 
-    def _value(self, file: Path, row: int):
+    def _value(self, file: Path, row: int) -> Any:
+        """A row's image as it stands in the file, of which one group of rows is kept at a time."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
@@ -259,7 +283,11 @@ class Parquet(Source):
 
 
 def find_source(path: str, layout: str, split: str) -> Source:
-    """The pairs below `path`. `layout` is `coco`, `folder`, `webdataset`, `parquet`, or `auto`: what the files there say.
+    """The pairs below `path`.
+
+    Args:
+        layout: `coco`, `folder`, `webdataset`, `parquet`, or `auto`: what the files there say.
+        split: of COCO's layout.
 
     Raises:
         UserError: there is nothing of the kind, or a file is broken; the line names it.
@@ -269,9 +297,8 @@ def find_source(path: str, layout: str, split: str) -> Source:
         raise UserError(f"data.path={path}: there is no such folder")
     shards, tables = _ending(root, ".tar"), _ending(root, ".parquet")
     if layout == "auto":
-        layout = (
-            "coco" if (root / "annotations").is_dir() else "webdataset" if shards else "parquet" if tables else "folder"
-        )
+        signs = {"coco": (root / "annotations").is_dir(), "webdataset": shards, "parquet": tables}
+        layout = next((name for name, sign in signs.items() if sign), "folder")
     makers = {
         "coco": lambda: coco(root, split),
         "folder": lambda: folder(root, split),
@@ -304,11 +331,11 @@ def _present(source: Files) -> Files:
     return source
 
 
-def _images_but(path: Path, taken: Iterable[Path]) -> list[str]:
+def _images_but(path: Path, named_files: Iterable[Path]) -> list[str]:
     """The images below a folder that its table of captions does not name."""
-    known = {os.path.normpath(file) for file in taken}
+    named = {os.path.normpath(file) for file in named_files}
     files = (os.path.normpath(file) for file in path.rglob("*"))
-    return sorted(file for file in files if is_image(file) and file not in known)
+    return sorted(file for file in files if is_image(file) and file not in named)
 
 
 def _captions_of_file(content: bytes, name: str) -> list[str]:

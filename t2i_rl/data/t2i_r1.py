@@ -1,4 +1,4 @@
-"""T2I-R1's training prompts: JSON lines with what its scorers need to know, every row checked (arXiv 2505.00703 section 4.1)."""
+"""T2I-R1's training prompts, with what its scorers need to know (arXiv 2505.00703 section 4.1)."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from t2i_rl.core.files import read_json_lines
 from t2i_rl.core.numbers import Count, Seed, check_arguments
 from t2i_rl.core.prompts import Prompt, fault_of_clauses, read_prompts, row_id, with_distinct_ids
 from t2i_rl.core.ranks import is_main_process
-from t2i_rl.core.written_texts import fault_of_text, is_text
+from t2i_rl.core.texts import fault_of_text, is_text
 from t2i_rl.data.prompts import PromptData
 
 NEEDED = {  # task_type -> the annotation that its scorers read
@@ -23,13 +23,16 @@ NEEDED = {  # task_type -> the annotation that its scorers read
 
 
 class T2IR1Data(PromptData):
-    """The prompts of T2I-R1's own file, or of one that `task=make_prompts` wrote; a prompt's tag is its `task_type`.
+    """The prompts of T2I-R1's own file, or of one that `task=make_prompts` wrote.
+
+    A prompt's tag is its `task_type`.
 
     Args:
         path: the JSON-lines file.
         batch_size: prompts per rollout over all ranks together.
         task_types: only these; None takes all.
-        exclude: a prompt file (a benchmark's) whose prompts are left out, whatever their case and full stops.
+        exclude: a prompt file (a benchmark's) whose prompts are left out, whatever their case and
+            full stops.
 
     Raises:
         UserError: a broken row, by file and line; an unknown task type; too few prompts.
@@ -47,13 +50,14 @@ class T2IR1Data(PromptData):
         unknown = [kind for kind in task_types or () if kind not in NEEDED]
         if unknown:
             raise UserError(f"data.task_types holds {unknown[0]!r}; choose from {', '.join(NEEDED)}")
-        chosen = [prompt for prompt in read_t2i_r1(path) if prompt.tag in (task_types or NEEDED)]
-        barred = {plain(prompt.text) for prompt in read_prompts(exclude)} if exclude else set()
-        kept = [prompt for prompt in chosen if plain(prompt.text) not in barred]
-        self.left_out = len(chosen) - len(kept)
+        prompts = [prompt for prompt in read_t2i_r1(path) if prompt.tag in (task_types or NEEDED)]
+        barred_texts = {plain(prompt.text) for prompt in read_prompts(exclude)} if exclude else set()
+        training_prompts = [prompt for prompt in prompts if plain(prompt.text) not in barred_texts]
+        self.left_out = len(prompts) - len(training_prompts)
         if exclude and is_main_process():
-            print(f"{len(kept)} training prompts; {self.left_out} left out because {exclude} holds them", flush=True)
-        super().__init__(prompts=kept, batch_size=batch_size, seed=seed)
+            count = f"{len(training_prompts)} training prompts; {self.left_out} left out"
+            print(f"{count} because {exclude} holds them", flush=True)
+        super().__init__(prompts=training_prompts, batch_size=batch_size, seed=seed)
 
 
 def plain(text: str) -> str:
@@ -65,7 +69,8 @@ def read_t2i_r1(path: str) -> list[Prompt]:
     """The checked rows of a file; `meta` is the whole row but its prompt.
 
     Raises:
-        UserError: a row is no JSON, lacks what its task type needs, or repeats a prompt or an id; its place is named.
+        UserError: a row is no JSON, lacks what its task type needs, or repeats a prompt or an id;
+            its place is named.
     """
     placed: list[tuple[str, Prompt]] = []
     texts: set[str] = set()
@@ -83,7 +88,7 @@ def read_t2i_r1(path: str) -> list[Prompt]:
 
 
 def fault_of(row: dict) -> str | None:
-    """What is wrong with a row; None if nothing is. An annotation is checked wherever it stands."""
+    """What is wrong with a row, or None. An annotation is checked wherever it stands."""
     kind = row.get("task_type")
     if not isinstance(kind, str) or kind not in NEEDED:
         return f"has task_type {kind!r}, not one of {', '.join(NEEDED)}"
@@ -97,20 +102,22 @@ def fault_of(row: dict) -> str | None:
         if not isinstance(words, list) or not all(map(is_text, words)):
             return f"has {key} that are not words: {words!r}"
     relation = row.get("spatial_info", {})
-    if "spatial_info" in row and not (
-        isinstance(relation, dict) and all(is_text(relation.get(key)) for key in ("obj1", "obj2", "locality"))
-    ):
+    if "spatial_info" in row and not _is_relation(relation):
         return f"has a spatial_info without obj1, obj2 and locality: {relation!r}"
-    counted = row.get("numeracy_info", [])
-    if not isinstance(counted, list):
-        return f"has a numeracy_info that is no list: {counted!r}"
-    for item in counted:
-        known = isinstance(item, dict) and is_text(item.get("obj_name"))
-        if not known or type(item.get("num")) is not int or item["num"] < 1:
+    counts = row.get("numeracy_info", [])
+    if not isinstance(counts, list):
+        return f"has a numeracy_info that is no list: {counts!r}"
+    for item in counts:
+        has_name = isinstance(item, dict) and is_text(item.get("obj_name"))
+        if not has_name or type(item.get("num")) is not int or item["num"] < 1:
             return f"has a numeracy_info without obj_name and a num of 1 or more: {item!r}"
-    named = [relation[key] for key in ("obj1", "obj2") if relation] + [item["obj_name"] for item in counted]
-    strange = [name for name in named if name not in row["nouns"]]
+    names = [relation[key] for key in ("obj1", "obj2") if relation] + [item["obj_name"] for item in counts]
+    strange = [name for name in names if name not in row["nouns"]]
     if strange:
         return f"names {strange[0]!r}, which is not among its nouns"
     fault = fault_of_clauses(row)
     return f"is not to be judged: {fault}" if fault else None
+
+
+def _is_relation(value: object) -> bool:
+    return isinstance(value, dict) and all(is_text(value.get(key)) for key in ("obj1", "obj2", "locality"))

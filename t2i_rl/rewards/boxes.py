@@ -1,4 +1,4 @@
-"""The detection reward of T2I-R1 in pure functions: boxes and annotations in, a score in [0, 1] out (arXiv 2505.00703 section 3.4)."""
+"""T2I-R1's detection reward, boxes in and a score out (arXiv 2505.00703 section 3.4)."""
 
 from dataclasses import dataclass
 
@@ -23,8 +23,11 @@ COMPATS = ("paper", "released")
 
 @dataclass
 class Detections:
-    """What a detector found in one image, best first: `boxes` `(n, 4)` as centre x, centre y, width, height in parts of the image,
-    `scores` `(n,)`, and `labels` `(n,)`, the index of the noun each was found for."""
+    """What a detector found in one image, best first.
+
+    boxes: `(n, 4)`, as centre x, centre y, width, height in parts of the image. scores: `(n,)`.
+    labels: `(n,)`, the index of the noun that each was found for.
+    """
 
     boxes: torch.Tensor
     scores: torch.Tensor
@@ -42,7 +45,7 @@ def corners(boxes: torch.Tensor) -> torch.Tensor:
 
 
 def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Intersection over union of corner boxes `(n, 4)` and `(m, 4)`, `(n, m)`; 0 where both are empty."""
+    """Intersection over union `(n, m)` of corner boxes `(n, 4)` and `(m, 4)`; 0 for empty ones."""
     least, greatest = torch.maximum(a[:, None, :2], b[None, :, :2]), torch.minimum(a[:, None, 2:], b[None, :, 2:])
     shared = (greatest - least).clamp(min=0).prod(-1)
     areas = [(box[:, 2:] - box[:, :2]).prod(-1) for box in (a, b)]
@@ -51,12 +54,12 @@ def iou(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def suppress(boxes: torch.Tensor, threshold: float = 0.5) -> torch.Tensor:
-    """Non-maximum suppression of corner boxes `(n, 4)` that come best first: indices of those kept."""
-    overlaps, kept = iou(boxes, boxes), []
+    """Non-maximum suppression of corner boxes `(n, 4)`, best first: the indices that stay."""
+    overlaps, remaining = iou(boxes, boxes), []
     for number in range(len(boxes)):
-        if all(overlaps[number, other] <= threshold for other in kept):
-            kept.append(number)
-    return torch.tensor(kept, dtype=torch.long)
+        if all(overlaps[number, better] <= threshold for better in remaining):
+            remaining.append(number)
+    return torch.tensor(remaining, dtype=torch.long)
 
 
 def position_score(
@@ -64,10 +67,11 @@ def position_score(
 ) -> float:
     """How well box `first` stands to box `second` `(4,)` as `relation` says, in [0, 1].
 
-    A side: 1 if the first lies on it, that axis dominates and the boxes overlap by IoU < 0.1; 0.1 / IoU if they overlap more.
-    Near: 1 if the centres are within `near_pixels` on either axis of an image of `size` (width, height), else `near_pixels` over the
-    greater distance.
-    `released` does not know `above` and `on top of`, and compares distances in parts of the image with pixels: near is always 1.
+    A side scores 1 if the first box lies on it, that axis dominates and the boxes overlap by an IoU
+    below 0.1; it scores 0.1 / IoU if they overlap more. Near scores 1 if the centres are within
+    `near_pixels` on either axis of an image of `size` (width, height), else `near_pixels` over the
+    greater distance. `released` does not know `above` and `on top of`, and compares distances in
+    parts of the image with pixels: near is always 1.
 
     Raises:
         UserError: a relation that the paper's scorer has no rule for.
@@ -88,14 +92,18 @@ def position_score(
 
 
 def spatial_score(
-    found: Detections, nouns: list[str], info: dict, size: tuple[int, int], near_pixels: float, compat: str
+    detections: Detections, nouns: list[str], info: dict, size: tuple[int, int], near_pixels: float, compat: str
 ) -> float:
-    """Paper: 0.6 times the position score (0 unless both are there) + 0.4 times the share of the nouns found.
-    Released: 0.2 for each of the two found, and 0.5 times the position score if both are: 0.9 at most.
+    """How well two nouns stand to each other as `info` says.
 
-    Where both are the same noun, its two best boxes stand for them, in the better order. The released scorer fails
-    inside on such a pair and counts the failure as 0."""
-    pair = [found.of(nouns.index(info[key])) for key in ("obj1", "obj2")]
+    Paper: 0.6 times the position score (0 unless both are there) + 0.4 times the share of the nouns
+    found. Released: 0.2 for each of the two found, and 0.5 times the position score if both are:
+    0.9 at most.
+
+    Where both are the same noun, its two best boxes stand for them, in the better order. The
+    released scorer fails inside on such a pair and counts the failure as 0.
+    """
+    pair = [detections.of(nouns.index(info[key])) for key in ("obj1", "obj2")]
     if info["obj1"] == info["obj2"] and compat == "released":
         return 0.0
     if info["obj1"] == info["obj2"]:
@@ -104,48 +112,54 @@ def spatial_score(
     else:
         orders = [(pair[0][0], pair[1][0])] if all(map(len, pair)) else []
     scores = [position_score(*order, info["locality"], size, near_pixels, compat) for order in orders]
-    position, there = max(scores, default=0.0), [len(boxes) > 0 for boxes in pair]
+    position, present = max(scores, default=0.0), [len(boxes) > 0 for boxes in pair]
     if compat == "released":
-        return 0.2 * sum(there) + 0.5 * position
-    return 0.6 * position + 0.4 * detected_score(found, nouns, nouns)
+        return 0.2 * sum(present) + 0.5 * position
+    return 0.6 * position + 0.4 * detected_score(detections, nouns, nouns)
 
 
-def counting_score(found: Detections, nouns: list[str], info: list[dict], compat: str) -> float:
-    """Mean over what is to be counted of: 1 if as many boxes survive suppression (IoU 0.5) as asked for.
-    Released: else 0.2 if there is any; and it suppresses centre-and-size boxes as if they were corners."""
+def counting_score(detections: Detections, nouns: list[str], info: list[dict], compat: str) -> float:
+    """Share of what is to be counted of which as many boxes survive suppression as asked for.
+
+    Boxes are suppressed at an IoU of 0.5. Released: a wrong count that is not 0 scores 0.2; and
+    centre-and-size boxes are suppressed as if they were corners.
+    """
     scores = []
     for item in info:
-        boxes = found.of(nouns.index(item["obj_name"]))
+        boxes = detections.of(nouns.index(item["obj_name"]))
         count = len(suppress(boxes if compat == "released" else corners(boxes)))
         partial = 0.2 if compat == "released" and count else 0.0
         scores.append(1.0 if count == item["num"] else partial)
     return sum(scores) / len(scores)
 
 
-def detected_score(found: Detections, nouns: list[str], asked: list[str]) -> float:
-    """Share of what was asked for that was found; a noun counts as often as `asked` names it."""
-    return sum(len(found.of(nouns.index(noun))) > 0 for noun in asked) / len(asked)
+def detected_score(detections: Detections, nouns: list[str], asked: list[str]) -> float:
+    """Share of the `asked` nouns that were found; one counts as often as it stands there."""
+    return sum(len(detections.of(nouns.index(noun))) > 0 for noun in asked) / len(asked)
 
 
-def detection_score(found: Detections, meta: dict, size: tuple[int, int], near_pixels: float, compat: str) -> float:
-    """Counting where the prompt has `numeracy_info`, spatial where it has `spatial_info`, else the share of its `nouns`
-    found.
+def detection_score(
+    detections: Detections, meta: dict, size: tuple[int, int], near_pixels: float, compat: str
+) -> float:
+    """How well detections fit a prompt, by the annotation that it has.
 
-    Released: the prompt's `task_type` decides instead, so a `complex` prompt with a relation is scored by its nouns
+    It is the counting score where the prompt has `numeracy_info`, the spatial one where it has
+    `spatial_info`, else the share of its `nouns` that were found. Released: the prompt's
+    `task_type` decides instead, so that a `complex` prompt with a relation is scored by its nouns
     alone; a noun counts as often as it is named; and a prompt without nouns scores 1.
 
     Args:
-        found: its labels are places in `nouns_of(meta)`.
+        detections: its labels are indices into `nouns_of(meta)`.
     """
     nouns = nouns_of(meta)
     if compat == "released" and not meta["nouns"]:
         return 1.0
     kind = task_kind(meta) if compat == "released" else annotated_kind(meta)
     if kind == "numeracy":
-        return counting_score(found, nouns, meta["numeracy_info"], compat)
+        return counting_score(detections, nouns, meta["numeracy_info"], compat)
     if kind == "spatial":
-        return spatial_score(found, nouns, meta["spatial_info"], size, near_pixels, compat)
-    return detected_score(found, nouns, asked_nouns(meta, compat))
+        return spatial_score(detections, nouns, meta["spatial_info"], size, near_pixels, compat)
+    return detected_score(detections, nouns, asked_nouns(meta, compat))
 
 
 def annotated_kind(meta: dict) -> str:
@@ -154,18 +168,20 @@ def annotated_kind(meta: dict) -> str:
 
 
 def task_kind(meta: dict) -> str:
-    """A prompt's `task_type`, which T2I-R1's scorers go by; where there is none, its annotations'."""
+    """A prompt's `task_type`, which T2I-R1's scorers go by, or that of its annotations."""
     return meta.get("task_type") or annotated_kind(meta)
 
 
 def asked_nouns(meta: dict, compat: str) -> list[str]:
-    """What the detector is asked for: each of `nouns_of` once; released: the prompt's `nouns` alone, as often as they
-    stand there."""
+    """What the detector is asked for: each of `nouns_of` once.
+
+    Released: the prompt's `nouns` alone, as often as they stand there.
+    """
     return list(meta["nouns"]) if compat == "released" else nouns_of(meta)
 
 
 def nouns_of(meta: dict) -> list[str]:
-    """What is to be found: the prompt's `nouns`, and whatever else its relations and counts name."""
-    named = [*meta["nouns"], *(item["obj_name"] for item in meta.get("numeracy_info") or [])]
-    named += [meta["spatial_info"][key] for key in ("obj1", "obj2")] if meta.get("spatial_info") else []
-    return list(dict.fromkeys(named))
+    """What is to be found: the prompt's `nouns`, and what its relations and counts name."""
+    nouns = [*meta["nouns"], *(item["obj_name"] for item in meta.get("numeracy_info") or [])]
+    nouns += [meta["spatial_info"][key] for key in ("obj1", "obj2")] if meta.get("spatial_info") else []
+    return list(dict.fromkeys(nouns))

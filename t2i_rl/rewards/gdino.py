@@ -1,13 +1,17 @@
-"""GroundingDINO as a reward: are the objects there, as many as asked for, and where they should be (T2I-R1's detection reward)."""
+"""GroundingDINO as a reward: are the objects there, as many as asked for, where they should be.
 
+This is T2I-R1's detection reward.
+"""
+
+import numpy as np
 import torch
 
 from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
-from t2i_rl.core.encoder_texts import Reader, Reading, ReadsTexts
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.loading import load_config, load_model, load_part, load_tokenizer
 from t2i_rl.core.numbers import Count, Device, Dtype, Positive, Threshold, check_arguments
 from t2i_rl.core.prompts import Prompt
+from t2i_rl.core.readers import Reader, Reading, ReadsTexts
 from t2i_rl.rewards.boxes import (
     COMPATS,
     NEAR,
@@ -21,11 +25,12 @@ from t2i_rl.rewards.boxes import (
 
 
 class GroundingDino(Reward, ReadsTexts):
-    """`detection_score` of what GroundingDINO finds for the nouns of the raw prompt (T2I-R1 section 3.4; arXiv 2303.05499).
+    """`detection_score` of what GroundingDINO (arXiv 2303.05499) finds (T2I-R1 section 3.4).
 
-    The caption is the nouns with full stops between. A box's score for a noun is the greatest sigmoid over the noun's
-    tokens; a box counts for its best noun if that score is above `box_threshold`. Released: a score is the mean over
-    the noun's tokens, and a box counts for every noun whose score is above the threshold.
+    It looks for the nouns of the raw prompt. The caption is the nouns with full stops between. A
+    box's score for a noun is the greatest sigmoid over the noun's tokens; a box counts for its best
+    noun if that score is above `box_threshold`. Released: a score is the mean over the noun's
+    tokens, and a box counts for every noun whose score is above the threshold.
 
     Args:
         path: a checkpoint of transformers' GroundingDinoForObjectDetection.
@@ -33,7 +38,8 @@ class GroundingDino(Reward, ReadsTexts):
         near_pixels: how close "near" is.
 
     Raises:
-        UserError: an unknown `compat`; a checkpoint that cannot be loaded, or whose tokenizer does not fit it.
+        UserError: an unknown `compat`; a checkpoint that cannot be loaded, or whose tokenizer does
+            not fit it.
     """
 
     needs_meta = ("nouns",)
@@ -62,49 +68,53 @@ class GroundingDino(Reward, ReadsTexts):
         self.model = load_model(
             GroundingDinoForObjectDetection, path, kind="grounding-dino", dtype=dtype, device=device, revision=revision
         )
-        self.pictures = load_part(AutoImageProcessor, path, revision)
+        self.image_processor = load_part(AutoImageProcessor, path, revision)
 
     def texts_of(self, prompt: Prompt) -> list[str]:
-        """The caption that its picture is searched for."""
-        asked = asked_nouns(prompt.meta, self.compat)
-        return [caption(asked)] if asked else []
+        """The caption that its image is searched for."""
+        nouns = asked_nouns(prompt.meta, self.compat)
+        return [caption(nouns)] if nouns else []
 
     def refuses(self, prompt: Prompt) -> str | None:
-        """Nothing to look for, a relation that has no rule, an annotation that is missing, or more nouns than the model
-        reads."""
+        """Why a prompt cannot be judged, if it cannot.
+
+        It has nothing to look for, a relation that has no rule, no annotation where its kind needs
+        one, or more nouns than the model reads.
+        """
         meta, released = prompt.meta, self.compat == "released"
         kind = task_kind(meta) if released else annotated_kind(meta)
         if released and kind in ("spatial", "numeracy") and not meta.get(f"{kind}_info"):
             return f"its task_type is {kind!r} and it has no {kind}_info"
         if kind == "spatial" and (relation := meta["spatial_info"].get("locality")) not in (*SIDES, *NEAR):
             return f"there is no rule for {relation!r}"
-        asked = asked_nouns(meta, self.compat)
-        if not asked:
+        nouns = asked_nouns(meta, self.compat)
+        if not nouns:
             return None if released else "it has no nouns"
-        length, most = len(self.tokenizer(caption(asked)).input_ids), self.model.config.max_text_len
-        return f"its nouns are {length} tokens, the model reads {most}" if length > most else None
+        length, longest = len(self.tokenizer(caption(nouns)).input_ids), self.model.config.max_text_len
+        return f"its nouns are {length} tokens, the model reads {longest}" if length > longest else None
 
     def __call__(self, drawn: Drawn) -> RewardOutput:
         height, width = drawn.images.shape[1:3]
         metas = [prompt.meta for prompt in drawn.prompts]
-        asked = [asked_nouns(meta, self.compat) for meta in metas]
-        rows = [row for row, nouns in enumerate(asked) if nouns]
+        nouns = [asked_nouns(meta, self.compat) for meta in metas]
+        rows = [row for row, row_nouns in enumerate(nouns) if row_nouns]
         detections = [Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.long))] * len(metas)
         for first in range(0, len(rows), self.batch_size):
             part = rows[first : first + self.batch_size]
-            boxes = self.detect(drawn.images[part], [asked[row] for row in part])
-            for row, row_boxes in zip(part, boxes, strict=True):
-                detections[row] = row_boxes
+            part_detections = self.detect(drawn.images[part], [nouns[row] for row in part])
+            for row, row_detections in zip(part, part_detections, strict=True):
+                detections[row] = row_detections
         scores = [
-            detection_score(boxes, meta, (width, height), self.near_pixels, self.compat)
-            for boxes, meta in zip(detections, metas, strict=True)
+            detection_score(row_detections, meta, (width, height), self.near_pixels, self.compat)
+            for row_detections, meta in zip(detections, metas, strict=True)
         ]
         return RewardOutput(torch.tensor(scores, dtype=torch.float64))
 
     @torch.no_grad()
-    def detect(self, images, nouns: list[list[str]]) -> list[Detections]:
-        """What is found in each of `images` uint8 `(B, H, W, 3)` for its own nouns; labels are places among distinct
-        nouns.
+    def detect(self, images: np.ndarray, nouns: list[list[str]]) -> list[Detections]:
+        """What is found in each of `images` uint8 `(B, H, W, 3)` for its own nouns.
+
+        Labels are indices into an image's distinct nouns.
 
         Raises:
             UserError: boxes or scores are not finite.
@@ -113,10 +123,10 @@ class GroundingDino(Reward, ReadsTexts):
         self.reader.check(captions)
         text = self.tokenizer(captions, padding=True, return_offsets_mapping=True, return_tensors="pt")
         offsets = text.pop("offset_mapping")
-        pictures = self.pictures(images=list(images), return_tensors="pt").to(self.model.device)
+        inputs = self.image_processor(images=list(images), return_tensors="pt").to(self.model.device)
         output = self.model(
-            pixel_values=pictures["pixel_values"].to(self.model.dtype),
-            pixel_mask=pictures["pixel_mask"],
+            pixel_values=inputs["pixel_values"].to(self.model.dtype),
+            pixel_mask=inputs["pixel_mask"],
             **text.to(self.model.device),
         )
         probabilities, boxes = output.logits.float().sigmoid().cpu(), output.pred_boxes.float().cpu()
@@ -129,8 +139,10 @@ class GroundingDino(Reward, ReadsTexts):
             for row in range(len(nouns))
         ]
 
-    def _assign(self, probabilities, boxes, tokens_of: list[torch.Tensor], nouns: list[str]) -> Detections:
-        """Each box to its best noun, best boxes first; released: to every noun that it is above the threshold for."""
+    def _assign(
+        self, probabilities: torch.Tensor, boxes: torch.Tensor, tokens_of: list[torch.Tensor], nouns: list[str]
+    ) -> Detections:
+        """Each box to its best noun; released: to every noun above the threshold."""
         if self.compat == "released":
             return self._assign_to_all(probabilities, boxes, tokens_of, nouns)
         scores = torch.stack([probabilities[:, tokens].amax(-1) for tokens in tokens_of], dim=1)
@@ -139,20 +151,23 @@ class GroundingDino(Reward, ReadsTexts):
         order = order[best[order] > self.box_threshold]
         return Detections(boxes[order], best[order], label[order])
 
-    def _assign_to_all(self, probabilities, boxes, tokens_of: list[torch.Tensor], nouns: list[str]) -> Detections:
+    def _assign_to_all(
+        self, probabilities: torch.Tensor, boxes: torch.Tensor, tokens_of: list[torch.Tensor], nouns: list[str]
+    ) -> Detections:
         """One detection for each box and each time a noun is named, best first.
 
-        A noun of three words or more is never found: the released scorer calls it by its first and last word.
+        A noun of three words or more is never found: the released scorer calls it by its first and
+        last word.
         """
         distinct = list(dict.fromkeys(nouns))
-        named = [number for number, noun in enumerate(nouns) if len(noun.split()) <= 2]
-        scores = [probabilities[:, tokens_of[number]].mean(-1) for number in named]
+        short = [number for number, noun in enumerate(nouns) if len(noun.split()) <= 2]
+        scores = [probabilities[:, tokens_of[number]].mean(-1) for number in short]
         above = [(score > self.box_threshold).nonzero().flatten() for score in scores]
         best = torch.cat([torch.zeros(0), *(score[rows] for score, rows in zip(scores, above, strict=True))])
-        labels = [distinct.index(nouns[number]) for number, rows in zip(named, above, strict=True) for _ in rows]
+        labels = [distinct.index(nouns[number]) for number, rows in zip(short, above, strict=True) for _ in rows]
         order = best.argsort(descending=True, stable=True)
-        chosen = torch.cat([torch.zeros(0, dtype=torch.long), *above])[order]
-        return Detections(boxes[chosen], best[order], torch.tensor(labels, dtype=torch.long)[order])
+        box_rows = torch.cat([torch.zeros(0, dtype=torch.long), *above])[order]
+        return Detections(boxes[box_rows], best[order], torch.tensor(labels, dtype=torch.long)[order])
 
 
 def caption(nouns: list[str]) -> str:
@@ -162,9 +177,9 @@ def caption(nouns: list[str]) -> str:
 
 def spans(nouns: list[str], offsets: torch.Tensor) -> list[torch.Tensor]:
     """For each noun the indices of its tokens in the caption, by character offsets `(L, 2)`."""
-    found, start = [], 0
+    token_indices, start = [], 0
     for noun in nouns:
         inside = (offsets[:, 0] >= start) & (offsets[:, 1] <= start + len(noun)) & (offsets[:, 1] > offsets[:, 0])
-        found.append(inside.nonzero().flatten())
+        token_indices.append(inside.nonzero().flatten())
         start += len(noun) + 2
-    return found
+    return token_indices

@@ -3,6 +3,7 @@
 import pickle
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,7 +33,10 @@ RENAMED = (
 
 
 def convert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """open_clip's names and layouts -> transformers': the joint attention projection is split, projections are transposed."""
+    """open_clip's names and layouts -> transformers'.
+
+    The joint attention projection is split, and projections are transposed.
+    """
     converted = {}
     for name, value in state.items():
         if name == "attn_mask":
@@ -48,33 +52,49 @@ def convert(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return converted
 
 
-def config_of(state: dict[str, torch.Tensor], text_heads: int, vision_heads: int, eos: int):
-    """The CLIPConfig that `state`, already converted, fits; sizes are read off the weights. A text's state is that of its token `eos`."""
+def config_of(state: dict[str, torch.Tensor], text_heads: int, vision_heads: int, eos: int) -> Any:
+    """The CLIPConfig that `state`, already converted, fits; sizes are read off the weights.
+
+    A text's state is that of its token `eos`.
+    """
     from transformers import CLIPConfig
 
-    def layers(part: str) -> int:
-        return 1 + max(
-            int(found[1]) for name in state if (found := re.match(rf"{part}\.encoder\.layers\.(\d+)\.", name))
-        )
+    def tower(part: str, embedding: str) -> tuple[torch.Tensor, int, dict[str, int | str]]:
+        """A tower's embedding, how many positions it has, and what is said of both towers."""
+        numbers = (re.match(rf"{part}\.encoder\.layers\.(\d+)\.", name) for name in state)
+        weight = state[f"{part}.embeddings.{embedding}.weight"]
+        alike = {
+            "intermediate_size": len(state[f"{part}.encoder.layers.0.mlp.fc1.weight"]),
+            "num_hidden_layers": 1 + max(int(number[1]) for number in numbers if number),
+            "hidden_act": "gelu",
+            "projection_dim": len(state["text_projection.weight"]),
+        }
+        return weight, len(state[f"{part}.embeddings.position_embedding.weight"]), alike
 
-    words, places = state["text_model.embeddings.token_embedding.weight"], state["text_model.embeddings.position_embedding.weight"]  # fmt: skip
-    patches, squares = state["vision_model.embeddings.patch_embedding.weight"], state["vision_model.embeddings.position_embedding.weight"]  # fmt: skip
-    side = round((len(squares) - 1) ** 0.5) * patches.shape[-1]
-    shared = {"hidden_act": "gelu", "projection_dim": len(state["text_projection.weight"])}
-    text = {
-        "vocab_size": len(words), "max_position_embeddings": len(places), "hidden_size": words.shape[1],
-        "intermediate_size": len(state["text_model.encoder.layers.0.mlp.fc1.weight"]), "num_attention_heads": text_heads,
-        "num_hidden_layers": layers("text_model"), "eos_token_id": eos, **shared,
-    }  # fmt: skip
-    vision = {
-        "hidden_size": len(patches), "patch_size": patches.shape[-1], "image_size": side, "num_hidden_layers": layers("vision_model"),
-        "intermediate_size": len(state["vision_model.encoder.layers.0.mlp.fc1.weight"]), "num_attention_heads": vision_heads, **shared,
-    }  # fmt: skip
-    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=shared["projection_dim"])
+    words, longest, text = tower("text_model", "token_embedding")
+    text |= {"vocab_size": len(words), "hidden_size": words.shape[1], "max_position_embeddings": longest}
+    text |= {"num_attention_heads": text_heads, "eos_token_id": eos}
+    patches, patch_positions, vision = tower("vision_model", "patch_embedding")
+    side = round((patch_positions - 1) ** 0.5) * patches.shape[-1]
+    vision |= {"hidden_size": len(patches), "patch_size": patches.shape[-1], "image_size": side}
+    vision |= {"num_attention_heads": vision_heads}
+    return CLIPConfig(text_config=text, vision_config=vision, projection_dim=text["projection_dim"])
 
 
-def load_open_clip(path: str, file: str, *, text_heads: int, vision_heads: int, eos: int, dtype: str, device: str | None, revision: str | None):  # fmt: skip
-    """A CLIPModel from an open_clip file (`.pt` or `.safetensors`) in a folder or on the hub. Nothing in it is executed.
+def load_open_clip(
+    path: str,
+    file: str,
+    *,
+    text_heads: int,
+    vision_heads: int,
+    eos: int,
+    dtype: str,
+    device: str | None,
+    revision: str | None,
+) -> Any:
+    """A CLIPModel from an open_clip file (`.pt` or `.safetensors`) in a folder or on the hub.
+
+    Nothing in it is executed.
 
     Raises:
         UserError: the file is missing, broken, holds more than tensors, or is no CLIP.
@@ -94,7 +114,11 @@ def load_open_clip(path: str, file: str, *, text_heads: int, vision_heads: int, 
 
 
 def read_state(path: str, file: str, revision: str | None) -> dict[str, torch.Tensor]:
-    """The state dict of a file, by itself or under `state_dict`."""
+    """The state dict of a file, by itself or under `state_dict`.
+
+    Raises:
+        UserError: the file is missing, broken, or holds more than tensors.
+    """
     from huggingface_hub import hf_hub_download
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -103,7 +127,10 @@ def read_state(path: str, file: str, revision: str | None) -> dict[str, torch.Te
     try:
         if not local.exists():
             local = Path(hf_hub_download(path, file, revision=revision))
-        state = load_file(local) if local.suffix == ".safetensors" else torch.load(local, map_location="cpu", weights_only=True)  # fmt: skip
+        if local.suffix == ".safetensors":
+            state = load_file(local)
+        else:
+            state = torch.load(local, map_location="cpu", weights_only=True)
     except (OSError, ValueError) as error:
         raise cannot_load(f"{path}/{file}", error) from error
     except (RuntimeError, EOFError, LookupError, pickle.UnpicklingError, SafetensorError) as error:

@@ -11,7 +11,10 @@ from t2i_rl.shapes.scene import CANVASES, LARGE_SHAPES
 
 
 class Oracle(Reward):
-    """The exact judge of `shapes`: `strict` is 0 or 1, `score` is the partial credit in [0, 1]; `mixed` is their mean.
+    """The exact judge of `shapes`.
+
+    Args:
+        kind: `strict` is 0 or 1, `score` the partial credit in [0, 1], `mixed` their mean.
 
     Raises:
         UserError: an unknown kind.
@@ -32,9 +35,8 @@ class Oracle(Reward):
         return f"{strange[0]!r} is no shape of this world" if strange else None
 
     def __call__(self, drawn: Drawn) -> RewardOutput:
-        verdicts = [
-            judge(prompt.meta, found) for prompt, found in zip(drawn.prompts, detect(drawn.images), strict=True)
-        ]
+        detections = detect(drawn.images)
+        verdicts = [judge(prompt.meta, items) for prompt, items in zip(drawn.prompts, detections, strict=True)]
         strict = torch.tensor([float(verdict.strict) for verdict in verdicts], dtype=torch.float64)
         score = torch.tensor([verdict.score for verdict in verdicts], dtype=torch.float64)
         total = {"strict": strict, "score": score, "mixed": (strict + score) / 2}[self.kind]

@@ -1,12 +1,14 @@
-"""An outcome reward model: a LLaVA-OneVision that was tuned to say whether an image matches its prompt (T2I-R1's ORM)."""
+"""T2I-R1's outcome reward model: a LLaVA-OneVision that says whether an image matches."""
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
-from t2i_rl.core.encoder_texts import Reader, Reading, ReadsTexts
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.loading import load_config, load_model, load_part
 from t2i_rl.core.numbers import Count, Device, Dtype
+from t2i_rl.core.readers import Reader, Reading, ReadsTexts
 from t2i_rl.core.tokenizing import check_tokenizer, ids_of, marked, special_texts
 from t2i_rl.rewards.boxes import COMPATS
 from t2i_rl.rewards.yes_no import single_token, yes_share
@@ -15,19 +17,24 @@ RELEASED_TEMPERATURE = 0.3
 
 
 class ORM(Reward, ReadsTexts):
-    """P(yes) / (P(yes) + P(no)) of the first token of the answer (T2I-R1 section 3.4; LLaVA-OneVision: arXiv 2408.03326).
+    """P(yes) / (P(yes) + P(no)) of the first token of the answer (T2I-R1 section 3.4).
+
+    LLaVA-OneVision is of arXiv 2408.03326.
 
     Args:
         path: a checkpoint of transformers' LlavaOnevisionForConditionalGeneration.
-        question: with `{prompt}` where the raw prompt goes; it must be the one that the checkpoint was tuned on.
+        question: with `{prompt}` where the raw prompt goes; it must be the one that the checkpoint
+            was tuned on.
         template: the conversation around it, with `{image}` and `{question}`.
-        yes_word, no_word: the answers that are read, each one token; lower case, as T2I-R1's scorer reads them.
-        compat: `paper` takes the full softmax; `released` takes T2I-R1's, sharpened by its sampling temperature of 0.3. The released
-            scorer also samples its answer and scores 0 when that is neither word; this is its value whenever it is one of them.
+        yes_word, no_word: the answers that are read, each one token; lower case, as T2I-R1's scorer
+            reads them.
+        compat: `paper` takes the full softmax; `released` takes T2I-R1's, sharpened by its sampling
+            temperature of 0.3. The released scorer also samples its answer and scores 0 when that
+            is neither word; this is its value whenever it is one of them.
 
     Raises:
-        UserError: an unknown `compat`; wording without its places; a checkpoint that cannot be loaded, or whose
-            tokenizer does not fit it.
+        UserError: an unknown `compat`; wording without its places; a checkpoint that cannot be
+            loaded, or whose tokenizer does not fit it.
     """
 
     def __init__(
@@ -57,9 +64,14 @@ class ORM(Reward, ReadsTexts):
         self.special = special_texts(self.tokenizer)
         self.reader = Reader("ORM", path, [Reading("LLaVA-OneVision", self.tokenizer, self.longest, conversation=True)])
         self.model = load_model(
-            LlavaOnevisionForConditionalGeneration, path, kind="llava_onevision", dtype=dtype, device=device, revision=revision
-        )  # fmt: skip
-        self.pictures = load_part(AutoImageProcessor, path, revision)
+            LlavaOnevisionForConditionalGeneration,
+            path,
+            kind="llava_onevision",
+            dtype=dtype,
+            device=device,
+            revision=revision,
+        )
+        self.image_processor = load_part(AutoImageProcessor, path, revision)
         self.answers = [single_token(self.tokenizer, word, path) for word in (yes_word, no_word)]
 
     def __call__(self, drawn: Drawn) -> RewardOutput:
@@ -69,27 +81,30 @@ class ORM(Reward, ReadsTexts):
         return RewardOutput(torch.cat([self.ask(drawn.images[part], questions[part]) for part in parts]))
 
     @torch.no_grad()
-    def ask(self, images, questions: list[str]) -> torch.Tensor:
-        """Share of yes `(B,)`, float64, for a question to each of `images` uint8 `(B, H, W, 3)`."""
+    def ask(self, images: np.ndarray, questions: list[str]) -> torch.Tensor:
+        """Share of yes `(B,)`, float64, for a question to each of `images` uint8 `(B, H, W, 3)`.
+
+        Raises:
+            UserError: a question with its image is longer than the model's positions.
+        """
         device, dtype = self.model.device, self.model.dtype
-        pictures = self.pictures(images=list(images), return_tensors="pt").to(device)
-        features = self.model.get_image_features(
-            pictures["pixel_values"].to(dtype), pictures["image_sizes"], return_dict=True
-        ).pooler_output
+        inputs = self.image_processor(images=list(images), return_tensors="pt").to(device)
+        pixel_values, image_sizes = inputs["pixel_values"].to(dtype), inputs["image_sizes"]
+        features = self.model.get_image_features(pixel_values, image_sizes, return_dict=True).pooler_output
         embed, rows = self.model.get_input_embeddings(), []
         for question, image in zip(questions, features, strict=True):
-            before, after = self.template.format(image="\0", question=question).split("\0")
-            words = [ids_of(self.tokenizer, text) for text in (before, after)]
-            around = [embed(torch.tensor(ids, dtype=torch.long, device=device)) for ids in words]
-            rows.append(torch.cat([around[0], image.to(dtype), around[1]]))
+            texts = self.template.format(image="\0", question=question).split("\0")
+            ids = [torch.tensor(ids_of(self.tokenizer, text), dtype=torch.long, device=device) for text in texts]
+            before, after = map(embed, ids)
+            rows.append(torch.cat([before, image.to(dtype), after]))
         width = max(map(len, rows))
         if width > self.longest:
             raise UserError(
                 f"ORM: a question with its picture is {width} tokens, and the model has {self.longest} positions: "
                 "shorten the prompt"
             )
-        embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, width - len(row), 0)) for row in rows])
+        embeds = torch.stack([F.pad(row, (0, 0, width - len(row), 0)) for row in rows])
         mask = torch.stack([torch.arange(width, device=device) >= width - len(row) for row in rows]).long()
-        places = (mask.cumsum(-1) - 1).clamp(min=0)
-        logits = self.model(inputs_embeds=embeds, attention_mask=mask, position_ids=places, logits_to_keep=1).logits
-        return yes_share(logits[:, -1], *self.answers, self.temperature)
+        position_ids = (mask.cumsum(-1) - 1).clamp(min=0)
+        output = self.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, logits_to_keep=1)
+        return yes_share(output.logits[:, -1], *self.answers, self.temperature)

@@ -1,4 +1,6 @@
-"""Pictures as rewards read them with gradients: float32 `(B, 3, H, W)` in [0, 1]."""
+"""Images as rewards read them with gradients: float32 `(B, 3, H, W)` in [0, 1]."""
+
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,20 +14,19 @@ def to_unit(images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() / 255
 
 
-def prepared(pixels: torch.Tensor, processor) -> torch.Tensor:
-    """What CLIP's image processor makes of pictures, with gradients: the short side resized (bicubic, antialiased), the middle cropped, normalised.
+def prepared(pixels: torch.Tensor, processor: Any) -> torch.Tensor:
+    """What CLIP's image processor makes of images, with gradients.
 
-    Equal to the processor but for its rounding to whole bytes.
+    The short side is resized (bicubic, antialiased), the middle is cropped and normalised. It is
+    equal to the processor but for that one's rounding to whole bytes.
     """
     side, crop = processor.size["shortest_edge"], processor.crop_size
     height, width = pixels.shape[-2:]
     short = min(height, width)
-    sized = F.interpolate(
-        pixels, (side * height // short, side * width // short), mode="bicubic", antialias=True, align_corners=False
-    ).clamp(0, 1)
+    size = (side * height // short, side * width // short)
+    sized = F.interpolate(pixels, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     top, left = (sized.shape[-2] - crop["height"]) // 2, (sized.shape[-1] - crop["width"]) // 2
     middle = sized[..., top : top + crop["height"], left : left + crop["width"]]
-    mean, std = (
-        torch.tensor(values).view(-1, 1, 1).to(middle) for values in (processor.image_mean, processor.image_std)
-    )
+    mean = torch.tensor(processor.image_mean).view(-1, 1, 1).to(middle)
+    std = torch.tensor(processor.image_std).view(-1, 1, 1).to(middle)
     return (middle - mean) / std

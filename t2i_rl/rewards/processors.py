@@ -1,17 +1,22 @@
-"""Which image processors rewards read pictures through: transformers takes another class where torchvision is
-installed, and the two differ by up to a byte a pixel."""
+"""Which image processors rewards read images through.
+
+Transformers takes another class where torchvision is installed, and the two differ by up to a byte
+a pixel.
+"""
+
+from collections.abc import Mapping
 
 from transformers.image_processing_base import ImageProcessingMixin
 
+from t2i_rl.core.contracts import Reward
 
-def image_processors(judges: dict) -> dict[str, str]:
-    """The class of each judge's image processor by the judge's name, and of each part of one; what has none is left
-    out."""
+
+def image_processors(rewards: Mapping[str, Reward]) -> dict[str, str]:
+    """The class of the image processor of each reward, and of each part of one, that has one."""
     classes = {}
-    for name, judge in judges.items():
-        for value in vars(judge).values():
+    for name, reward in rewards.items():
+        for value in vars(reward).values():
             if isinstance(value, ImageProcessingMixin):
                 classes[name] = type(value).__name__
-        parts = vars(judge).get("parts") or {}
-        classes |= image_processors({f"{name}.parts.{part}": judge for part, judge in parts.items()})
+        classes |= image_processors({f"{name}.parts.{part}": inner for part, inner in reward.parts.items()})
     return classes

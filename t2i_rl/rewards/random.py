@@ -5,7 +5,7 @@ from t2i_rl.core.seeding import row_uniforms
 
 
 class Random(Reward):
-    """A uniform number in [0, 1) for each row, a function of the row's sampling seed (so a resumed run sees the same)."""
+    """A uniform number in [0, 1) for each row, by the row's seed: a resumed run sees the same."""
 
     needs_images = False
 

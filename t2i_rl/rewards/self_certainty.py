@@ -1,4 +1,4 @@
-"""The intrinsic rewards: self-certainty of the model's own text and image tokens, minimised (IRIS) or maximised."""
+"""Self-certainty of the model's own text and image tokens, minimised (IRIS) or maximised."""
 
 import math
 
@@ -16,24 +16,30 @@ CONSTANTS = ("subtracted", "kept")
 
 
 class SelfCertainty(Reward):
-    """`reward = sum over modalities of sign * weight * aggregated certainty` (IRIS section 3; spec section 1).
+    """`reward = sum over modalities of sign * weight * aggregated certainty` (IRIS section 3).
 
-    Certainty of a token is KL(U || p) (`divergence=forward`, Kang et al. 2025) or KL(p || U) = log V - H(p) (`backward`, the entropy
-    variant). NSC, the IRIS reward, has both signs -1: it goes up when the distribution gets flatter, and a uniform one scores 0.
+    The certainty of a token is KL(U || p) (`divergence=forward`, Kang et al. 2025) or KL(p || U) =
+    log V - H(p) (`backward`, the entropy variant). NSC, the IRIS reward, has both signs -1: it goes
+    up when the distribution gets flatter, and a uniform one scores 0.
 
     Args:
         text_sign, image_sign: -1 minimise, +1 maximise, 0 leave out.
-        aggregation: `modality_mean` (mean over plan tokens + mean over image tokens; ours), `token_mean` (one mean over
-            the tokens of
-            all modalities that count: IRIS's released code), `sum` (as reviews quote the paper; every term has one
-                sign, so it mostly rewards short plans).
-        constant: `subtracted` takes log V off, which makes a token's certainty a divergence; `kept` leaves logsumexp -
-            mean, as IRIS's released code does. Plan and image tokens have other vocabularies, so the constant depends
-            on a plan's length and does not cancel within a group.
-        distribution: `conditional` (no guidance, spec section 1.4) or `guided` (the distribution that was sampled).
+        text_weight, image_weight: of each modality beside its sign.
+        divergence: `forward` or `backward`.
+        aggregation: `modality_mean` is the mean over plan tokens plus the mean over image tokens
+            (ours). `token_mean` is one mean over the tokens of all modalities that count (IRIS's
+            released code). `sum` is as reviews quote the paper; every term has one sign, so that it
+            mostly rewards short plans.
+        constant: `subtracted` takes log V off, which makes a token's certainty a divergence; `kept`
+            leaves logsumexp - mean, as IRIS's released code does. Plan and image tokens have other
+            vocabularies, so that the constant depends on a plan's length and does not cancel within
+            a group.
+        distribution: `conditional` is the prompt's own, without guidance; `guided` is the one that
+            was sampled (docs/logprob.md).
 
     Raises:
-        UserError: an option outside its choices, or `constant=kept` with `divergence=backward`, which has no such form.
+        UserError: an option outside its choices, or `constant=kept` with `divergence=backward`,
+            which has no such form.
     """
 
     reads = TokenRollout
@@ -59,8 +65,7 @@ class SelfCertainty(Reward):
         if constant == "kept" and divergence == "backward":
             raise UserError(
                 "reward.constant=kept belongs to reward.divergence=forward (logsumexp - mean); IRIS's released code "
-                "has no "
-                "backward KL, so variant=released has none: take variant=ours or reward.constant=subtracted"
+                "has no backward KL, so variant=released has none: take variant=ours or reward.constant=subtracted"
             )
         if distribution not in ("conditional", "guided"):
             raise UserError(f"reward.distribution must be conditional or guided, not {distribution!r}")
@@ -90,11 +95,10 @@ class SelfCertainty(Reward):
     def _certainty(self, stats: TokenStats, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum over a row's tokens and their number, float64 `(B,)`."""
         mask = stats.mask.double()
-        values = (
-            stats.self_certainty.double()
-            if self.divergence == "forward"
-            else math.log(vocabulary) - stats.entropy.double()
-        )
+        if self.divergence == "forward":
+            values = stats.self_certainty.double()
+        else:
+            values = math.log(vocabulary) - stats.entropy.double()
         if self.constant == "kept":
             values = values + math.log(vocabulary)
         return (values * mask).sum(-1), mask.sum(-1)

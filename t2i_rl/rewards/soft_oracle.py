@@ -1,4 +1,4 @@
-"""A differentiable stand-in for the oracle: how far a small recogniser agrees that a picture shows what its prompt asks for."""
+"""A differentiable stand-in for the oracle: how far a recogniser agrees with a prompt."""
 
 from functools import cache
 
@@ -17,11 +17,11 @@ LARGEST = 6  # counts are told apart up to here
 
 
 class SoftOracle(Reward):
-    """Sum of log-probabilities, in nats: of each clause's count, of the count of all objects, of each relation, cells taken as independent.
+    """Sum of log-probabilities, in nats: of each clause's count, of the count of all, of relations.
 
-    A score and no log-probability of the verdict: the counts are not independent of one another.
-
-    It can be hacked, and that is what it is for: the exact oracle beside it cannot.
+    Cells are taken as independent. It is a score and no log-probability of the verdict, since the
+    counts are not independent of one another. It can be hacked, and that is what it is for: the
+    exact oracle beside it cannot.
 
     Args:
         path: a folder of `task=make_recognizer`.
@@ -56,40 +56,43 @@ class SoftOracle(Reward):
     def score_pixels(self, pixels: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
         """Scores `(B,)`, float32, with gradients to float32 pixels `(B, 3, H, W)` in [0, 1]."""
         present, shape, color = self.recognizer.to(pixels.device)(pixels)
-        there, of_shape, of_color = present.sigmoid(), shape.softmax(-1), color.softmax(-1)
-        fits = [self._fits(*row) for row in zip(there, of_shape, of_color, prompts, strict=True)]
-        wanted = [[clause["count"] for clause in prompt.meta["include"]] for prompt in prompts]
-        events = [fit for part, cells in zip(fits, there, strict=True) for fit in [*part, cells]]
-        counts = [count for part in wanted for count in [*part, sum(part)]]
-        exact = iter(exactly(torch.stack(events), counts).split([len(part) + 1 for part in wanted]))
-        factors = [
-            torch.cat([next(exact), *self._relations(part, prompt)]) for part, prompt in zip(fits, prompts, strict=True)
-        ]
-        return torch.stack([(factor + self.floor).log().sum() for factor in factors])
+        present, of_shape, of_color = present.sigmoid(), shape.softmax(-1), color.softmax(-1)
+        fits = [self._fits(*row) for row in zip(present, of_shape, of_color, prompts, strict=True)]
+        clause_counts = [[clause["count"] for clause in prompt.meta["include"]] for prompt in prompts]
+        # all sets of events in one call: of each prompt those of its clauses, then that of any
+        # object
+        events = [fit for clause_fits, cells in zip(fits, present, strict=True) for fit in [*clause_fits, cells]]
+        counts = [count for row in clause_counts for count in [*row, sum(row)]]
+        of_counts = exactly(torch.stack(events), counts).split([len(row) + 1 for row in clause_counts])
+        scores = []
+        for of_count, clause_fits, prompt in zip(of_counts, fits, prompts, strict=True):
+            factors = torch.cat([of_count, *self._relations(clause_fits, prompt)])
+            scores.append((factors + self.floor).log().sum())
+        return torch.stack(scores)
 
     @staticmethod
     def _fits(
-        there: torch.Tensor, of_shape: torch.Tensor, of_color: torch.Tensor, prompt: Prompt
+        present: torch.Tensor, of_shape: torch.Tensor, of_color: torch.Tensor, prompt: Prompt
     ) -> list[torch.Tensor]:
         """For each clause, the probability `(64,)` that a cell holds what it names."""
-        found = []
+        fits = []
         for clause in prompt.meta["include"]:
-            fit = there * of_shape[:, LARGE_SHAPES.index(clause["class"])]
-            found.append(fit * of_color[:, COLOR_NAMES.index(clause["color"])] if "color" in clause else fit)
-        return found
+            fit = present * of_shape[:, LARGE_SHAPES.index(clause["class"])]
+            fits.append(fit * of_color[:, COLOR_NAMES.index(clause["color"])] if "color" in clause else fit)
+        return fits
 
     @staticmethod
     def _relations(fits: list[torch.Tensor], prompt: Prompt) -> list[torch.Tensor]:
-        placed = [
-            (fit, clause["position"])
-            for fit, clause in zip(fits, prompt.meta["include"], strict=True)
-            if "position" in clause
-        ]
-        return [related(fit, fits[target], relation)[None] for fit, (relation, target) in placed]
+        """The probability `(1,)` of each relation that a clause names."""
+        pairs = zip(fits, prompt.meta["include"], strict=True)
+        positions = [(fit, *clause["position"]) for fit, clause in pairs if "position" in clause]
+        return [related(fit, fits[target], relation)[None] for fit, relation, target in positions]
 
 
 def exactly(probabilities: torch.Tensor, counts: list[int]) -> torch.Tensor:
-    """For each of `(E, N)` sets of independent events, the probability `(E,)` that exactly `counts[e]` happen (Poisson binomial).
+    """The probability `(E,)` that exactly `counts[e]` of independent events happen.
+
+    Each of the sets `(E, N)` is Poisson binomial.
 
     Raises:
         UserError: a count above 6.
@@ -103,14 +106,17 @@ def exactly(probabilities: torch.Tensor, counts: list[int]) -> torch.Tensor:
 
 
 def related(a: torch.Tensor, b: torch.Tensor, relation: str) -> torch.Tensor:
-    """Probability that an object drawn from cells `a` `(N,)` lies so to one drawn from `b`, the axis of the larger offset deciding."""
+    """Probability that an object drawn from cells `a` `(N,)` lies so to one drawn from `b`.
+
+    The axis of the larger offset decides.
+    """
     holds = _holding(relation).to(a)
     return (a @ holds @ b) / (a.sum() * b.sum()).clamp(min=1e-9)
 
 
 @cache
 def _holding(relation: str) -> torch.Tensor:
-    """`(N, N)`: whether the offset from cell j to cell i points in a relation's direction, up to 45 degrees."""
+    """Whether the offset from cell j to cell i points a relation's way by 45 degrees, `(N, N)`."""
     rows, columns = torch.arange(GRID * GRID) // GRID, torch.arange(GRID * GRID) % GRID
     dx, dy = columns[:, None] - columns[None], rows[:, None] - rows[None]
     along, across = {"left of": (-dx, dy), "right of": (dx, dy), "above": (-dy, dx), "below": (dy, dx)}[relation]

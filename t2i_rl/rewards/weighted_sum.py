@@ -12,14 +12,18 @@ NORMALIZATIONS = ("none", "group")
 
 
 class WeightedSum(Reward):
-    """`sum of weight * part` (T2I-R1 section 3.4: all weights 1; the paper's average and the code's sum give the
-    same advantages, but for the 1e-4 that is added to a group's deviation).
+    """`sum of weight * part` (T2I-R1 section 3.4, where all weights are 1).
+
+    The paper's average and the released code's sum give the same advantages, but for the 1e-4 that
+    is added to a group's deviation.
 
     Args:
         parts: rewards by name.
         weights: by name; a part of weight 0 is still computed and logged.
-        normalize: `none`; or `group`: each part is centred and divided by its standard deviation within a prompt's group first, so that
-            one whose range is narrow (HPS varies ten times less than the others) is heard as much as the rest.
+        normalize: `none`, or `group`: each part is centred and divided by its standard deviation
+            within a prompt's group first, so that one whose range is narrow (HPS varies ten times
+            less than the others) is heard as much as the others.
+        eps: added to that deviation.
 
     Raises:
         UserError: weights and parts name different things, or an unknown normalisation.
@@ -32,18 +36,19 @@ class WeightedSum(Reward):
         parts = {name: part for name, part in parts.items() if part is not None}
         weights = {name: weight for name, weight in weights.items() if weight is not None}
         if set(parts) != set(weights) or not parts:
-            raise UserError(f"reward.weights names {sorted(weights)}, reward.parts {sorted(parts)}: give a weight for each part, and no other")  # fmt: skip
+            names = f"reward.weights names {sorted(weights)}, reward.parts {sorted(parts)}"
+            raise UserError(f"{names}: give a weight for each part, and no other")
         if not any(weights.values()):
             raise UserError("reward.weights are all 0: nothing would be rewarded")
         if normalize not in NORMALIZATIONS:
             raise UserError(f"reward.normalize must be one of {', '.join(NORMALIZATIONS)}, not {normalize!r}")
         for name, part in parts.items():
             check_reward(part, f"reward.parts.{name}")
-        wanted = {part.distribution for part in parts.values()} - {None}
-        if len(wanted) > 1:
-            raise UserError(f"reward.parts read different distributions ({', '.join(sorted(wanted))}): one run has one")
+        distributions = sorted({part.distribution for part in parts.values()} - {None})
+        if len(distributions) > 1:
+            raise UserError(f"reward.parts read different distributions ({', '.join(distributions)}): one run has one")
         self.parts, self.weights, self.normalize, self.eps = parts, dict(weights), normalize, eps
-        self.distribution = wanted.pop() if wanted else None
+        self.distribution = distributions[0] if distributions else None
         self.reads = next((part.reads for part in parts.values() if part.reads is not Drawn), Drawn)
         self.needs_images = any(part.needs_images for part in parts.values())
         self.needs_plans = any(part.needs_plans for part in parts.values())
@@ -57,16 +62,21 @@ class WeightedSum(Reward):
         return next((why for why in reasons if why), None)
 
     def __call__(self, drawn: Drawn) -> RewardOutput:
-        totals = {name: checked(part(drawn), len(drawn), name).total.double().cpu() for name, part in self.parts.items()}  # fmt: skip
+        outputs = {name: checked(part(drawn), len(drawn), name) for name, part in self.parts.items()}
+        totals = {name: output.total.double().cpu() for name, output in outputs.items()}
         summed = torch.zeros(len(drawn), dtype=torch.float64)
         for name, total in totals.items():
-            summed += self.weights[name] * (self._by_group(total, drawn.group_size) if self.normalize == "group" else total)  # fmt: skip
+            heard = self._by_group(total, drawn.group_size) if self.normalize == "group" else total
+            summed += self.weights[name] * heard
         return RewardOutput(summed, totals)
 
     def score_pixels(self, pixels: torch.Tensor, prompts: list[Prompt]) -> torch.Tensor:
-        """The sum `(B,)` with gradients to float32 pixels `(B, 3, H, W)` in [0, 1]; every part must have them."""
-        parts = ((self.weights[name], part.score_pixels(pixels, prompts)) for name, part in self.parts.items())
-        return sum(weight * score.to(pixels.device) for weight, score in parts)
+        """The sum `(B,)` with gradients to float32 pixels `(B, 3, H, W)` in [0, 1].
+
+        Every part must have such gradients.
+        """
+        scores = {name: part.score_pixels(pixels, prompts) for name, part in self.parts.items()}
+        return sum(self.weights[name] * score.to(pixels.device) for name, score in scores.items())
 
     @property
     def differentiable(self) -> bool:

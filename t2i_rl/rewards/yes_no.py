@@ -1,11 +1,13 @@
 """Reading a yes or a no off a next-token distribution."""
 
+from typing import Any
+
 import torch
 
 from t2i_rl.core.errors import UserError
 
 
-def single_token(tokenizer, word: str, path: str) -> int:
+def single_token(tokenizer: Any, word: str, path: str) -> int:
     """The id of a word that is one token.
 
     Raises:
@@ -18,14 +20,16 @@ def single_token(tokenizer, word: str, path: str) -> int:
 
 
 def yes_share(logits: torch.Tensor, yes: int, no: int, temperature: float = 1.0) -> torch.Tensor:
-    """P(yes) / (P(yes) + P(no)) `(B,)` in float64 of next-token logits `(B, V)`: a logistic of their difference, so never 0 / 0.
+    """P(yes) / (P(yes) + P(no)) `(B,)` in float64 of next-token logits `(B, V)`.
+
+    It is computed as a logistic of their difference, so that it is never 0 / 0.
 
     Raises:
         UserError: logits that are not numbers.
     """
-    chosen = logits[:, [yes, no]].double().cpu()
-    if not torch.isfinite(chosen).all():
+    answers = logits[:, [yes, no]].double().cpu()
+    if not torch.isfinite(answers).all():
         raise UserError(
             "the judge's logits for yes and no are not finite: take reward.dtype=float32 (or bfloat16, not float16)"
         )
-    return ((chosen[:, 0] - chosen[:, 1]) / temperature).sigmoid()
+    return ((answers[:, 0] - answers[:, 1]) / temperature).sigmoid()
