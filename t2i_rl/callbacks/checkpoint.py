@@ -21,18 +21,18 @@ class CheckpointEvery(L.pytorch.callbacks.Checkpoint):
 
     def __init__(self, folder: str, every_n_steps: Count = 10, keep_every_n_steps: Count | None = None):
         self.folder, self.every_n_steps, self.keep_every_n_steps = Path(folder), every_n_steps, keep_every_n_steps
-        self.last = self.kept = 0
+        self.last = self.last_kept = 0
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.last = self.kept = trainer.global_step
+        self.last = self.last_kept = trainer.global_step
         stopping.listen()
         stopping.save_first(True)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
         step = trainer.global_step
-        if self.keep_every_n_steps and step - self.kept >= self.keep_every_n_steps:
+        if self.keep_every_n_steps and step - self.last_kept >= self.keep_every_n_steps:
             trainer.save_checkpoint(self.folder / f"step_{step:06d}.ckpt")
-            self.kept = step
+            self.last_kept = step
         stop = self._asked_to_stop(trainer)
         if stop or step - self.last >= self.every_n_steps:
             self._save(trainer)

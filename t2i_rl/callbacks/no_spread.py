@@ -1,5 +1,4 @@
-"""Says so when nothing is there to learn from: rewards that never differ, a judge that always says the same, a gradient
-of zero."""
+"""Says so when there is nothing to learn from: equal rewards, a judge that never differs, a gradient of zero."""
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only

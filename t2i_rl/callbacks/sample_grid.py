@@ -8,12 +8,14 @@ import numpy as np
 from t2i_rl.core.numbers import Count
 from t2i_rl.core.pixels import write_png
 from t2i_rl.core.seeding import derive_seed
-from t2i_rl.core.written_texts import check_texts
+from t2i_rl.core.texts import check_texts
 from t2i_rl.evaluation.report.grid import caption_grid
 
 
 class SampleGrid(L.Callback):
-    """Saves `samples/step_XXXXXX.png` before the first step and then every `every_n_steps` optimizer steps; W&B gets the same picture.
+    """Saves `samples/step_XXXXXX.png` before the first step, then every `every_n_steps` optimizer steps.
+
+    W&B gets the same picture.
 
     Args:
         folder: the run's folder.
@@ -25,12 +27,8 @@ class SampleGrid(L.Callback):
 
     def __init__(self, folder: str, every_n_steps: Count = 20, prompts: list[str] | None = None, columns: Count = 4):
         check_texts(prompts, "callbacks.sample_grid.prompts")
-        self.folder, self.every_n_steps, self.prompts, self.columns = (
-            Path(folder) / "samples",
-            every_n_steps,
-            prompts,
-            columns,
-        )
+        self.folder, self.every_n_steps = Path(folder) / "samples", every_n_steps
+        self.prompts, self.columns = prompts, columns
         self.drawn_at = -1
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +15,11 @@ from t2i_rl.core.ranks import is_main_process, own_gpu
 
 
 class InceptionFeatures:
-    """What FID compares pictures by, and the real pictures to compare with (Heusel et al. 2017): `callbacks.validation.fid`.
+    """What FID compares pictures by, and the real pictures to compare with (Heusel et al. 2017):
+    `callbacks.validation.fid`.
 
-    With few pictures FID is biased upwards by far more than methods differ: 5,000 is what tables use, compare at equal numbers only.
+    With few pictures FID is biased upwards by far more than methods differ: 5,000 is what tables use. Compare at equal
+    numbers only.
 
     Args:
         images: a folder of real pictures, such as COCO's `val2017`; all of them are taken, in order of name, and other
@@ -48,7 +51,8 @@ class InceptionFeatures:
             print(f"fid.images={images}: {len(others)} of {len(files)} files ignored (first: {others[0]})", flush=True)
         self.size, self.weights, self.batch_size = size, weights, batch_size
         self.device = own_gpu() if device == "auto" else device
-        self.network, self.real = None, None
+        self.network: Any = None  # loaded when it is first asked
+        self.real: np.ndarray | None = None
 
     @torch.no_grad()
     def features(self, images: np.ndarray) -> np.ndarray:

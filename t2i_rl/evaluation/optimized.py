@@ -1,33 +1,21 @@
 """What a sweeper optimises: one metric of a run, known to be measured before anything is drawn."""
 
 from collections.abc import Sequence
+from typing import Any
 
+from hydra.utils import get_class
 from omegaconf import DictConfig
 
+from t2i_rl.core.contracts import Benchmark
 from t2i_rl.core.errors import UserError
-from t2i_rl.evaluation.records import HEADLINE_PAIRS
+from t2i_rl.evaluation.drawer import Drawer
+from t2i_rl.evaluation.stage import SIDES, Stage
 from t2i_rl.evaluation.stats import columns_of, metric_rows
-from t2i_rl.methods.irg.evaluation import COSTS
 
-OF_TURNS = (*COSTS, "unfinished", "mends", "breaks", "names_defect", "flags", "false_alarms")
 OF_SAMPLES = ("diversity", "vendi")
-OF_NOISE = ("target", "health/<figure>", "inside/<figure>")
 
 
-def optimized(results: dict, name: str | None) -> float | None:
-    """What a sweeper optimises: a metric of the stage that the headline is about, else of the last one."""
-    if not results.get("stages") or name is None:
-        return None
-    about = results.get("headline") or {}
-    stage = results["stages"][about.get("b") or list(results["stages"])[-1]]["metrics"]
-    if name == "headline":
-        name = about.get("metric", "overall")
-    if name not in stage:
-        raise UserError(f"optimized_metric={name} was not measured; choose from {', '.join(stage)}")
-    return stage[name]["mean"]
-
-
-def check_optimized(cfg: DictConfig, benchmark, optimizes: bool) -> None:
+def check_optimized(cfg: DictConfig, benchmark: Benchmark, optimizes: bool) -> None:
     """Whether the run will measure `optimized_metric`.
 
     Args:
@@ -42,50 +30,45 @@ def check_optimized(cfg: DictConfig, benchmark, optimizes: bool) -> None:
         return
     if not stages:
         raise UserError(f"optimized_metric={name}: nothing is measured with evaluation.stages=[]; give stages")
-    _refuse_unless_among(name, ["headline", *_measured(benchmark, _stage_optimized(stages))])
+    method: Any = get_class(cfg.method._target_)
+    drawer = method.drawer
+    stage = _stage_optimized([Stage.parse(stage) for stage in stages], drawer)
+    own = [column.name for column in drawer.columns(stage)]
+    refuse_unless_among(name, ["headline", *measured_names(benchmark, stage), *own])
 
 
-def check_optimized_noise(cfg: DictConfig, benchmark) -> None:
-    """The same of a search over noise; `benchmark` is None where none can read the pictures.
+def refuse_unless_among(name: str, measured: Sequence[str]) -> None:
+    """Refuse a metric that is not measured.
 
     Raises:
-        UserError: it will not be measured; the line names what will.
+        UserError: it is not; the line names what is.
     """
-    name = cfg.optimized_metric
-    watched = [f"watch/{judge}" for judge in cfg.watch if cfg.watch[judge] is not None]
-    measured = ["headline", *OF_NOISE, *watched, *(_measured(benchmark, "last_direct") if benchmark else [])]
-    known_by_prefix = ("health/", "inside/", *(f"{judge}/" for judge in watched))
-    if name is not None and not str(name).startswith(known_by_prefix):
-        _refuse_unless_among(name, measured)
-
-
-def _refuse_unless_among(name: str, measured: Sequence[str]) -> None:
     if name not in measured:
         raise UserError(f"optimized_metric={name} is not measured by this run; choose from {', '.join(measured)}")
 
 
-def _stage_optimized(stages: Sequence[str]) -> str:
-    """The stage that the headline of these stages is about, else the last that is drawn."""
-    drawn = []
-    for stage in sorted(stages, key=lambda stage: stage.startswith("trained")):  # the base is drawn first
-        side, _, mode = stage.partition("_")
-        drawn += [f"{side}_turn1", f"{side}_turn2"] if mode == "turns" else [stage]
-    return next((pair[1] for pair in HEADLINE_PAIRS if set(pair) <= set(drawn)), drawn[-1])
-
-
-def _measured(benchmark, stage: str) -> list[str]:
-    """The metrics of a stage: those that its records would have, all of them wrong and drawn with or without a plan."""
-    record = {"strict": False, "lenient": False, "score": 0.0, "defects": []}
+def measured_names(benchmark: Benchmark, stage: Stage) -> list[str]:
+    """The metrics of a stage that a benchmark will give, told from records of its prompts that nobody has drawn yet."""
+    record = {"strict": False, "lenient": False, "score": 0.0, "plan_length": None if stage.way == "direct" else 0}
     records = [
         {
             **record,
             "prompt_id": prompt.id,
             "tag": prompt.tag,
             "seen": prompt.meta.get("seen"),
-            "plan_length": 0 if stage.endswith("_plan") else None,
+            "measured": {c.name: 0.0 for c in benchmark.columns if prompt.tag in (c.tasks or (prompt.tag,))},
         }
         for prompt in benchmark.prompts()
     ]
     names = [name for name, _, _ in metric_rows(columns_of(records), benchmark.overall_tasks)]
-    names += OF_SAMPLES if benchmark.samples_per_prompt > 1 else ()
-    return [*names, *(OF_TURNS if "_turn" in stage else ())]
+    varied = benchmark.samples_per_prompt > 1 and type(benchmark).features is not Benchmark.features
+    return [*names, *(OF_SAMPLES if varied else ())]
+
+
+def _stage_optimized(stages: Sequence[Stage], drawer: type[Drawer]) -> Stage:
+    """The stage that the headline of these stages is about, else the last that is drawn."""
+    in_order = sorted(stages, key=lambda stage: SIDES.index(stage.side))  # the base is drawn first
+    drawn = [given for stage in in_order for given in drawer.gives(stage)]
+    names = [stage.name for stage in drawn]
+    about = next((pair[1] for pair in drawer.headlines if set(pair) <= set(names)), names[-1])
+    return Stage.parse(about)

@@ -11,23 +11,17 @@ import yaml
 
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import read_json, read_json_lines, read_text, write_atomic
+from t2i_rl.evaluation.older import record_now, results_now
+from t2i_rl.evaluation.stage import STAGES
 
-STAGES = ("base_direct", "base_plan", "base_turns", "trained_direct", "trained_plan", "trained_turns")
-HEADLINE_PAIRS = (
-    ("base_plan", "trained_turn2"),
-    ("base_plan", "trained_turn1"),
-    ("base_turn2", "trained_turn2"),
-    ("base_plan", "trained_plan"),
-    ("base_direct", "trained_direct"),
-    ("initial", "last"),
-    ("initial", "best"),
-)
 RECORD_KEYS = (
     *("prompt_id", "prompt", "tag", "seen", "sample_index", "seed", "plan", "plan_length"),
-    *("strict", "lenient", "score", "defects", "image"),
+    *("strict", "lenient", "score", "measured", "defects", "image"),
 )
 RESULT_KEYS = ("task", "method", "model", "reward", "seed", "steps", "benchmark", "stages", "comparisons", "headline")
 METRIC_KEYS = ("mean", "low", "high", "n_prompts")
+COLUMN_KEYS = ("name", "label", "digits")
+TABLE_KEYS = ("title", "note", "columns", "stages", "pairs")
 DIFFERENCE_KEYS = ("difference", "low", "high", "p_value", "n_prompts")
 
 
@@ -58,13 +52,18 @@ def require(holder: Any, keys: Sequence[str], where: str) -> None:
             raise UserError(f"{where}: the key '{key}' is missing")
 
 
+def require_list(value: Any, where: str) -> None:
+    """Raise a UserError that names the place unless the value is a list."""
+    if not isinstance(value, list):
+        raise UserError(f"{where}: expected a list, found {type(value).__name__}")
+
+
 def check_results(results: Any, path: Path) -> None:
-    """Raise a UserError that names file and key unless `results` has the form in docs/architecture.md."""
+    """Raise a UserError that names file and key unless `results` has the form in docs/records.md."""
     require(results, RESULT_KEYS, f"{path}")
     require(results["benchmark"], ("name",), f"{path}: benchmark")
     require(results["stages"], (), f"{path}: stages")
-    if not isinstance(results["comparisons"], list):
-        raise UserError(f"{path}: comparisons: expected a list, found {type(results['comparisons']).__name__}")
+    require_list(results["comparisons"], f"{path}: comparisons")
     for stage, content in results["stages"].items():
         require(content, ("metrics",), f"{path}: stages.{stage}")
         require(content["metrics"], (), f"{path}: stages.{stage}.metrics")
@@ -75,6 +74,20 @@ def check_results(results: Any, path: Path) -> None:
         require(comparison["metrics"], (), f"{path}: comparisons.{number}.metrics")
         for name, metric in comparison["metrics"].items():
             require(metric, DIFFERENCE_KEYS, f"{path}: comparisons.{number}.metrics.{name}")
+    check_shown(results.get("columns", {}), results.get("tables", []), path)  # which 0.1 did not write
+
+
+def check_shown(columns: Any, tables: Any, path: Path) -> None:
+    """The same of what results.json says of its metrics: how tables show them, and which tables there are."""
+    require(columns, (), f"{path}: columns")
+    for name, column in columns.items():
+        require(column, COLUMN_KEYS, f"{path}: columns.{name}")
+    require_list(tables, f"{path}: tables")
+    for number, table in enumerate(tables):
+        require(table, TABLE_KEYS, f"{path}: tables.{number}")
+        require_list(table["columns"], f"{path}: tables.{number}.columns")
+        for column in table["columns"]:
+            require(column, COLUMN_KEYS, f"{path}: tables.{number}.columns")
 
 
 def write_results(path: Path, results: dict) -> None:
@@ -91,7 +104,7 @@ def write_results(path: Path, results: dict) -> None:
 
 
 def read_results(path: Path) -> dict:
-    """Read and check results.json.
+    """Read and check results.json, in today's form where an older version wrote it.
 
     Raises:
         UserError: the file is missing, not JSON, lacks a key or has a number that is not finite; both are named.
@@ -100,7 +113,7 @@ def read_results(path: Path) -> dict:
     for where in not_finite(results):
         raise UserError(f"{path}: {where} is not finite")
     check_results(results, path)
-    return results
+    return results_now(results)
 
 
 def write_records(path: Path, records: Sequence[dict]) -> None:
@@ -118,14 +131,15 @@ def write_records(path: Path, records: Sequence[dict]) -> None:
 
 
 def read_records(path: Path) -> list[dict]:
-    """Read records.jsonl.
+    """Read records.jsonl, in today's form where an older version wrote it.
 
     Raises:
         UserError: the file is missing, or a line is not a record (file, line and key are named), or the image of an
             earlier one.
     """
     records: dict[tuple[str, int], dict] = {}
-    for _, place, record in read_json_lines(path):
+    for _, place, row in read_json_lines(path):
+        record = record_now(row)
         require(record, RECORD_KEYS, place)
         if type(record["prompt_id"]) is not str or type(record["sample_index"]) is not int:
             raise UserError(f"{place}: prompt_id must be a text and sample_index a whole number")
@@ -137,17 +151,16 @@ def read_records(path: Path) -> list[dict]:
 
 
 def stages_of(results: dict) -> list[str]:
-    """The stages of a run in the order of `STAGES`, any other after them as they stand."""
+    """The stages of a run in the order in which they can be asked for, any other after them as they stand."""
     return sorted(results["stages"], key=lambda stage: STAGES.index(stage) if stage in STAGES else len(STAGES))
 
 
 def headline_comparison(results: dict) -> dict | None:
-    """The comparison a run is about: trained against base, with a plan if it has one; last noise against first (best, where a search has no last); None if nothing was trained."""
-    for pair in HEADLINE_PAIRS:
-        for comparison in results["comparisons"]:
-            if (comparison["a"], comparison["b"]) == pair:
-                return comparison
-    return None
+    """The comparison that a run is about, as its headline names it; None where nothing was trained."""
+    headline = results["headline"] or {}
+    pair = (headline.get("a"), headline.get("b"))
+    comparisons = results["comparisons"]
+    return next((comparison for comparison in comparisons if (comparison["a"], comparison["b"]) == pair), None)
 
 
 def read_stage(folder: Path, stage: str) -> dict[tuple[str, int], dict]:

@@ -1,5 +1,12 @@
 """From records to numbers with intervals: stratified bootstrap over prompts, paired differences, spread over seeds.
 
+Four intervals, each defined once, by what it lets vary:
+
+- `bootstrap` with `percentile_interval` (`aggregate`, `compare`, `compare_values`): the prompts; the runs stay.
+- `two_level_interval` (`compare_over_seeds`, `compare_values_over_seeds`): the seeds, then the prompts.
+- `seed_interval` (`seed_difference`): the seeds, by Student's t; the prompts stay.
+- `wilson`: a share of independent cases.
+
 A record is one image (see docs/architecture.md). Images of one prompt are never separated: resamples draw prompts, with
 replacement, within each task, as many as the task has. Intervals are 95 % percentile intervals. Where a task has one
 prompt only, nothing can be resampled and the interval is None. A task where every image has the same verdict has an
@@ -7,15 +14,17 @@ interval of width zero: the bootstrap cannot see what the sample does not show. 
 fewer than three, nor where all agree: their spread is what it would be made of.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from t2i_rl.core.errors import UserError
-from t2i_rl.shapes.text import GENEVAL_TASKS
 
 RESAMPLES = 2000
+ALWAYS = ("strict", "lenient", "score", "plan_length")  # columns that no benchmark names
 FEWEST_SEEDS = 3  # with two, Student's interval is nine times as wide as their distance, or has no width at all
 TOO_FEW_SEEDS = {"low": None, "high": None, "no_interval": "too few seeds"}
 NO_SPREAD = {"low": None, "high": None, "no_interval": "seeds agree"}
@@ -23,7 +32,10 @@ NO_SPREAD = {"low": None, "high": None, "no_interval": "seeds agree"}
 
 @dataclass(frozen=True)
 class Columns:
-    """Records of N images by column: prompt ids (N,), tags (N,), seen (N,) of True/False/None, values {name: (N,)}."""
+    """Records of N images by column: prompt ids (N,), tags (N,), seen (N,) of True/False/None, values {name: (N,)}.
+
+    A value is NaN where the benchmark measured nothing of that image.
+    """
 
     prompts: np.ndarray
     tags: np.ndarray
@@ -32,7 +44,8 @@ class Columns:
 
 
 def columns_of(records: Sequence[dict]) -> Columns:
-    """The columns that metrics are made of: strict, lenient, score, malformed, over_counted (an object too many) and under_counted; plan_length unless a record has null.
+    """The columns that metrics are made of: strict, lenient, score, whatever the benchmark measured beside them, and
+    plan_length unless a record has null.
 
     Raises:
         UserError: there is no record.
@@ -40,9 +53,8 @@ def columns_of(records: Sequence[dict]) -> Columns:
     if not records:
         raise UserError("no records to evaluate")
     values = {name: np.array([float(r[name]) for r in records]) for name in ("strict", "lenient", "score")}
-    kinds = {"malformed": "malformed", "over_counted": "extra", "under_counted": "missing"}
-    for name, kind in kinds.items():
-        values[name] = np.array([float(any(d.startswith(kind) for d in r["defects"])) for r in records])
+    for name in dict.fromkeys(name for r in records for name in r["measured"]):
+        values[name] = np.array([r["measured"].get(name, np.nan) for r in records])
     if all(r["plan_length"] is not None for r in records):
         values["plan_length"] = np.array([float(r["plan_length"]) for r in records])
     return Columns(
@@ -87,8 +99,9 @@ def metric_rows(columns: Columns, tasks: Sequence[str]) -> Iterator[tuple[str, s
     metrics += [("lenient", "lenient", in_tasks), ("score", "score", in_tasks)]
     metrics += [("seen", "strict", in_tasks & (columns.seen == True))]  # noqa: E712 - elementwise
     metrics += [("held_out", "strict", in_tasks & (columns.seen == False))]  # noqa: E712 - elementwise
-    metrics += [("plan_length", "plan_length", everything), ("malformed", "malformed", everything)]
-    metrics += [(name, name, columns.tags == "counting") for name in ("over_counted", "under_counted")]
+    metrics += [("plan_length", "plan_length", everything)]
+    measured = [name for name in columns.values if name not in ALWAYS]
+    metrics += [(name, name, ~np.isnan(columns.values[name])) for name in measured]
     for name, column, mask in metrics:
         if column in columns.values and mask.any():
             yield name, column, mask
@@ -141,19 +154,23 @@ def two_sided_p(draws: np.ndarray) -> float | None:
 
 def counts_of(name: str, columns: Columns, mask: np.ndarray, tasks: Sequence[str]) -> dict:
     """How many prompts and images a metric rests on; for `overall`, also which tasks."""
-    counts = {"n_prompts": len(np.unique(columns.prompts[mask])), "n_images": int(mask.sum())}
+    counts: dict[str, Any] = {"n_prompts": len(np.unique(columns.prompts[mask])), "n_images": int(mask.sum())}
     if name == "overall":
         counts["tasks"] = [task for task in tasks if task in columns.tags]
     return counts
 
 
 def bootstrap_metrics(
-    runs: Sequence[Columns], tasks: Sequence[str], resamples: int, seed: int
+    runs: Sequence[Columns], tasks: Sequence[str] | None, resamples: int, seed: int
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray, dict]]:
     """(name, means (S,), draws (S, R), counts) of every metric of S runs on the same images; one generator each."""
     first = runs[0]
+    tasks = sorted(set(first.tags.tolist())) if tasks is None else tasks
     for name, column, mask in metric_rows(first, tasks):
         if any(column not in run.values for run in runs):
+            continue
+        mask = mask & ~np.isnan([run.values[column] for run in runs]).any(axis=0)  # what every run has measured
+        if not mask.any():
             continue
         values = np.stack([run.values[column][mask] for run in runs])
         rng = np.random.default_rng(seed)
@@ -162,13 +179,13 @@ def bootstrap_metrics(
 
 
 def aggregate(
-    records: Sequence[dict], tasks: Sequence[str] = GENEVAL_TASKS, resamples: int = RESAMPLES, seed: int = 0
+    records: Sequence[dict], tasks: Sequence[str] | None = None, resamples: int = RESAMPLES, seed: int = 0
 ) -> dict[str, dict]:
     """The metrics of one stage, as in results.json: `{name: {mean, low, high, n_prompts, n_images}}`.
 
     `overall`, `lenient`, `score`, `seen` and `held_out` are unweighted means over those of `tasks` that are present
-    (`overall` lists them under `tasks`); `plan_length` (tokens) and `malformed` (share of images) over all tags.
-    Tags outside `tasks` are reported as `task/<tag>` only.
+    (`overall` lists them under `tasks`; None takes every tag); `plan_length` (tokens) and what the benchmark measured
+    beside its verdicts over all tags that have them. Tags outside `tasks` are reported as `task/<tag>` only.
 
     Raises:
         UserError: there is no record.
@@ -180,7 +197,7 @@ def aggregate(
 def compare(
     a: Sequence[dict],
     b: Sequence[dict],
-    tasks: Sequence[str] = GENEVAL_TASKS,
+    tasks: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict]:
@@ -198,7 +215,7 @@ def compare(
 
 def compare_over_seeds(
     pairs: Sequence[tuple[Sequence[dict], Sequence[dict]]],
-    tasks: Sequence[str] = GENEVAL_TASKS,
+    tasks: Sequence[str] | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict]:
@@ -222,16 +239,87 @@ def compare_over_seeds(
     keys = [[(r["prompt_id"], r["sample_index"]) for r in before] for before, _ in pairs]
     if any(other != keys[0] for other in keys):
         raise UserError("cannot average over seeds: the runs were not evaluated on the same images in the same order")
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(runs), (resamples, len(runs)))
     table = {}
     for name, means, draws, counts in bootstrap_metrics(runs, tasks, resamples, seed + 1):
-        averaged = draws[picks, np.arange(resamples)[:, None]].mean(axis=1)
-        enough = len(runs) >= FEWEST_SEEDS
-        interval = percentile_interval(averaged) if enough else TOO_FEW_SEEDS
-        change = {"difference": float(means.mean()), **interval, "p_value": two_sided_p(averaged) if enough else None}
-        table[name] = {**change, **counts, "n_seeds": len(runs)}
+        interval = two_level_interval(draws, np.random.default_rng(seed))
+        table[name] = {"difference": float(means.mean()), **interval, **counts, "n_seeds": len(runs)}
     return table
+
+
+def two_level_interval(draws: np.ndarray, rng: np.random.Generator) -> dict:
+    """The two-level bootstrap, seeds then prompts, of what S seeds measured on the same prompts.
+
+    Each resample draws S seeds with replacement and averages them on its own prompts. One resample
+    of the prompts serves all seeds that it draws, since all were evaluated on the same ones: the
+    levels are crossed and not nested (the pigeonhole bootstrap of Owen, Annals of Applied
+    Statistics 1, 2007). The spread between few seeds is understated, by (S - 1) / S in variance.
+
+    Args:
+        draws: (S, R), as `bootstrap` gives them: column r holds every seed's mean on the prompts of
+            resample r.
+
+    Returns:
+        `{low, high, p_value}`; fewer than `FEWEST_SEEDS` have no interval, and `no_interval` says
+        so.
+    """
+    seeds, resamples = draws.shape
+    if seeds < FEWEST_SEEDS:
+        return {**TOO_FEW_SEEDS, "p_value": None}
+    picks = rng.integers(0, seeds, (resamples, seeds))
+    averaged = draws[picks, np.arange(resamples)[:, None]].mean(axis=1)
+    return {**percentile_interval(averaged), "p_value": two_sided_p(averaged)}
+
+
+def compare_values(
+    changes: np.ndarray,
+    prompts: np.ndarray,
+    strata: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict:
+    """`compare` for any figure of one run: the mean of paired changes (N,), with the bootstrap over their prompts.
+
+    Args:
+        prompts: (N,), what a change belongs to: changes of one prompt are never separated. Cases that stand for
+            themselves are `np.arange(N)`.
+        strata: (N,), the task of each; without them all prompts are one lot (see `compare_values_over_seeds`).
+
+    Returns:
+        `{difference, low, high, p_value, n_prompts, n_images}`.
+    """
+    lots = np.zeros(len(changes)) if strata is None else strata
+    means, draws = bootstrap(changes[None], prompts, lots, resamples, np.random.default_rng(seed))
+    interval = {**percentile_interval(draws[0]), "p_value": two_sided_p(draws[0])}
+    return {"difference": float(means[0]), **interval, "n_prompts": len(np.unique(prompts)), "n_images": len(prompts)}
+
+
+def compare_values_over_seeds(
+    changes: np.ndarray,
+    prompts: np.ndarray,
+    strata: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict:
+    """`compare_over_seeds` for any figure: the mean of paired changes (S, N), with the two-level bootstrap.
+
+    Give the tasks as `strata` where a benchmark has a fixed number of prompts of each, as `compare_over_seeds` does:
+    how much tasks differ is then part of the design and not of the error, which is the right interval for a table of
+    such a benchmark. Without strata the prompts are drawn as one lot, in which the tasks' numbers vary from draw to
+    draw: that interval holds the spread between tasks as well, and is the wider the more they differ.
+
+    Args:
+        changes: a row per seed, all on the same images in the same order.
+        prompts, strata: (N,), as in `compare_values`.
+
+    Returns:
+        `{difference, low, high, p_value, n_prompts, n_images, n_seeds}`; see `two_level_interval` for few seeds.
+    """
+    lots, rng = np.zeros(changes.shape[1]) if strata is None else strata, np.random.default_rng(seed)
+    _, draws = bootstrap(changes, prompts, lots, resamples, rng)
+    # at once over seeds and images: changes that cancel make zero, which a mean of the seeds' means may miss by a bit
+    difference = float(np.mean([changes[:, lots == lot].mean() for lot in np.unique(lots)]))
+    counts = {"n_prompts": len(np.unique(prompts)), "n_images": len(prompts), "n_seeds": len(changes)}
+    return {"difference": difference, **two_level_interval(draws, rng), **counts}
 
 
 def t_quantile(degrees: int) -> float:
@@ -265,6 +353,20 @@ def seed_interval(values: Sequence[float], limits: tuple[float, float] = (-np.in
         return {"mean": mean, **NO_SPREAD, "n": n}
     half = t_quantile(n - 1) * float(np.std(values, ddof=1)) / n**0.5
     return {"mean": mean, "low": max(mean - half, limits[0]), "high": min(mean + half, limits[1]), "n": n}
+
+
+def seed_difference(values: Sequence[float]) -> dict:
+    """`seed_interval` of a paired difference per seed, under the key that a difference has."""
+    interval = seed_interval(values)
+    return {"difference": interval["mean"], **interval}
+
+
+def wilson(hits: int, n: int) -> dict:
+    """Share of `hits` among `n` independent cases with Wilson's 95 % interval (1927): `{mean, low, high, n}`."""
+    z, p = 1.959964, hits / n
+    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((center + side) / (1 + z * z / n) for side in (-half, half))
+    return {"mean": p, "low": max(low, 0.0), "high": min(high, 1.0), "n": n}  # at 0 and 1 but for rounding
 
 
 def bracket(cell: dict, form: str = ".1f", scale: float = 1.0) -> str:

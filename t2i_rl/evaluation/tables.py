@@ -9,34 +9,25 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from t2i_rl.core.contracts import Column
 from t2i_rl.core.errors import UserError
 from t2i_rl.evaluation.records import Job, headline_comparison, stages_of
+from t2i_rl.evaluation.stage import SIDES, Stage
 from t2i_rl.evaluation.stats import bracket, seed_interval
 
 MISSING = "-"
 MARK = " *"
 NARROW_NAME = 24  # letters a line of what a row is of, in a narrow terminal
-PLAIN_FORMATS = {
-    "plan_length": ".1f",
-    "vendi": ".2f",
-    "diversity": ".3f",
-    "target": ".3f",
-    "text_tokens": ".1f",
-    "seconds": ".2f",
-}
-ROW_NAMES = {
-    "overall": "overall (strict)",
-    "lenient": "overall (lenient)",
-    "score": "partial score",
-    "seen": "seen pairs",
-    "held_out": "held-out pairs",
-    "diversity": "diversity",
-    "vendi": "Vendi score",
-    "plan_length": "plan length (tokens)",
-    "malformed": "malformed images",
-    "over_counted": "counting: too many",
-    "under_counted": "counting: too few",
-}
+COMMON = (  # metrics that every benchmark has, or none names
+    Column("overall", "overall (strict)"),
+    Column("lenient", "overall (lenient)"),
+    Column("score", "partial score"),
+    Column("seen", "seen pairs"),
+    Column("held_out", "held-out pairs"),
+    Column("diversity", "diversity", digits=3),
+    Column("vendi", "Vendi score", digits=2),
+    Column("plan_length", "plan length (tokens)", digits=1),
+)
 
 
 @dataclass(frozen=True)
@@ -100,56 +91,118 @@ class Table:
         return "\n".join([f"**{self.title}**", "", *lines, "", self.note, ""])
 
 
-def number(metric: str, value: float, signed: bool = False) -> str:
-    """One value as text: accuracies and shares in percent (differences in points), others in their own unit."""
+def number(column: Column, value: float, signed: bool = False) -> str:
+    """One value as text: shares in percent (differences in points), others with the digits that their column says."""
     sign = "+" if signed else ""
-    if metric in PLAIN_FORMATS:
-        return f"{value:{sign}z{PLAIN_FORMATS[metric]}}"
-    return f"{100 * value:{sign}z.1f}"
+    return f"{100 * value:{sign}z.1f}" if column.digits is None else f"{value:{sign}z.{column.digits}f}"
 
 
-def with_interval(metric: str, cell: dict | None, key: str) -> str:
+def with_interval(column: Column, cell: dict | None, key: str) -> str:
     """`mean [low, high]`; a difference is signed, and marked when its interval excludes zero."""
     if cell is None:
         return MISSING
     signed = key == "difference"
-    text = number(metric, cell[key], signed)
+    text = number(column, cell[key], signed)
     if cell["low"] is None:
         return f"{text} {bracket(cell)}"
     mark = MARK if signed and excludes_zero(cell) else ""
-    return f"{text} [{number(metric, cell['low'], signed)}, {number(metric, cell['high'], signed)}]{mark}"
+    return f"{text} [{number(column, cell['low'], signed)}, {number(column, cell['high'], signed)}]{mark}"
 
 
 def excludes_zero(cell: dict) -> bool:
-    """Whether an interval exists, has a width (runs that all agree say nothing about their spread), and lies on one side of zero."""
+    """Whether an interval exists, has a width (runs that all agree say nothing about their spread), and lies on one
+    side of zero."""
     if cell["low"] is None or cell["high"] - cell["low"] <= 1e-12 * max(abs(cell["low"]), abs(cell["high"])):
         return False
     return cell["low"] > 0 or cell["high"] < 0
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which of a run's numbers stand in a table of their own; results.json keeps it, so that a page can be written from
+    the disk alone.
+
+    columns: the metrics, a row each; empty for those of the table of before and after.
+    stages: stages whose means are shown. pairs: `(a, b)` of comparisons whose differences are shown.
+    """
+
+    title: str
+    note: str
+    columns: Sequence[Column] = ()
+    stages: Sequence[str] = ()
+    pairs: Sequence[tuple[str, str]] = ()
+
+    def written(self) -> dict:
+        """As results.json has it."""
+        return {**vars(self), "columns": [row_of(column) for column in self.columns]}
+
+    @classmethod
+    def read(cls, content: dict) -> "Selection":
+        """What `written` gave."""
+        columns = [column_of(row) for row in content["columns"]]
+        pairs = [(a, b) for a, b in content["pairs"]]
+        return cls(content["title"], content["note"], columns, content["stages"], pairs)
+
+
+def row_of(column: Column) -> dict:
+    """A column as results.json has it, never without a label."""
+    return column._replace(label=column.label or column.name)._asdict()
+
+
+def column_of(row: dict) -> Column:
+    """What tables need of a column, from results.json."""
+    return Column(row["name"], row["label"], digits=row["digits"])
+
+
+def described(results: dict, metric: str) -> Column:
+    """What results.json says of a metric; a task's is called by the task."""
+    rows = list(results.get("columns", {}).values())
+    rows += [row for table in results.get("tables", ()) for row in table["columns"]]
+    named = {column.name: column for column in (*COMMON, *map(column_of, rows))}
+    return named.get(metric, Column(metric, metric.removeprefix("task/")))
+
+
 def metric_order(results: dict) -> list[str]:
-    """Every metric of a run's stages: overall, the tasks, then the others in the order of `ROW_NAMES`."""
-    names = list(dict.fromkeys(name for stage in stages_of(results) for name in results["stages"][stage]["metrics"]))
+    """Every metric of a run's stages that its benchmark measures: overall, the tasks, then the others."""
+    names = dict.fromkeys(name for stage in stages_of(results) for name in results["stages"][stage]["metrics"])
     tasks = [name for name in names if name.startswith("task/")]
-    known = [name for name in ROW_NAMES if name in names]
+    known = [name for name in (*(column.name for column in COMMON), *results.get("columns", {})) if name in names]
     return [*known[:1], *tasks, *known[1:]] if "overall" in names else [*tasks, *known]
 
 
+def selected_table(results: dict, selection: Selection) -> Table:
+    """A row a metric that any of the columns has: stages, then comparisons."""
+    metrics = [results["stages"][stage]["metrics"] for stage in selection.stages]
+    compared = {(comparison["a"], comparison["b"]): comparison["metrics"] for comparison in results["comparisons"]}
+    changes = [compared[pair] for pair in selection.pairs]
+    rows = []
+    for column in selection.columns or [described(results, name) for name in metric_order(results)]:
+        if not any(column.name in cells for cells in (*metrics, *changes)):
+            continue
+        means = [with_interval(column, cells.get(column.name), "mean") for cells in metrics]
+        differences = [with_interval(column, cells.get(column.name), "difference") for cells in changes]
+        rows.append([column.label or column.name, *means, *differences])
+    columns = ["", *selection.stages, *(f"{b} - {a}" for a, b in selection.pairs)]
+    return Table(selection.title, columns, rows, selection.note)
+
+
 def before_after_table(results: dict) -> Table:
-    """One run: a row per metric, a column per stage, and the paired comparison that the run is about (all, where nothing was trained)."""
-    stages = stages_of(results)
+    """One run: a row per metric, a column per stage, and the paired comparison that the run is about (all, where
+    nothing was trained)."""
     about = headline_comparison(results)
     comparisons = [about] if about else results["comparisons"]
-    rows = []
-    for name in metric_order(results):
-        cells = [with_interval(name, results["stages"][stage]["metrics"].get(name), "mean") for stage in stages]
-        cells += [with_interval(name, comparison["metrics"].get(name), "difference") for comparison in comparisons]
-        rows.append([ROW_NAMES.get(name, name.removeprefix("task/")), *cells])
-    columns = ["", *stages, *(f"{comparison['b']} - {comparison['a']}" for comparison in comparisons)]
+    pairs = [(comparison["a"], comparison["b"]) for comparison in comparisons]
     note = "Percent, with 95 % bootstrap intervals over prompts. Paired differences; * excludes zero."
-    if any("[no interval]" in cell for row in rows for cell in row):
-        note += " No interval: a task has one prompt only."
-    return Table("Before and after", columns, rows, note)
+    table = selected_table(results, Selection("Before and after", note, stages=stages_of(results), pairs=pairs))
+    if any("[no interval]" in cell for row in table.rows for cell in row):
+        return replace(table, note=f"{note} No interval: a task has one prompt only.")
+    return table
+
+
+def run_tables(results: dict) -> list[Table]:
+    """The tables of a run: before and after, then those that its method asks for."""
+    own = [selected_table(results, Selection.read(content)) for content in results.get("tables", ())]
+    return [before_after_table(results), *own]
 
 
 def headline(results: dict) -> str:
@@ -163,23 +216,24 @@ def _finding(results: dict) -> str:
     comparison = headline_comparison(results)
     benchmark, name = results["benchmark"]["name"], headline_metric(results)
     if comparison is None or name not in comparison["metrics"]:
+        overall, stages = described(results, "overall"), results["stages"]
         parts = [
-            f"{stage} {with_interval('overall', results['stages'][stage]['metrics'].get('overall'), 'mean')} %"
+            f"{stage} {with_interval(overall, stages[stage]['metrics'].get('overall'), 'mean')} %"
             for stage in stages_of(results)
         ]
-        trained = any(stage.startswith("trained") for stage in results["stages"])
+        trained = any(Stage.parse(stage).side == "trained" for stage in stages)
         lacking = "No stage of the base was drawn" if trained else "Nothing was trained"
         return f"Overall on {benchmark}: {', '.join(parts)}. {lacking}, so there is no before and after."
-    cell = comparison["metrics"][name]
+    cell, column = comparison["metrics"][name], described(results, name)
     means = [results["stages"][comparison[side]]["metrics"][name]["mean"] for side in "ab"]
-    percent, points = ("", "") if name in PLAIN_FORMATS else (" %", " points")
-    before, after = (number(name, mean) + percent for mean in means)
+    percent, points = (" %", " points") if column.digits is None else ("", "")
+    before, after = (number(column, mean) + percent for mean in means)
     basis = f"({cell['n_prompts']} prompts, paired)"
     where = benchmark if name == "overall" else f"the {name}"
     if cell["low"] is None:
         return f"Too few prompts for an interval on {where}: {before} before, {after} after, which shows nothing."
-    low, high = number(name, cell["low"], True), number(name, cell["high"], True)
-    difference = f"{number(name, cell['difference'], True)}{points}, 95 % interval [{low}, {high}] {basis}"
+    low, high = number(column, cell["low"], True), number(column, cell["high"], True)
+    difference = f"{number(column, cell['difference'], True)}{points}, 95 % interval [{low}, {high}] {basis}"
     if not excludes_zero(cell):
         return f"No measurable change on {where}: {before} before, {after} after; {difference}: includes zero."
     verb = "rose" if cell["difference"] > 0 else "fell"
@@ -204,7 +258,7 @@ def compared_stages(jobs: Sequence[Job]) -> list[str]:
     pairs = {(pair["a"], pair["b"]) for pair in map(headline_comparison, (job.results for job in jobs)) if pair}
     if not pairs:
         return []
-    if all(a.startswith("base") for a, _ in pairs):
+    if all(Stage.parse(a).side == "base" for a, _ in pairs):
         return ["base", "trained"]
     return list(*pairs) if len(pairs) == 1 else ["before", "after"]
 
@@ -233,8 +287,15 @@ def measured_cells(job: Job, metric: str, compared: bool, stages: Sequence[str])
     comparison = headline_comparison(job.results)
     if comparison is not None:
         return [metrics[comparison["a"]], metrics[comparison["b"]], comparison["metrics"].get(metric)]
-    sides = [[stage for stage in stages_of(job.results) if stage.startswith(side)] for side in ("base", "trained")]
+    stages = stages_of(job.results)
+    sides = [[stage for stage in stages if Stage.parse(stage).side == side] for side in SIDES]
     return [*(metrics[side[-1]] if side else None for side in sides), None]
+
+
+def described_among(jobs: Sequence[Job], metric: str) -> Column:
+    """What the first job that measured a metric says of it."""
+    measuring = (job.results for job in jobs if any(metric in s["metrics"] for s in job.results["stages"].values()))
+    return described(next(measuring, jobs[0].results), metric)
 
 
 def _value_keys(columns: Sequence[str]) -> list[str]:
@@ -244,15 +305,15 @@ def _value_keys(columns: Sequence[str]) -> list[str]:
 def sweep_table(jobs: Sequence[Job], metric: str = "overall") -> Table:
     """All jobs: a row per job with what differs, then what it measured in one metric."""
     settings, columns, stages = differing_settings(jobs), measured_columns(jobs), all_stages(jobs)
-    compared, rows = bool(compared_stages(jobs)), []
+    shown, compared, rows = described_among(jobs, metric), bool(compared_stages(jobs)), []
     for job in jobs:
         names = [job.settings.get(key, MISSING) for key in settings] or [job.folder.name]
         cells = measured_cells(job, metric, compared, stages)
-        texts = [with_interval(metric, cell, key) for cell, key in zip(cells, _value_keys(columns), strict=True)]
+        texts = [with_interval(shown, cell, key) for cell, key in zip(cells, _value_keys(columns), strict=True)]
         rows.append([*names, *texts])
     note = "95 % bootstrap intervals over prompts"
     note += "; differences are paired, image by image; * excludes zero." if compared else "."
-    title = f"All jobs: {ROW_NAMES.get(metric, metric)}"
+    title = f"All jobs: {shown.label}"
     names = settings or ["job"]
     return Table(title, [*names, *columns], rows, note, names=len(names))
 
@@ -265,13 +326,13 @@ def seeds_table(jobs: Sequence[Job], metric: str = "overall") -> Table | None:
     Raises:
         UserError: two jobs have the same settings and the same seed.
     """
-    columns, stages = measured_columns(jobs), all_stages(jobs)
+    columns, stages, shown = measured_columns(jobs), all_stages(jobs), described_among(jobs, metric)
     keys = [key for key in differing_settings(jobs) if key != "seed"]
     compared = bool(compared_stages(jobs))
     groups: dict[tuple[str, ...], dict[str, list[dict]]] = {}
     for job in jobs:
-        cells = measured_cells(job, metric, compared, stages)
-        if any(cell is None for cell in cells):
+        cells = [cell for cell in measured_cells(job, metric, compared, stages) if cell is not None]
+        if len(cells) < len(columns):
             continue
         group = groups.setdefault(tuple(job.settings.get(key, MISSING) for key in keys), {})
         if job.settings["seed"] in group:
@@ -283,21 +344,22 @@ def seeds_table(jobs: Sequence[Job], metric: str = "overall") -> Table | None:
     for settings, group in groups.items():
         texts = []
         for number, key in enumerate(_value_keys(columns)):
-            limits = (-np.inf, np.inf) if metric in PLAIN_FORMATS else (-1.0 if key == "difference" else 0.0, 1.0)
+            of_shares = (-1.0 if key == "difference" else 0.0, 1.0)
+            limits = of_shares if shown.digits is None else (-np.inf, np.inf)
             interval = seed_interval([cells[number][key] for cells in group.values()], limits)
-            texts.append(with_interval(metric, {**interval, key: interval["mean"]}, key))
+            texts.append(with_interval(shown, {**interval, key: interval["mean"]}, key))
         rows.append([*(settings or ["all jobs"]), str(len(group)), *texts])
     note = (
         "Mean over seeds with Student's 95 % interval over seeds, which takes three seeds or more that do not all "
-        "agree, and ends "
-        "where a share does (0 and 100 %); * excludes zero."
+        "agree, and ends where a share does (0 and 100 %); * excludes zero."
     )
-    title, names = f"Over seeds: {ROW_NAMES.get(metric, metric)}", [*(keys or ["jobs"]), "seeds"]
+    title, names = f"Over seeds: {shown.label}", [*(keys or ["jobs"]), "seeds"]
     return Table(title, [*names, *columns], rows, note, names=len(names))
 
 
 def sweep_tables(jobs: Sequence[Job]) -> list[Table]:
-    """For each metric that jobs are about, the table of all jobs and, where jobs differ only by seed, the table of means over seeds."""
+    """For each metric that jobs are about, the table of all jobs and, where jobs differ only by seed, the table of
+    means over seeds."""
     tables = []
     for metric in dict.fromkeys(headline_metric(job.results) for job in jobs):
         tables += [sweep_table(jobs, metric), seeds_table(jobs, metric)]

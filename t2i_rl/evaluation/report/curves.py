@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -102,10 +103,10 @@ def chart(title: str, series: Sequence[Series]) -> str:
     low_y, high_y = span([values for _, _, values in series])
     low_y, high_y = low_y - 0.04 * (high_y - low_y), high_y + 0.04 * (high_y - low_y)
 
-    def across(x: np.ndarray | float) -> np.ndarray | float:
+    def across(x: Any) -> Any:  # a number, or an array of some
         return LEFT + (x - low_x) / (high_x - low_x) * (WIDTH - LEFT - RIGHT)
 
-    def down(y: np.ndarray | float) -> np.ndarray | float:
+    def down(y: Any) -> Any:
         return TOP + (high_y - y) / (high_y - low_y) * (HEIGHT - TOP - BOTTOM)
 
     parts = []

@@ -63,9 +63,10 @@ def caption_grid(
     return canvas
 
 
-def wrap(text: str, width: float, font: ImageFont.FreeTypeFont) -> list[str]:
+def wrap(text: str, width: float, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
     """Lines of text of at most `width` pixels; a word that is wider than that falls apart."""
-    lines, line = [], ""
+    lines: list[str] = []
+    line = ""
     for word in text.split():
         while font.getlength(f"{line} {word}" if line else word) > width:
             if line:

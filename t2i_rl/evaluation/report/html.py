@@ -1,6 +1,5 @@
 """The page that holds a run, and the page that holds a sweep: numbers, curves, and images side by side."""
 
-import base64
 import json
 from collections.abc import Sequence
 from html import escape
@@ -12,8 +11,8 @@ from t2i_rl.evaluation.records import Job, headline_comparison, image_path, read
 from t2i_rl.evaluation.report.curves import charts
 from t2i_rl.evaluation.report.grid import first_of_each_task
 from t2i_rl.evaluation.report.page import definitions, folded, page, section
-from t2i_rl.evaluation.tables import MARK, Table, before_after_table, differing_settings, headline, sweep_tables
-from t2i_rl.methods.irg.tables import turn_tables
+from t2i_rl.evaluation.report.thumbnails import picture_html
+from t2i_rl.evaluation.tables import MARK, Table, differing_settings, headline, run_tables, sweep_tables
 
 PROMPTS_PER_TASK = 3
 CHANGES_SHOWN = 6
@@ -36,27 +35,27 @@ def table_html(table: Table) -> str:
     return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def image_set(shown: Sequence[Shown]) -> str:
-    """One prompt: its images side by side as (label, PNG, record), framed by verdict, with its text and defects."""
+def image_set(shown: Sequence[Shown], folder: Path) -> str:
+    """One prompt: its images side by side as (label, PNG, record), framed by verdict, with its text and defects.
+
+    Args:
+        folder: where the page lies, from which the whole pictures are linked.
+    """
     figures = []
     for label, png, record in shown:
-        data = base64.b64encode(png.read_bytes()).decode()
-        verdict = VERDICTS[record["strict"]]
-        name = "reflection" if "says_stop" in record else "plan"
-        plan = f"<br>{name}: {escape(record['plan'])}" if record["plan"] else ""
+        text = f"<br>{record.get('text_is', 'plan')}: {escape(record['plan'])}" if record["plan"] else ""
         defects = f'<br><span class="bad">{escape("; ".join(record["defects"]))}</span>' if record["defects"] else ""
         figures.append(
-            f'<figure{" class=strict" if record["strict"] else ""}><img alt="{escape(record["prompt"])}" '
-            f'src="data:image/png;base64,{data}">'
-            f"<figcaption><b>{escape(label)}</b> {verdict}{plan}{defects}</figcaption></figure>"
+            f"<figure{' class=strict' if record['strict'] else ''}>{picture_html(png, folder, record['prompt'])}"
+            f"<figcaption><b>{escape(label)}</b> {VERDICTS[record['strict']]}{text}{defects}</figcaption></figure>"
         )
     return f'<div class="set"><h3>{escape(shown[0][2]["prompt"])}</h3><div class="row">{"".join(figures)}</div></div>'
 
 
-def image_sets(sets: Sequence[Sequence[Shown]]) -> str:
+def image_sets(sets: Sequence[Sequence[Shown]], folder: Path) -> str:
     """Prompts below one another, or beside one another where their images are few."""
     width = min(1100, 180 * max(len(shown) for shown in sets))
-    return f'<div class="sets" style="--set: {width}px">{"".join(image_set(shown) for shown in sets)}</div>'
+    return f'<div class="sets" style="--set: {width}px">{"".join(image_set(shown, folder) for shown in sets)}</div>'
 
 
 def largest_changes(before: dict[Key, dict], after: dict[Key, dict], sign: int) -> list[Key]:
@@ -73,9 +72,8 @@ def image_sections(job: Job) -> str:
     records = {stage: read_stage(job.folder, stage) for stage in stages}
 
     def sets_of(keys: Sequence[Key], stages: Sequence[str]) -> str:
-        return image_sets(
-            [[(s, image_path(job.folder, s, records[s][k]), records[s][k]) for s in stages] for k in keys]
-        )
+        sets = [[(s, image_path(job.folder, s, records[s][k]), records[s][k]) for s in stages] for k in keys]
+        return image_sets(sets, job.folder)
 
     keys = first_of_each_task(list(records[stages[0]].values()), PROMPTS_PER_TASK)
     note = f"The first {PROMPTS_PER_TASK} prompts of each task, same seed in all stages; green frame: strictly right."
@@ -138,12 +136,11 @@ def write_report(run_dir: Path) -> Path:
     results, settings = job.results, job.settings
     title = f"{settings['method']} on {settings['model']}, reward {settings['reward']}, seed {settings['seed']}"
     facts = {key: settings[key] for key in ("method", "model", "reward", "benchmark", "seed", "steps")}
-    table = before_after_table(results)
     config = job.folder / "config.yaml"
     body = [
         f'<h1>{escape(title)}</h1><p class="lead">{escape(headline(results))}</p>',
         definitions(facts) + provenance_section(job.folder),
-        *(section(each.title, each.note, table_html(each)) for each in [table, *turn_tables(results)]),
+        *(section(table.title, table.note, table_html(table)) for table in run_tables(results)),
         curves_section(job.folder),
         image_sections(job),
         settings_section(results),
@@ -156,10 +153,10 @@ def write_report(run_dir: Path) -> Path:
     return path
 
 
-def sweep_images(jobs: Sequence[Job]) -> str:
-    """The same prompts for the first job's base and for every job's trained model, side by side."""
-    compared = [(job, headline_comparison(job.results)) for job in jobs]
-    compared = [(job, comparison) for job, comparison in compared if comparison]
+def sweep_images(jobs: Sequence[Job], folder: Path) -> str:
+    """The same prompts for the first job's base and for every job's trained model, side by side; the page lies in
+    `folder`."""
+    compared = [(job, comparison) for job in jobs if (comparison := headline_comparison(job.results))]
     if not compared:
         return section("Images", "No job has a before and after.", "")
     keys_that_differ = differing_settings(jobs)
@@ -179,7 +176,7 @@ def sweep_images(jobs: Sequence[Job]) -> str:
         for key in first_of_each_task(shared, PROMPTS_PER_TASK)
     ]
     note = f"The first {PROMPTS_PER_TASK} prompts of each task. `base` is the first job's; green frame: strictly right."
-    return section("Images", note, image_sets(sets))
+    return section("Images", note, image_sets(sets, folder))
 
 
 def job_link(folder: Path, sweep_dir: Path) -> str:
@@ -208,7 +205,7 @@ def write_sweep_report(sweep_dir: Path, unfinished: Table | None = None) -> Path
             "One sentence per job, from its own numbers; its name leads to its own page.",
             f"<dl>{findings}</dl>",
         ),
-        sweep_images(jobs),
+        sweep_images(jobs, Path(sweep_dir)),
     ]
     path = Path(sweep_dir) / "report.html"
     write_atomic(path, page(f"Sweep {Path(sweep_dir).name}", "\n".join(body)))

@@ -1,5 +1,6 @@
 """The frame of a report: one HTML file with its style inside, light and dark, that takes nothing from the network."""
 
+from collections.abc import Mapping
 from html import escape
 
 STYLE = """
@@ -42,8 +43,8 @@ polyline { fill: none; stroke-width: 1.7; stroke-linejoin: round; } .faint { str
 .set h3 { font-size: .92rem; font-weight: 600; margin: 0 0 .35rem; }
 .row { display: grid; grid-auto-flow: column; grid-auto-columns: minmax(120px, 180px); gap: .8rem; overflow-x: auto; }
 .row figure { margin: 0; }
-.row img { display: block; width: 100%; image-rendering: pixelated; border: 3px solid var(--wrong);
-  border-radius: 4px; }
+.row img { display: block; width: 100%; border: 3px solid var(--wrong); border-radius: 4px; }
+img.pixels { image-rendering: pixelated; } .figure { max-width: none; } .figure img { max-width: 100%; }
 .row .strict img { border-color: var(--right); }
 .row figcaption { line-height: 1.4; margin-top: .25rem; overflow-wrap: anywhere; }
 .row b { color: var(--ink); font-weight: 600; }
@@ -52,7 +53,8 @@ details { margin: .6rem 0; } summary { cursor: pointer; color: var(--soft); }
 a { color: var(--c0); }
 @media (max-width: 640px) { body { padding: 1.2rem .8rem 3rem; }
   dl { grid-template-columns: fit-content(45%) minmax(0, 1fr); } dt { overflow-wrap: anywhere; }
-  table { font-size: .8rem; } th, td { padding-right: .5rem; vertical-align: top; } th { white-space: normal; overflow-wrap: break-word; }
+  table { font-size: .8rem; } th, td { padding-right: .5rem; vertical-align: top; }
+  th { white-space: normal; overflow-wrap: break-word; }
   td:first-child { white-space: normal; min-width: 5rem; max-width: 34vw; overflow-wrap: break-word; }
   td .range { display: block; } }
 """ + "".join(f".c{n} {{ stroke: var(--c{n}); }} .k{n} {{ --key: var(--c{n}); }}\n" for n in range(6))
@@ -69,7 +71,7 @@ def page(title: str, body: str) -> str:
     )
 
 
-def definitions(items: dict[str, object]) -> str:
+def definitions(items: Mapping[str, object]) -> str:
     """Names and values in two columns."""
     return "<dl>" + "".join(f"<dt>{escape(k)}</dt><dd>{escape(str(v))}</dd>" for k, v in items.items()) + "</dl>"
 
