@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: which method wrote it, from which model, with which settings."""
+"""What a checkpoint says of itself: its method, its model, its settings."""
 
 from collections.abc import Mapping
 from typing import Any

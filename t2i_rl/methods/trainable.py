@@ -1,33 +1,42 @@
-"""Which parameters learn, and the frozen model that the KL is taken to."""
+"""Which parameters learn: those that a pattern names, or adapters on them."""
 
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import torch
-import torch.distributed as dist
+from omegaconf import DictConfig
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from t2i_rl.core.errors import UserError
-from t2i_rl.core.hashing import weights_sha256
-from t2i_rl.core.numbers import LearningRate, check_value
+from t2i_rl.models.autoregressive.janus import Janus
 
-NOT_MERGED = ("use_dora", "lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication")  # fmt: skip
+# what peft can add to a layer beside two matrices, and rollouts do not merge
+NOT_MERGED = (
+    *("use_dora", "lora_bias", "use_qalora", "modules_to_save", "trainable_token_indices", "target_parameters"),
+    "layer_replication",
+)
 
 
-def check_lora(lora: dict | None) -> None:
+def lora_config(lora: Mapping | None) -> LoraConfig:
+    """peft's settings of adapters.
+
+    Raises:
+        UserError: peft has no such setting, or not this value of it.
+    """
+    try:
+        return LoraConfig(**(lora or {}))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"method.lora: {error}") from error
+
+
+def check_lora(lora: Mapping | None) -> None:
     """Refuse what is no setting of peft's LoraConfig, or more than what rollouts merge.
 
     Raises:
         UserError: one line that names it.
     """
-    try:
-        config = LoraConfig(**(lora or {}))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"method.lora: {error}") from error
+    config = lora_config(lora)
     beyond = [name for name in NOT_MERGED if getattr(config, name, None)]
     if beyond:
         raise UserError(f"method.lora.{beyond[0]}: rollouts merge plain LoRA (and rsLoRA) only; leave it out")
@@ -48,83 +57,9 @@ def check_trainable(patterns: Sequence[str]) -> None:
             raise UserError(f"method.trainable: {pattern!r} is no regular expression ({error})") from error
 
 
-def check_optimizer(optimizer: partial, scheduler: partial | None) -> None:
-    """Refuse options that torch's own classes refuse, and a rate at which weights would jump.
-
-    Raises:
-        UserError: what they say, or what the rate must be.
-    """
-    try:
-        made = optimizer([nn.Parameter(torch.zeros(1))])
-        if scheduler is not None:
-            scheduler(made)
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise UserError(f"method.optimizer or method.scheduler: {error}") from error
-    check_value(made.defaults["lr"], LearningRate, "method.optimizer.lr")
-
-
-class NonFinite:
-    """What becomes of an optimizer step whose gradient is not finite: the run ends with a line (`raise`), or goes on
-    without it (`skip`).
-
-    Every rank decides alike. A skipped step changes no weight, no optimizer state and no schedule, and is counted; the
-    next one has other data. `MOST_IN_A_ROW` of them end the run: then it is not a step that is broken but the weights.
-
-    Raises:
-        UserError: an unknown choice.
-    """
-
-    CHOICES = ("raise", "skip")
-    MOST_IN_A_ROW = 10
-
-    def __init__(self, choice: str):
-        self.check(choice)
-        self.choice, self.skipped, self.in_a_row = choice, 0, 0
-
-    @classmethod
-    def check(cls, choice: str) -> None:
-        if choice not in cls.CHOICES:
-            raise UserError(f"method.on_nonfinite must be one of {', '.join(cls.CHOICES)}, not {choice!r}")
-
-    def allows(self, norm: torch.Tensor, step: int) -> bool:
-        """Whether the optimizer may step with a gradient of this norm.
-
-        Raises:
-            UserError: it may not, and such steps are not skipped, or were too many in a row.
-        """
-        finite = torch.isfinite(norm.detach()).to(torch.int32)
-        if dist.is_initialized():
-            dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-        if finite:
-            self.in_a_row = 0
-            return True
-        if self.choice == "raise":
-            raise UserError(
-                f"the gradient's norm is {norm.item()} at optimizer step {step}, and no weight was changed: go on "
-                "from the last "
-                "checkpoint with ckpt_path=last method.on_nonfinite=skip, which leaves such steps out and counts "
-                "them, or lower "
-                "method.optimizer.lr (docs/metrics.md)"
-            )
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row >= self.MOST_IN_A_ROW:
-            raise UserError(
-                f"the gradient was not finite in {self.in_a_row} steps in a row, up to optimizer step {step}: the "
-                "weights themselves "
-                "are past mending; go on from an earlier checkpoint (callbacks.checkpoint.keep_every_n_steps keeps "
-                "them) with a "
-                "lower method.optimizer.lr"
-            )
-        return False
-
-    def metrics(self) -> dict[str, float]:
-        """How many steps were left out so far, where they are left out."""
-        return {"train/skipped_steps": float(self.skipped)} if self.choice == "skip" else {}
-
-
-def select_trainable(model: nn.Module, patterns: list[str], lora: dict | None) -> None:
-    """Freeze everything but the parameters whose name matches one of `patterns` (regular expressions, from the start of the name);
-    with `lora` (peft's LoraConfig arguments) freeze those too and train adapters on them instead.
+def select_trainable(model: nn.Module, patterns: Sequence[str], lora: dict | None) -> None:
+    """Freeze everything but the parameters whose name matches one of `patterns` (regular expressions, from the start of
+    the name); with `lora` (peft's LoraConfig arguments) freeze those too and train adapters on them instead.
 
     Raises:
         UserError: a pattern matches nothing.
@@ -135,24 +70,37 @@ def select_trainable(model: nn.Module, patterns: list[str], lora: dict | None) -
         if not any(re.match(pattern, name) for name in names):
             raise UserError(f"method.trainable: {pattern!r} matches no parameter; names look like {names[0]}")
     if lora is not None:
-        targets = [
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and _matches(patterns, f"{name}.weight")
-        ]
-        wanted = lora.get("target_modules") or [r".*"]
-        targets = [name for name in targets if any(re.search(pattern, name) for pattern in wanted)]
-        if not targets:
-            raise UserError(
-                f"method.lora.target_modules: {list(wanted)} matches no linear layer among the trainable parts"
-            )
-        inject_adapter_in_model(LoraConfig(**{**lora, "target_modules": targets}), model)
-        for parameter in model.parameters():
-            if parameter.requires_grad:  # adapters learn in float32 whatever they are added to
-                parameter.data = parameter.data.float()
+        targets = _lora_targets(model, patterns, lora.get("target_modules") or [r".*"])
+        add_adapters(model, lora_config({**lora, "target_modules": targets}))
         return
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(_matches(patterns, name))
+
+
+def add_adapters(model: nn.Module, config: LoraConfig) -> None:
+    """Put LoRA adapters into a frozen model, which learn in float32 whatever they are added to."""
+    inject_adapter_in_model(config, model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def _lora_targets(model: nn.Module, patterns: Sequence[str], asked: Sequence[str]) -> list[str]:
+    """Linear layers of the parts that train, of those that are asked for."""
+    targets = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and _matches(patterns, f"{name}.weight")
+        and any(re.search(pattern, name) for pattern in asked)
+    ]
+    if not targets:
+        raise UserError(f"method.lora.target_modules: {list(asked)} matches no linear layer among the trainable parts")
+    return targets
+
+
+def _matches(patterns: Sequence[str], name: str) -> bool:
+    return any(re.match(pattern, name) for pattern in patterns)
 
 
 def refuse_rounded_updates(model: nn.Module) -> None:
@@ -163,41 +111,34 @@ def refuse_rounded_updates(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            dtype = str(parameter.dtype).removeprefix("torch.")
             raise UserError(
-                f"{name} would learn in {str(parameter.dtype).removeprefix('torch.')}, which rounds small updates away: set model.dtype=float32 "
-                "with trainer.precision=bf16-mixed, or method.lora={r: 16}"
+                f"{name} would learn in {dtype}, which rounds small updates away: set model.dtype=float32 with "
+                "trainer.precision=bf16-mixed, or method.lora={r: 16}"
             )
 
 
-def _matches(patterns: list[str], name: str) -> bool:
-    return any(re.match(pattern, name) for pattern in patterns)
+def check_dtype(cfg: DictConfig) -> None:
+    """The same of a config, before any weight loads.
 
-
-class Reference:
-    """The model as it was before training: its adapters switched off under LoRA, else a frozen copy with embeddings of its own.
-
-    Deliberately no submodule of whatever holds it: it is neither trained, nor wrapped, nor saved; checkpoints carry its hash.
-    `offload` keeps the copy in the CPU's memory while it is not scoring.
+    Raises:
+        UserError: weights would learn in half precision.
     """
+    half = cfg.model.get("dtype") in ("bfloat16", "float16")
+    if half and "lora" in cfg.method and cfg.method.lora is None:
+        raise UserError(
+            f"model.dtype={cfg.model.dtype} rounds small updates away: set model.dtype=float32 with "
+            "trainer.precision=bf16-mixed and model.rollout.dtype=bfloat16, or train adapters (method=iris_lora, or "
+            "method.lora={r: 16})"
+        )
 
-    def __init__(self, model: nn.Module, offload: bool = False):
-        self.adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-        self.sha256 = weights_sha256(model, adapters=False)
-        self.twin, self.offload = None if self.adapters else model.twin(), offload
 
-    @contextmanager
-    def scoring(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The reference, on the device of `model`, with no gradient."""
-        with torch.no_grad():
-            if not self.adapters:
-                yield self.twin.to(model.device)
-                if self.offload:
-                    self.twin.to("cpu")
-                return
-            for layer in self.adapters:
-                layer._disable_adapters = True
-            try:
-                yield model
-            finally:
-                for layer in self.adapters:
-                    layer._disable_adapters = False
+def recompute_layers(model: Janus) -> None:
+    """Let a model keep only the inputs of its blocks for the backward pass, and compute the rest again.
+
+    Args:
+        model: an adapter of family `autoregressive`.
+    """
+    model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for block in model.blocks():
+        block.training = True  # of the block alone: it is what transformers asks before it checkpoints

@@ -1,7 +1,9 @@
-"""Trajectories of the six modes from a folder in the published format, in the mixture of a stage, in an order that a resumed run continues."""
+"""Trajectories of the six modes from a folder in the published format, mixed by stage, in a resumable order."""
 
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from rich.console import Console
@@ -14,6 +16,7 @@ from t2i_rl.core.prompts import Prompt
 from t2i_rl.core.seeding import derive_seed
 from t2i_rl.data.base import Data
 from t2i_rl.data.pairs import share_of
+from t2i_rl.methods.irg.drawing import DrawsInTurns
 from t2i_rl.methods.irg.make import Maker
 from t2i_rl.methods.irg.toy_format import count_rows, parsed, raw_rows
 from t2i_rl.methods.irg.trajectory import MODES, STAGES
@@ -22,14 +25,22 @@ from t2i_rl.shapes.examples import TASK_WEIGHTS, sample_example
 
 
 class TrajectoryStream(IterableDataset):
-    """Batches of `(place, mode, segments)`. Batch `k` of all ranks is a function of `(seed, k)`: each place draws its mode, each mode goes through its rows shard by
-    shard, shards and rows in an order of the epoch's own; one shard a mode is in memory, as JSON."""
+    """Batches of `(place, mode, segments)`. Batch `k` of all ranks is a function of `(seed, k)`: each place draws its
+    mode, each mode goes through its rows shard by shard, shards and rows in an order of the epoch's own; one shard a
+    mode is in memory, as JSON."""
 
-    def __init__(self, shards: dict[str, list[tuple[Path, int]]], weights: dict[str, float], batch_size: int, seed: int, first: int):  # fmt: skip
+    def __init__(
+        self,
+        shards: dict[str, list[tuple[Path, int]]],
+        weights: dict[str, float],
+        batch_size: int,
+        seed: int,
+        first: int,
+    ):
         self.shards, self.weights, self.batch_size, self.seed, self.position = shards, weights, batch_size, seed, first
         self._open: dict[str, tuple[Path, list[str]]] = {}
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, str, tuple[Segment, ...]]]]:
         first, share = share_of(self.batch_size)
         taken = Counter(mode for batch in range(self.position) for mode in self._modes(batch))
         while True:
@@ -67,9 +78,11 @@ class Trajectories(Data):
 
     Args:
         path: the folder.
-        stage: 1 (all six modes) or 2 (the two full ones), see `trajectory.STAGES`; `weights`: shares of modes by name, in place of it.
+        stage: 1 (all six modes) or 2 (the two full ones), see `trajectory.STAGES`.
+        weights: shares of modes by name, in place of the stage's.
         batch_size: trajectories a step, over all ranks together.
-        maker: makes the folder where it is not there, before the first step, with the model as it is then; None: it has to be there.
+        maker: makes the folder where it is not there, before the first step, with the model as it is then; None: it has
+            to be there.
         count: training prompts of `shapes` that the maker gets.
 
     Raises:
@@ -77,8 +90,18 @@ class Trajectories(Data):
     """
 
     gives = "trajectories"
+    prompts: list[Prompt]
 
-    def __init__(self, path: str, stage: Count = 1, weights: dict[str, Weight] | None = None, batch_size: Count = 16, maker: Maker | None = None, count: Count = 4096, seed: Seed = 0):  # fmt: skip
+    def __init__(
+        self,
+        path: str,
+        stage: Count = 1,
+        weights: dict[str, Weight] | None = None,
+        batch_size: Count = 16,
+        maker: Maker | None = None,
+        count: Count = 4096,
+        seed: Seed = 0,
+    ):
         super().__init__()
         check_arguments(Trajectories, locals(), "data")
         if stage not in STAGES:
@@ -100,36 +123,49 @@ class Trajectories(Data):
         Raises:
             UserError: a mode has none.
         """
-        found = {mode: [(path, count_rows(path)) for path in sorted((self.path / mode).glob("*.parquet"))] for mode in self.weights}  # fmt: skip
-        lacking = [mode for mode, files in found.items() if not sum(count for _, count in files)]
+        shards = {
+            mode: [(path, count_rows(path)) for path in sorted((self.path / mode).glob("*.parquet"))]
+            for mode in self.weights
+        }
+        lacking = [mode for mode, files in shards.items() if not sum(count for _, count in files)]
         if lacking:
-            raise UserError(f"data.path={self.path} has no rows of {lacking[0]}: make them with task=make_irgl, or leave the mode out with data.weights={{...}}")  # fmt: skip
-        return found
+            raise UserError(
+                f"data.path={self.path} has no rows of {lacking[0]}: make them with task=make_irgl, or leave the mode "
+                "out with data.weights={...}"
+            )
+        return shards
 
     def check(self, image_size: int) -> None:
         if self.maker is not None:
             self.maker.check(image_size)
 
     def prepare_data(self) -> None:
-        """Make the folder where it is not there; Lightning calls this on one process of a machine, before the first step."""
-        if self.maker is None or self.trainer.state.fn != "fit":  # a trainer that goes on to test calls this again
+        """Make the folder where it is not there. Lightning calls this on one process of a machine, before any step."""
+        trainer = self.trainer
+        if self.maker is None or trainer is None or trainer.state.fn != "fit":  # one that goes on to test calls again
             return
-        module = self.trainer.lightning_module
         with in_turn(self.path):  # a run that wants the same data waits for the one that makes them
             if not (self.path / "manifest.json").exists():
                 Console().print(
                     f"making trajectories of {len(self.prompts)} prompts in {self.path} (once)", soft_wrap=True
                 )
-            model = module.model.to(self.trainer.strategy.root_device)
-            self.maker.make(self.path, model, self.prompts, module.interleaved.fits)
+            method = self._method()
+            model = method.model.to(trainer.strategy.root_device)
+            self.maker.make(self.path, model, self.prompts, method.interleaved.fits)
 
     def train_dataloader(self) -> DataLoader:
-        first = self.trainer.lightning_module.batches_done
-        stream = TrajectoryStream(self.shards(), self.weights, self.batch_size, self.seed, first)
+        stream = TrajectoryStream(
+            self.shards(), self.weights, self.batch_size, self.seed, first=self._method().batches_done
+        )
         return DataLoader(stream, batch_size=None)
+
+    def _method(self) -> DrawsInTurns:
+        """The method that learns from these: no other takes `trajectories`."""
+        assert self.trainer is not None  # Lightning sets it before it calls a hook
+        return cast(DrawsInTurns, self.trainer.lightning_module)
 
 
 def world_prompts(count: int, seed: int) -> list[Prompt]:
-    """Training prompts of `shapes` in the shares that janus_tiny was trained with; small tasks have few texts, which come again."""
+    """Training prompts of `shapes`, in the shares that janus_tiny was trained with; those of small tasks come again."""
     rng = np.random.default_rng((seed, 12))
     return [sample_example(rng, TASK_WEIGHTS)[0] for _ in range(count)]

@@ -22,12 +22,13 @@ def save_trajectory(folder: Path, trajectory: Trajectory) -> None:
     """Write `trajectory.json`, `turn<k>.png` and `strip.png`; the JSON last, so that it stands for all."""
     folder, segments, turn = Path(folder), [], 0
     for segment in trajectory.segments:
-        row = {"role": segment.role, "text": segment.text, "image": None, "loss": segment.loss, "seen_by": sorted(segment.seen_by)}  # fmt: skip
-        if segment.kind == "image":
+        name = None
+        if segment.image is not None:
             turn += 1
-            row["image"] = f"turn{turn}.png"
-            write_atomic(folder / row["image"], png(segment.image))
-        segments.append(row)
+            name = f"turn{turn}.png"
+            write_atomic(folder / name, png(segment.image))
+        about = {"role": segment.role, "text": segment.text, "image": name, "loss": segment.loss}
+        segments.append({**about, "seen_by": sorted(segment.seen_by)})
     if turn:
         write_atomic(folder / "strip.png", png(np.asarray(strips([trajectory]))))
     rest = {field.name: getattr(trajectory, field.name) for field in fields(trajectory) if field.name != "segments"}

@@ -1,4 +1,4 @@
-"""IRGL data for a prompt list: the model draws weakly, a teacher thinks, reflects and shows the better picture (specification section 2.5)."""
+"""IRGL data for a prompt list: the model draws weakly, a teacher thinks, reflects and shows the better picture."""
 
 import hashlib
 import json
@@ -6,14 +6,16 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
+from t2i_rl.core.contracts import ImageModel
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import read_object, write_atomic
 from t2i_rl.core.hashing import weights_sha256
 from t2i_rl.core.numbers import Count, Seed, Share, check_arguments
-from t2i_rl.core.progress import Progress
+from t2i_rl.core.progress import ProgressCounter
 from t2i_rl.core.prompts import Prompt
 from t2i_rl.core.seeding import derive_seed
 from t2i_rl.methods.irg.rounds import says_stop
@@ -22,19 +24,53 @@ from t2i_rl.methods.irg.toy_format import write_shard
 from t2i_rl.methods.irg.trajectory import MODES, Trajectory
 from t2i_rl.models.autoregressive.segments import Segment
 
-RULES = 4  # of what is made; 2: no held-out pair of objects is learnt; 3: a picture with nothing wrong is its own better one; 4: the model's own thought is checked too
+# The version of what is made. 2: no held-out pair of objects is learnt; 3: a picture with nothing wrong is its own
+# better one; 4: the model's own thought is checked too.
+RULES = 4
+Fits = Callable[[Sequence[Segment]], bool]
+
+
+class Teaches(Protocol):
+    """Who thinks, reflects and shows the better picture: `irg.world.World` or `irg.teachers.Teacher`.
+
+    stop: how a reflection ends that finds nothing wrong.
+    questions: what is asked for a thought (`think`) and for a reflection (`reflect`).
+    image_sizes: sides in pixels of the pictures that it reads; empty for any.
+    """
+
+    stop: str
+    questions: dict[str, str]
+    image_sizes: tuple[int, ...]
+
+    def check(self, prompts: list[Prompt]) -> None:
+        """Refuse prompts that it cannot teach."""
+
+    def settings(self) -> dict:
+        """What it says depends on."""
+
+    def inconsistent(self, prompts: list[Prompt], pictures: list[np.ndarray]) -> list[str | None]:
+        """What speaks against each picture of its prompt; None where nothing does."""
+
+    def initial(self, prompts: list[Prompt], seeds: list[int]) -> Sequence[tuple[str | None, np.ndarray]]:
+        """A plan and a good picture for each prompt."""
+
+    def improve(
+        self, prompts: list[Prompt], weak: np.ndarray, good: Sequence[np.ndarray], seeds: list[int]
+    ) -> Sequence[tuple[str | None, np.ndarray]]:
+        """A reflection on each weak picture uint8 `(B, H, W, 3)`, and the better picture."""
 
 
 @dataclass
 class Maker:
-    """Writes a folder in the published format, a shard of prompts at a time; a shard that is finished is never made again.
+    """Writes a folder in the published format, a shard of prompts at a time; a shard that is finished is never made
+    again.
 
     Args:
-        teacher: `initial(prompts, seeds)` and `improve(prompts, weak, good, seeds)`, each a text and a picture a prompt, and `inconsistent(prompts, pictures)`; see
-            `irg.world.World` and `irg.teachers.Teacher`.
+        teacher: see `Teaches`.
         shard_size: prompts a shard: what a kill can lose.
         batch_size: pictures drawn together.
-        right_share: of the weak pictures that the teacher finds nothing wrong with, the share that is kept, to teach when to stop.
+        right_share: of the weak pictures that the teacher finds nothing wrong with, the share that is kept, to teach
+            when to stop.
         words: shortest and longest text that is kept, in words.
         ascii_share: least share of a text's letters that are plain Latin ones; 0 keeps every language.
         seed: together with prompt text it decides every draw.
@@ -43,7 +79,7 @@ class Maker:
         UserError: an option outside its range.
     """
 
-    teacher: object
+    teacher: Teaches
     shard_size: Count = 256
     batch_size: Count = 64
     right_share: Share = 1.0
@@ -51,10 +87,11 @@ class Maker:
     ascii_share: Share = 0.9
     seed: Seed = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_arguments(Maker, vars(self), "maker")
-        self.words = tuple(self.words)
-        if self.words[0] > self.words[1]:
+        shortest, longest = self.words
+        self.words = (shortest, longest)  # a config has a list
+        if shortest > longest:
             raise UserError(f"words must be the shortest and the longest text, like [1, 600], not {list(self.words)}")
 
     def check(self, image_size: int) -> None:
@@ -66,12 +103,14 @@ class Maker:
         sizes = self.teacher.image_sizes
         if sizes and image_size not in sizes:
             raise UserError(
-                f"the teacher ({type(self.teacher).__name__}) reads images of {' or '.join(map(str, sizes))} pixels, but "
-                f"this model draws {image_size}x{image_size}: take task=make_irgl task/teacher=chat or local, then data=irgl"
+                f"the teacher ({type(self.teacher).__name__}) reads images of {' or '.join(map(str, sizes))} pixels, "
+                f"but this model draws {image_size}x{image_size}: take task=make_irgl task/teacher=chat or local, then "
+                "data=irgl"
             )
 
-    def make(self, folder: Path, model, prompts: Sequence[Prompt], fits: Callable | None = None) -> dict:
-        """Make what is not there yet; returns the manifest: settings, counts a mode, and what was left out, and why; a row that does not `fits(segments)` is.
+    def make(self, folder: Path, model: ImageModel, prompts: list[Prompt], fits: Fits | None = None) -> dict:
+        """Make what is not there yet; returns the manifest: settings, counts a mode, and what was left out, and why; a
+        row that does not `fits(segments)` is.
 
         Raises:
             UserError: the folder was made with other settings, or the teacher cannot teach a prompt.
@@ -82,31 +121,30 @@ class Maker:
         _check_same(folder, settings)
         write_atomic(folder / "settings.json", json.dumps(settings, indent=1))
         model.prepare()
-        seen: set[str] = set()
+        digests: set[str] = set()
         starts, seeds = range(0, len(prompts), self.shard_size), self.seeds(prompts)
-        places = [folder / "shards" / f"{number:05d}.json" for number in range(len(starts))]
-        ready = sum(
-            len(prompts[first : first + self.shard_size]) for first, place in zip(starts, places) if place.exists()
-        )
-        with Progress("making trajectories", len(prompts), "prompt", ready) as progress:
-            for number, (first, place) in enumerate(zip(starts, places, strict=True)):
-                if not place.exists():
-                    part = slice(first, first + self.shard_size)
-                    self._shard(folder, f"{number:05d}", model, prompts[part], seeds[part], seen, place, fits, progress)
-                seen |= set(read_object(place, "hashes")["hashes"])
+        records = [folder / "shards" / f"{number:05d}.json" for number in range(len(starts))]
+        parts = {record: slice(first, first + self.shard_size) for first, record in zip(starts, records, strict=True)}
+        ready = sum(len(prompts[part]) for record, part in parts.items() if record.exists())
+        with ProgressCounter("making trajectories", len(prompts), "prompt", ready) as progress:
+            for record, part in parts.items():
+                if not record.exists():
+                    self._shard(folder, record, model, prompts[part], seeds[part], digests, fits, progress)
+                digests |= set(read_object(record, "hashes")["hashes"])
         manifest = self._manifest(folder, settings, len(starts))
         write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1))
         return manifest
 
     def seeds(self, prompts: Sequence[Prompt]) -> list[int]:
         """A seed a prompt, by its text and how often that came before: a prompt that comes again is drawn anew."""
-        times, found = Counter(), []
+        times: Counter[str] = Counter()
+        seeds = []
         for prompt in prompts:
-            found.append(derive_seed(self.seed, "irgl", prompt.text, times[prompt.text]))
+            seeds.append(derive_seed(self.seed, "irgl", prompt.text, times[prompt.text]))
             times[prompt.text] += 1
-        return found
+        return seeds
 
-    def settings(self, model, prompts: Sequence[Prompt]) -> dict:
+    def settings(self, model: ImageModel, prompts: Sequence[Prompt]) -> dict:
         """What a row depends on."""
         texts = hashlib.sha256("\n".join(prompt.text for prompt in prompts).encode()).hexdigest()
         return {
@@ -123,70 +161,75 @@ class Maker:
     def _shard(
         self,
         folder: Path,
-        name: str,
-        model,
+        record: Path,
+        model: ImageModel,
         prompts: list[Prompt],
         seeds: list[int],
-        seen: set[str],
-        place: Path,
-        fits: Callable | None,
-        progress: Progress,
+        digests: set[str],
+        fits: Fits | None,
+        progress: ProgressCounter,
     ) -> None:
+        """Rows of these prompts, but for those whose digest is there already; then the record that they are whole."""
         rows: dict[str, list[Trajectory]] = {mode: [] for mode in MODES}
-        left_out, hashes = Counter(), []
+        left_out: Counter[str] = Counter()
+        hashes = []
         for first in range(0, len(prompts), self.batch_size):
             part = slice(first, first + self.batch_size)
-            made = self._material(model, prompts[part], seeds[part])
-            asked: dict[int, str | None] = {}
-            refused = {half: self._refused(half, made, seeds[part], asked) for half in ("initial", "improving")}
-            for number, material in enumerate(made):
+            materials = self._materials(model, prompts[part], seeds[part])
+            verdicts: dict[int, str | None] = {}
+            refused = {half: self._refused(half, materials, seeds[part], verdicts) for half in ("initial", "improving")}
+            for number, material in enumerate(materials):
                 for mode in MODES:
                     segments = row_of(mode, material, self.teacher.questions)
                     why = refused[mode.split("_")[0]][number] or self._stands_on_unfit(segments)
                     digest = digest_of(mode, segments) if why is None else ""
-                    if digest in seen:
+                    if digest in digests:
                         why = "duplicate"
                     if why is None and fits is not None and not fits(segments):
                         why = "longer than the model's positions"
                     if why is not None:
                         left_out[f"{mode}: {why}"] += 1
                         continue
-                    seen.add(digest)
+                    digests.add(digest)
                     hashes.append(digest)
                     rows[mode].append(Trajectory(segments))
-            progress.advance(len(made))
+            progress.advance(len(materials))
         for mode, trajectories in rows.items():
             if trajectories:
-                write_shard(folder / mode / f"{name}.parquet", trajectories)
+                write_shard(folder / mode / f"{record.stem}.parquet", trajectories)
         counts = {mode: len(trajectories) for mode, trajectories in rows.items()}
-        write_atomic(place, json.dumps({"counts": counts, "left_out": dict(left_out), "hashes": hashes}))
+        write_atomic(record, json.dumps({"counts": counts, "left_out": dict(left_out), "hashes": hashes}))
 
-    def _material(self, model, prompts: list[Prompt], seeds: list[int]) -> list[Material]:
+    def _materials(self, model: ImageModel, prompts: list[Prompt], seeds: list[int]) -> list[Material]:
         texts = [prompt.text for prompt in prompts]
         mode = "plan" if model.family == "autoregressive" else "direct"
         weak = model.generate(texts, seeds, mode=mode, fresh=False)
         thoughts, good = zip(*self.teacher.initial(prompts, seeds), strict=True)
         base_thoughts = weak.plans if mode == "plan" else thoughts
         reflections, better = zip(*self.teacher.improve(prompts, weak.images, good, seeds), strict=True)
-        return [Material(*each) for each in zip(prompts, thoughts, good, base_thoughts, weak.images, reflections, better, strict=True)]  # fmt: skip
+        columns = (prompts, thoughts, good, base_thoughts, weak.images, reflections, better)
+        return [Material(*row) for row in zip(*columns, strict=True)]
 
-    def _refused(self, half: str, made: list[Material], seeds: list[int], asked: dict[int, str | None]) -> list[str | None]:  # fmt: skip
-        """Why the rows of the `initial` or the `improving` modes are left out of each prompt's material, if they are; `asked` keeps the verdict on each picture."""
+    def _refused(
+        self, half: str, materials: list[Material], seeds: list[int], verdicts: dict[int, str | None]
+    ) -> list[str | None]:
+        """Why the rows of the `initial` or the `improving` modes are left out of each prompt's material, if they are;
+        `verdicts` keeps what was said of each picture, by the `id` of its array."""
         improving = half == "improving"
-        texts = [each.reflection if improving else each.thought for each in made]
-        pictures = [each.better if improving else each.good for each in made]
+        texts = [material.reflection if improving else material.thought for material in materials]
+        pictures = [material.better if improving else material.good for material in materials]
         why = [self._unfit(text, seed if improving else None) for text, seed in zip(texts, seeds, strict=True)]
         fit = [number for number, reason in enumerate(why) if reason is None]
-        left = [number for number in fit if id(pictures[number]) not in asked]
-        found = self.teacher.inconsistent([made[i].prompt for i in left], [pictures[i] for i in left])
-        asked |= {id(pictures[number]): reason for number, reason in zip(left, found, strict=True)}
+        unseen = [number for number in fit if id(pictures[number]) not in verdicts]
+        reasons = self.teacher.inconsistent([materials[i].prompt for i in unseen], [pictures[i] for i in unseen])
+        verdicts |= {id(pictures[number]): reason for number, reason in zip(unseen, reasons, strict=True)}
         for number in fit:
-            why[number] = asked[id(pictures[number])]
+            why[number] = verdicts[id(pictures[number])]
         return why
 
     def _stands_on_unfit(self, segments: Sequence[Segment]) -> str | None:
         """Why a row cannot stand on the thought that is its context, the model's own, if it cannot."""
-        own = [each.text for each in segments if each.role == "think" and not each.loss]
+        own = [segment.text for segment in segments if segment.role == "think" and not segment.loss]
         wrong = self._unfit(own[0], None) if own else None
         return wrong and f"{wrong} that the model thought itself"
 
@@ -208,7 +251,8 @@ class Maker:
         parts = [
             read_object(folder / "shards" / f"{number:05d}.json", "counts", "left_out") for number in range(shards)
         ]
-        counts, left_out = Counter(), Counter()
+        counts: Counter[str] = Counter()
+        left_out: Counter[str] = Counter()
         for part in parts:
             counts.update(part["counts"])
             left_out.update(part["left_out"])
@@ -219,7 +263,11 @@ def digest_of(mode: str, segments: Sequence[Segment]) -> str:
     """The same for rows that are the same."""
     digest = hashlib.sha256(mode.encode())
     for segment in segments:
-        digest.update(segment.text.encode() if segment.kind == "text" else segment.image.tobytes())
+        if segment.image is not None:
+            digest.update(segment.image.tobytes())
+        else:
+            assert segment.text is not None  # it has passed `Maker._unfit`
+            digest.update(segment.text.encode())
     return digest.hexdigest()[:16]
 
 

@@ -1,4 +1,4 @@
-"""One prompt's material as a row of each mode (specification section 2.1)."""
+"""One prompt's material as a row of each mode (docs/irg.md)."""
 
 from dataclasses import dataclass
 
@@ -11,14 +11,15 @@ from t2i_rl.models.autoregressive.segments import BOTH, Segment
 
 @dataclass(frozen=True)
 class Material:
-    """Of one prompt: a thought and a good picture that agree; the base's own thought and weak picture; the reflection on it, and the better picture."""
+    """Of one prompt: a thought and a good picture that agree; the base's own thought and weak picture; the reflection
+    on it, and the better picture. A text is None where its writer was cut; no row of it is kept."""
 
     prompt: Prompt
-    thought: str
+    thought: str | None
     good: np.ndarray
-    base_thought: str
+    base_thought: str | None
     weak: np.ndarray
-    reflection: str
+    reflection: str | None
     better: np.ndarray
 
 

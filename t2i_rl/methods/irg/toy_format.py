@@ -1,6 +1,7 @@
-"""IRG's published data format: a folder a mode, parquet shards, one column `conversation` of JSON (specification section 2.6), both ways.
+"""IRG's published data format, both ways: a folder a mode, parquet, one column `conversation` of JSON.
 
-What the released parser drops in silence is an error here: a broken picture, a picture without a flag, a role or a key that it does not know.
+What the released parser drops in silence is an error here: a broken picture, a picture without a flag, a role or a key
+that it does not know.
 """
 
 import base64
@@ -17,7 +18,7 @@ from PIL import Image
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import parse_json, write_atomic
 from t2i_rl.core.pixels import read_image
-from t2i_rl.core.written_texts import fault_of_text
+from t2i_rl.core.texts import fault_of_text
 from t2i_rl.methods.irg.trajectory import MODES, Trajectory, in_mode
 from t2i_rl.models.autoregressive.segments import GENERATION, UNDERSTANDING, Segment
 
@@ -43,7 +44,7 @@ def read_toy(folder: Path) -> Iterator[tuple[str, Trajectory]]:
         if not shards:
             raise UserError(f"{place} holds no parquet file")
         for shard in shards:
-            yield from ((place.name, each) for each in read_shard(shard, place.name))
+            yield from ((place.name, trajectory) for trajectory in read_shard(shard, place.name))
 
 
 def read_shard(shard: Path, mode: str) -> Iterator[Trajectory]:
@@ -66,7 +67,8 @@ def raw_rows(shard: Path) -> Iterator[str]:
         for batch in _opened(shard).iter_batches(batch_size=16, columns=[COLUMN]):
             yield from batch[COLUMN].to_pylist()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{shard}: the file is damaged ({str(error).splitlines()[0]}): delete it and make or fetch it anew") from error  # fmt: skip
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{shard}: the file is damaged ({reason}): delete it and make or fetch it anew") from error
 
 
 def parsed(text: str, mode: str, shard: Path, row: int) -> Trajectory:
@@ -107,7 +109,7 @@ def segments_of(text: str, where: str) -> list[Segment]:
     turns = parse_json(text, f"{where}: {COLUMN}")
     if not isinstance(turns, list) or not turns:
         raise UserError(f"{where}: {COLUMN} is no list of turns")
-    found = []
+    segments = []
     for number, turn in enumerate(turns):
         place = f"{where}, turn {number}"
         role = turn.get("role") if isinstance(turn, dict) else None
@@ -119,12 +121,12 @@ def segments_of(text: str, where: str) -> list[Segment]:
             if not isinstance(content, str):
                 raise UserError(f"{place}: a user's content must be a text, not {type(content).__name__}")
             _check_letters(content, place)
-            found.append(Segment("", text=content, loss=_flag(turn, "need_loss", False, place)))
+            segments.append(Segment("", text=content, loss=_flag(turn, "need_loss", False, place)))
             continue
         if not isinstance(turn.get("content"), list):
             raise UserError(f"{place}: an assistant's content must be a list of parts")
-        found += [_part(part, f"{place}, part {index}") for index, part in enumerate(turn["content"])]
-    return found
+        segments += [_part(part, f"{place}, part {index}") for index, part in enumerate(turn["content"])]
+    return segments
 
 
 def _part(part: dict, where: str) -> Segment:
@@ -140,7 +142,8 @@ def _part(part: dict, where: str) -> Segment:
     loss, vae, vit = (_flag(part, name, False, where) for name in ("need_loss", "need_vae", "need_vit"))
     if not (loss or vae or vit):
         raise UserError(
-            f"{where}: a picture that is neither learnt nor seen: say need_loss, or need_vae and need_vit (they default to false)"
+            f"{where}: a picture that is neither learnt nor seen: say need_loss, or need_vae and need_vit (they "
+            "default to false)"
         )
     try:
         content = base64.b64decode(part["content"], validate=True)
@@ -170,7 +173,7 @@ def _flag(node: dict, name: str, default: bool, where: str) -> bool:
 
 
 def conversation(segments: Sequence[Segment]) -> str:
-    """One row's JSON, every flag written out: prompts, questions and the system's text are the user's, the rest the assistant's."""
+    """One row's JSON, every flag written out. Prompts, questions and the system's text are the user's."""
     turns: list[dict] = []
     for segment in segments:
         if segment.role in ("system", "prompt", "question"):
@@ -183,10 +186,15 @@ def conversation(segments: Sequence[Segment]) -> str:
 
 
 def _as_part(segment: Segment) -> dict:
-    if segment.kind == "text":
+    if segment.image is None:
         return {"type": "text", "content": segment.text, "need_loss": segment.loss}
-    flags = {"need_loss": segment.loss, "need_vae": GENERATION in segment.seen_by, "need_vit": UNDERSTANDING in segment.seen_by}  # fmt: skip
-    return {"type": "image", "content": base64.b64encode(png(segment.image)).decode(), **flags}
+    return {
+        "type": "image",
+        "content": base64.b64encode(png(segment.image)).decode(),
+        "need_loss": segment.loss,
+        "need_vae": GENERATION in segment.seen_by,
+        "need_vit": UNDERSTANDING in segment.seen_by,
+    }
 
 
 def png(image: np.ndarray) -> bytes:
@@ -199,5 +207,5 @@ def png(image: np.ndarray) -> bytes:
 def write_shard(path: Path, trajectories: Sequence[Trajectory]) -> None:
     """One parquet shard, written whole or not at all."""
     file = io.BytesIO()
-    pq.write_table(pa.table({COLUMN: [conversation(each.segments) for each in trajectories]}), file)
+    pq.write_table(pa.table({COLUMN: [conversation(trajectory.segments) for trajectory in trajectories]}), file)
     write_atomic(path, file.getvalue())

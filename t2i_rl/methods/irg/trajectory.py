@@ -1,4 +1,4 @@
-"""What inference writes, training reads and the report shows: a list of segments, text or image, each with its part in the whole."""
+"""What inference writes, training reads and the report shows: a list of segments, each with its part in the whole."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -6,15 +6,18 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from t2i_rl.core.errors import UserError
+from t2i_rl.core.seeding import derive_seed
 from t2i_rl.models.autoregressive.segments import BOTH, Segment
 
 
 @dataclass
 class Trajectory:
-    """Segments in order; the `seed` that every draw in it derives from, and the `settings` (guidance, temperatures, context policy) as they were.
+    """Segments in order; the `seed` that every draw in it derives from, and the `settings` (guidance, temperatures,
+    context policy) as they were.
 
-    Of one that was drawn: for each text its `text_tokens` and whether it is `unfinished` (empty, or cut, at every try); for each picture the `seconds` that its
-    turn took (a batch's, shared out; the last one's with the text that ended there) and, with a judge, its `scores`; `answer` is the number of the picture that stands.
+    Of one that was drawn: for each text its `text_tokens` and whether it is `unfinished` (empty, or cut, at every try);
+    for each picture the `seconds` that its turn took (a batch's, shared out; the last one's with the text that ended
+    there) and, with a judge, its `scores`; `answer` is the number of the picture that stands.
     """
 
     segments: tuple[Segment, ...]
@@ -28,17 +31,22 @@ class Trajectory:
 
     @property
     def images(self) -> list[np.ndarray]:
-        return [segment.image for segment in self.segments if segment.kind == "image"]
+        return [segment.image for segment in self.segments if segment.image is not None]
 
     @property
     def texts(self) -> list[str]:
         """What was thought and reflected, in order."""
-        return [segment.text for segment in self.segments if segment.role in ("think", "reflect")]
+        return [segment.text or "" for segment in self.segments if segment.role in ("think", "reflect")]
+
+    def seed_of(self, *parts: int | str) -> int:
+        """The seed of one of its draws, by what is drawn."""
+        assert self.seed is not None  # only a trajectory that is drawn is asked
+        return derive_seed(self.seed, *parts)
 
 
 @dataclass(frozen=True)
 class Part:
-    """One segment as a mode has it (specification section 2.1)."""
+    """One segment as a mode has it (IRGL, arXiv 2509.06945 section 3.3)."""
 
     role: str
     kind: str
@@ -72,7 +80,8 @@ def in_mode(segments: Sequence[Segment], mode: str, where: str) -> tuple[Segment
     """The segments with the roles that `mode` gives them; a text in front of the prompt is the system's.
 
     Raises:
-        UserError: there is no such mode, or kind, loss or encoders of a segment are not the mode's; `where` and the segment are named.
+        UserError: there is no such mode, or kind, loss or encoders of a segment are not the mode's; `where` and the
+            segment are named.
     """
     if mode not in MODES:
         raise UserError(f"{where}: there is no mode {mode!r}; the modes are {', '.join(MODES)}")
@@ -83,13 +92,13 @@ def in_mode(segments: Sequence[Segment], mode: str, where: str) -> tuple[Segment
         wanted = ", ".join(part.role for part in parts)
         raise UserError(f"{where}: {len(segments)} segments, where {mode} has {len(parts)}: {wanted}")
     for number, (segment, part) in enumerate(zip(segments, parts, strict=True)):
+        place = f"{where}: segment {number} ({part.role})"
         for name in ("kind", "loss"):
-            if getattr(segment, name) != getattr(part, name):
-                raise UserError(
-                    f"{where}: segment {number} ({part.role}): {name} is {getattr(segment, name)}, and {mode} asks for {getattr(part, name)}"
-                )
-        if part.kind == "text" and (part.loss or part.role == "prompt") and not segment.text.strip():
-            raise UserError(f"{where}: segment {number} ({part.role}): the text is empty")
+            value, asked = getattr(segment, name), getattr(part, name)
+            if value != asked:
+                raise UserError(f"{place}: {name} is {value}, and {mode} asks for {asked}")
+        if part.kind == "text" and (part.loss or part.role == "prompt") and not (segment.text or "").strip():
+            raise UserError(f"{place}: the text is empty")
         if part.kind == "image" and not part.loss and segment.seen_by != BOTH:
-            raise UserError(f"{where}: segment {number} ({part.role}): a picture in the context is seen by both encoders (need_vae, need_vit)")  # fmt: skip
+            raise UserError(f"{place}: a picture in the context is seen by both encoders (need_vae, need_vit)")
     return tuple(replace(segment, role=part.role) for segment, part in zip(segments, parts, strict=True))

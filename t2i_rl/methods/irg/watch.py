@@ -1,6 +1,7 @@
 """Both turns drawn on held-back prompts while training, judged, and shown as strips."""
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -8,29 +9,40 @@ import torch
 import torch.distributed as dist
 
 from t2i_rl.core.contract_checks import verdicts_of
+from t2i_rl.core.contracts import Benchmark, Judging
 from t2i_rl.core.files import write_atomic
 from t2i_rl.core.numbers import Count
 from t2i_rl.core.prompts import Prompt
 from t2i_rl.core.seeding import derive_seed
-from t2i_rl.core.written_texts import check_texts
+from t2i_rl.core.texts import check_texts
 from t2i_rl.methods.irg.evaluation import reflected, reflection_metrics
 from t2i_rl.methods.irg.strips import strips
 from t2i_rl.methods.irg.toy_format import png
 from t2i_rl.methods.irg.trajectory import Trajectory
 
 
-class WatchTurns(L.Callback):
+class WatchTurns(Judging, L.Callback):
     """With the weights that would be evaluated: before the first step, every `every_n_steps`, and at the end.
 
-    Logs `val/turn<k>` (strict accuracy of the k-th picture) and, of the last reflection, what `evaluation.turns.reflection_metrics` measures; saves
-    `samples/step_<number>.png`, the strips of `strips` prompts, spread evenly over all.
+    Logs `val/turn<k>` (strict accuracy of the k-th picture) and, of the last reflection, what
+    `evaluation.reflection_metrics` measures; saves `samples/step_<number>.png`, the strips of `strips` prompts, spread
+    evenly over all.
 
     Args:
-        benchmark: its prompts are drawn once each, with the same seeds every time; None draws `prompts` and judges nothing.
+        benchmark: its prompts are drawn once each, with the same seeds every time; None draws `prompts` and judges
+            nothing.
         batch_size: trajectories drawn together.
     """
 
-    def __init__(self, folder: str, benchmark: object | None = None, prompts: list[str] | None = None, every_n_steps: Count = 100, strips: Count = 6, batch_size: Count = 64):  # fmt: skip
+    def __init__(
+        self,
+        folder: str,
+        benchmark: Benchmark | None = None,
+        prompts: list[str] | None = None,
+        every_n_steps: Count = 100,
+        strips: Count = 6,
+        batch_size: Count = 64,
+    ):
         self.folder, self.benchmark, self.every_n_steps = Path(folder) / "samples", benchmark, every_n_steps
         self.strips, self.batch_size, self.drawn_at = strips, batch_size, -1
         check_texts(prompts, "callbacks.sample_grid.prompts")
@@ -40,7 +52,9 @@ class WatchTurns(L.Callback):
         if self.drawn_at < 0:
             self._draw(trainer, module)
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         at_the_end = 0 < trainer.max_steps <= trainer.global_step  # judged before it is saved: a run may stop in it
         if at_the_end or trainer.global_step - self.drawn_at >= self.every_n_steps:
             self._draw(trainer, module)
@@ -50,7 +64,7 @@ class WatchTurns(L.Callback):
             self._draw(trainer, module)
 
     @torch.no_grad()
-    def _draw(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def _draw(self, trainer: L.Trainer, module: Any) -> None:
         self.drawn_at = trainer.global_step
         if not self.prompts:
             return
@@ -62,7 +76,7 @@ class WatchTurns(L.Callback):
             part = mine[first : first + self.batch_size]
             seeds = [derive_seed("validate", prompt.id) for _, prompt in part]
             rows = module.interleave.every_round().run(module.interleaved, [prompt.text for _, prompt in part], seeds)
-            drawn += [(place, prompt, row) for (place, prompt), row in zip(part, rows, strict=True)]
+            drawn += [(number, prompt, row) for (number, prompt), row in zip(part, rows, strict=True)]
         module.interleaved.done()
         verdicts = self._judge(drawn)
         if world > 1:
@@ -77,11 +91,11 @@ class WatchTurns(L.Callback):
         """For each trajectory, of each picture what `reflection_metrics` reads."""
         if self.benchmark is None or not drawn:
             return []
-        prompts, by_turn = [prompt for _, prompt, _ in drawn], []
-        for turn in range(len(drawn[0][2].images)):
-            images = np.stack([row.images[turn] for _, _, row in drawn])
-            verdicts = verdicts_of(self.benchmark, images, prompts)
-            said = reflected(self.benchmark, prompts, [row for _, _, row in drawn], turn)
+        prompts, trajectories = [prompt for _, prompt, _ in drawn], [trajectory for _, _, trajectory in drawn]
+        by_turn = []
+        for turn in range(len(trajectories[0].images)):
+            verdicts = verdicts_of(self.benchmark, np.stack([row.images[turn] for row in trajectories]), prompts)
+            said = reflected(self.benchmark, prompts, trajectories, turn)
             by_turn.append(
                 [
                     {"prompt_id": prompt.id, "sample_index": 0, "strict": verdict.strict, **words}
@@ -94,11 +108,14 @@ class WatchTurns(L.Callback):
         if not verdicts:
             return
         turns = list(zip(*verdicts, strict=True))
-        found = {f"val/turn{number + 1}": float(np.mean([row["strict"] for row in turn])) for number, turn in enumerate(turns)}  # fmt: skip
+        metrics = {
+            f"turn{number}": np.mean([row["strict"] for row in turn]) for number, turn in enumerate(turns, start=1)
+        }
         if len(turns) > 1:
-            found |= {f"val/{name}": cell["mean"] for name, cell in reflection_metrics(turns[-2], turns[-1], resamples=1).items()}  # fmt: skip
+            reflections = reflection_metrics(turns[-2], turns[-1], resamples=1)
+            metrics |= {name: cell["mean"] for name, cell in reflections.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(found, step=trainer.global_step)
+            logger.log_metrics({f"val/{name}": float(value) for name, value in metrics.items()}, trainer.global_step)
 
     def _save(self, trainer: L.Trainer, drawn: list, verdicts: list[list[dict]]) -> None:
         order = sorted(range(len(drawn)), key=lambda row: drawn[row][0])

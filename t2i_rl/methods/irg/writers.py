@@ -1,4 +1,4 @@
-"""Who answers questions about pictures: a server that speaks OpenAI's protocol, or a model of transformers on this machine."""
+"""Who answers questions about pictures: a server that speaks OpenAI's protocol, or a model on this machine."""
 
 import base64
 import os
@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
@@ -17,6 +18,9 @@ from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Device, Dtype, Positive, Temperature, Whole
 from t2i_rl.core.tokenizing import check_tokenizer, special_texts
 from t2i_rl.methods.irg.toy_format import png
+
+if TYPE_CHECKING:  # what only the writer in use imports
+    from huggingface_hub import ChatCompletionOutputComplete
 
 Asked = tuple[str, list[np.ndarray]]
 FAILURES = (httpx.HTTPError, OSError, ValueError, LookupError, TypeError)  # no connection, no JSON, no choice in it
@@ -61,7 +65,7 @@ class ChatWriter:
         """Any text: what it is turned into is the server's affair."""
 
     def settings(self) -> dict:
-        return {"name": "chat", "url": self.url, "model": self.model, "temperature": self.temperature}  # fmt: skip
+        return {"name": "chat", "url": self.url, "model": self.model, "temperature": self.temperature}
 
     def answer(self, asked: Sequence[Asked]) -> list[str | None]:
         """One text a question with its pictures uint8 `(H, W, 3)`, in order; None where it was cut at `max_tokens`."""
@@ -70,19 +74,26 @@ class ChatWriter:
 
     def _one(self, asked: Asked) -> str | None:
         question, images = asked
-        shown = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{base64.b64encode(png(image)).decode()}"}} for image in images]  # fmt: skip
-        reply = self._reply([{"role": "user", "content": [*shown, {"type": "text", "text": question}]}])
+        urls = [f"data:image/png;base64,{base64.b64encode(png(image)).decode()}" for image in images]
+        content = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        reply = self._reply([{"role": "user", "content": [*content, {"type": "text", "text": question}]}])
         return None if reply.finish_reason == "length" else (reply.message.content or "").strip()
 
-    def _reply(self, messages: list[dict]):
+    def _reply(self, messages: list[dict]) -> "ChatCompletionOutputComplete":
         for attempt in range(self.retries + 1):
             if attempt:
                 time.sleep(min(2.0 ** (attempt - 1), 30))
             try:
-                return self.client.chat_completion(messages, model=self.model, max_tokens=self.max_tokens, temperature=self.temperature).choices[0]  # fmt: skip
+                reply = self.client.chat_completion(
+                    messages, model=self.model, max_tokens=self.max_tokens, temperature=self.temperature
+                )
+                return reply.choices[0]
             except FAILURES as error:
-                failed = error
-        raise UserError(f"{self.url} did not answer in {self.retries + 1} tries ({loading.first_line(failed)}); what is finished stays, the same command goes on from there") from failed  # fmt: skip
+                failure = error
+        raise UserError(
+            f"{self.url} did not answer in {self.retries + 1} tries ({loading.first_line(failure)}); what is finished "
+            "stays, the same command goes on from there"
+        ) from failure
 
 
 class LocalWriter:
@@ -114,11 +125,12 @@ class LocalWriter:
             raise UserError(f"{path} has no chat template: take a model that is tuned to follow instructions")
         check_tokenizer(self.processor.tokenizer, path, rows=config.get_text_config().vocab_size, needs=("pad",))
         self.processor.tokenizer.padding_side = "left"
-        self._load = partial(loading.load_model, AutoModelForImageTextToText, path, kind=config.model_type, dtype=dtype, revision=revision, device=device)  # fmt: skip
+        settings = {"kind": config.model_type, "dtype": dtype, "revision": revision, "device": device}
+        self._load = partial(loading.load_model, AutoModelForImageTextToText, path, **settings)
 
     @cached_property
-    def model(self) -> torch.nn.Module:
-        """Loaded for the first question: everything else is checked before."""
+    def model(self) -> Any:
+        """A model of transformers. Loaded for the first question: everything else is checked before."""
         return self._load()
 
     def check(self, texts: Sequence[str]) -> None:
@@ -143,16 +155,28 @@ class LocalWriter:
         """One text a question with its pictures uint8 `(H, W, 3)`, in order; None where it was cut at `max_tokens`."""
         answers = []
         for first in range(0, len(asked), self.batch_size):
-            chats = [
-                [{"role": "user", "content": [*({"type": "image", "image": Image.fromarray(image)} for image in images), {"type": "text", "text": question}]}]
-                for question, images in asked[first : first + self.batch_size]
-            ]  # fmt: skip
-            inputs = self.processor.apply_chat_template(
-                chats, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", processor_kwargs={"padding": True}
-            ).to(self.model.device, self.model.dtype)  # fmt: skip
-            written = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)[:, inputs["input_ids"].shape[1] :]  # fmt: skip
-            ends = self.model.generation_config.eos_token_id
-            ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=written.device)
-            ended, texts = torch.isin(written, ends).any(dim=1).tolist(), self.processor.batch_decode(written, skip_special_tokens=True)  # fmt: skip
-            answers += [text.strip() if end else None for text, end in zip(texts, ended, strict=True)]
+            answers += self._answered(asked[first : first + self.batch_size])
         return answers
+
+    def _answered(self, asked: Sequence[Asked]) -> list[str | None]:
+        inputs = self.processor.apply_chat_template(
+            [_chat(question, images) for question, images in asked],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True},
+        ).to(self.model.device, self.model.dtype)
+        tokens = self.model.generate(**inputs, max_new_tokens=self.max_tokens, do_sample=False)
+        written = tokens[:, inputs["input_ids"].shape[1] :]
+        texts = self.processor.batch_decode(written, skip_special_tokens=True)
+        ends = self.model.generation_config.eos_token_id
+        ends = torch.tensor(ends if isinstance(ends, list) else [ends], device=written.device)
+        ended = torch.isin(written, ends).any(dim=1).tolist()
+        return [text.strip() if end else None for text, end in zip(texts, ended, strict=True)]
+
+
+def _chat(question: str, images: list[np.ndarray]) -> list[dict]:
+    """A conversation of one turn, the pictures in front of the question."""
+    pictures = [{"type": "image", "image": Image.fromarray(image)} for image in images]
+    return [{"role": "user", "content": [*pictures, {"type": "text", "text": question}]}]

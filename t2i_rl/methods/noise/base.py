@@ -1,71 +1,45 @@
-"""What every search over noise shares: which prompts with which seeds, what is measured on the way, and what is kept on disk."""
+"""What every search over noise shares: which prompts with which seeds, and what is measured on the way."""
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from hydra.utils import get_class
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import Progress, TextColumn, TimeElapsedColumn
-from safetensors.torch import save
 from torch.utils.data import DataLoader
 
 from t2i_rl.core import stopping
-from t2i_rl.core.contract_checks import checked
-from t2i_rl.core.contracts import Drawn, RewardOutput
+from t2i_rl.core.contract_checks import checked, reward_classes
+from t2i_rl.core.contracts import Drawn, Reward, RewardOutput
 from t2i_rl.core.errors import UserError
-from t2i_rl.core.files import read_object, write_atomic
+from t2i_rl.core.files import read_object
 from t2i_rl.core.finite import check_finite
 from t2i_rl.core.numbers import Count, Seed, Share, check_arguments
-from t2i_rl.core.pixels import to_bytes, write_png
+from t2i_rl.core.pixels import to_bytes
 from t2i_rl.core.prompts import Prompt
 from t2i_rl.core.seeding import derive_seed, row_normals
 from t2i_rl.gaussianity.health import measures
 from t2i_rl.methods.base import Method
+from t2i_rl.methods.noise.cases import Case, Track, write_case
 from t2i_rl.models.diffusion.base import LatentDiffusion, TextEncoding
 from t2i_rl.models.diffusion.noise_to_image import enable_checkpointing
 
 
-@dataclass(frozen=True)
-class Case:
-    """One picture to be improved: `place` in the whole list, its prompt, which sample of it, and the seed of its first noise."""
-
-    place: int
-    prompt: Prompt
-    sample: int
-    seed: int
-
-
-@dataclass
-class Track:
-    """One case on its way: a row for every step measured, first, best and last noise, and the pictures kept."""
-
-    case: Case
-    rows: list[dict] = field(default_factory=list)
-    noises: dict[str, torch.Tensor] = field(default_factory=dict)
-    images: dict[int | str, np.ndarray] = field(default_factory=dict)
-    ends: dict[str, dict] = field(default_factory=dict)
-    best_step: int = 0
-    stopped: str | None = None
-
-    @property
-    def best(self) -> float:
-        """The target where it was best."""
-        return self.rows[self.best_step]["target"]
-
-
 class NoiseMethod(Method):
-    """Test-time search for the noise that a frozen model draws best from: `trainer.predict` goes through the cases, sharded over ranks.
+    """Test-time search for the noise that a frozen model draws best from: `trainer.predict` goes through the cases,
+    sharded over ranks.
 
     Args:
         reward: the target, maximised; watch: judges by name that are measured and never followed.
-        measure_every: steps between measurements of health and of the watched; image_every: between pictures kept. The best and the last noise have both.
+        measure_every: steps between measurements of health and of the watched; image_every: between pictures kept. The
+            best and the last noise have both.
         samples: pictures a prompt. batch_size: cases in one graph.
         eta: of DDIM, for models of several steps: the noise of every step is searched as well.
         last_step_noise: whether the last step adds its noise too; without it that noise is searched in vain, as DNO's
@@ -83,8 +57,8 @@ class NoiseMethod(Method):
     def __init__(
         self,
         model: LatentDiffusion,
-        reward,
-        watch: Mapping,
+        reward: Reward,
+        watch: Mapping[str, Reward],
         folder: Path,
         samples: Count = 1,
         batch_size: Count = 8,
@@ -120,6 +94,40 @@ class NoiseMethod(Method):
         """
         check_arguments(NoiseMethod, options, "method")
 
+    @classmethod
+    def data_to_take(cls) -> str:
+        """See `Method.data_to_take`."""
+        return "data=shapes_test"
+
+    @classmethod
+    def check_run(cls, cfg: DictConfig, training: bool) -> None:
+        """See `Method.check_run`."""
+        super().check_run(cfg, training)
+        model = get_class(cfg.model._target_)
+        if str(cfg.trainer.precision) not in ("32", "32-true"):
+            raise UserError(
+                f"trainer.precision={cfg.trainer.precision} would round noise and penalties: take "
+                "trainer.precision=32-true, and model.dtype=bfloat16 for the model"
+            )
+        if OmegaConf.select(cfg, "trainer.strategy._target_"):
+            raise UserError(
+                "trainer=fsdp shards what trains, and nothing does here: take trainer=ddp, which shares out the prompts"
+            )
+        if cfg.method.eta > 0 and (
+            getattr(model, "denoiser_name", "") != "unet" or cfg.model.get("scheduler") == "own"
+        ):
+            raise UserError(
+                f"method.eta={cfg.method.eta} is DDIM's added noise, and {model.__name__} adds none: take method.eta=0"
+            )
+        judges = {"reward": cfg.reward, **{f"watch.{name}": judge for name, judge in cfg.watch.items()}}
+        for where, judge in judges.items():
+            unseeing = [kind.__name__ for kind in reward_classes(judge) if not kind.needs_images]
+            if unseeing:
+                fix = "take another reward" if where == "reward" else f"remove it (~{where})"
+                raise UserError(
+                    f"{where} ({unseeing[0]}) reads no pictures, and a search over noise has nothing else: {fix}"
+                )
+
     def cases(self) -> list[Case]:
         """Every prompt `samples` times; a case's noise is a function of (seed, prompt, sample)."""
         work = [(prompt, sample) for prompt in self.prompts for sample in range(self.samples)]
@@ -148,7 +156,7 @@ class NoiseMethod(Method):
 
     def predict_dataloader(self) -> DataLoader:
         self._mine = self.mine()
-        return DataLoader(self._mine, batch_size=self.batch_size, collate_fn=list)
+        return DataLoader(self._mine, batch_size=self.batch_size, collate_fn=list)  # type: ignore[arg-type]  # a list will do
 
     def transfer_batch_to_device(self, batch: list, device: torch.device, dataloader_idx: int) -> list:
         """Prompts are text: there is nothing to move."""
@@ -176,7 +184,7 @@ class NoiseMethod(Method):
         self._started = time.monotonic()
 
     def on_predict_end(self) -> None:
-        self._bar.stop()
+        self.stop_progress()
 
     def stop_progress(self) -> None:
         """Leave the terminal as it was, after a search that did not reach its end."""
@@ -201,12 +209,14 @@ class NoiseMethod(Method):
         """One batch of cases from first noise to last; each case's files are written when the batch is done."""
         tracks = self.search(batch)
         self._measure_ends(tracks)
+        assert self._bar is not None  # `on_predict_start` made it
         self._bar.update(self._task, completed=(index + 1) * self.batch_size * self.length)
         for track in tracks:
-            self._write(track)
+            write_case(self._place(track.case), track, self.fingerprint(track.case))
         if self.trainer.is_global_zero and not Console().is_terminal:
             done, seconds = min((index + 1) * self.batch_size, len(self._mine)), time.monotonic() - self._started
-            first, best = (np.mean(values) for values in zip(*((track.rows[0]["target"], track.best) for track in tracks), strict=True))  # fmt: skip
+            first = np.mean([track.rows[0]["target"] for track in tracks])
+            best = np.mean([track.best for track in tracks])
             means = f"mean target {first:.3g} at the first noise, {best:.3g} at the best"
             print(f"{done} of {len(self._mine)} cases, {seconds:.0f} s; the last {len(tracks)}: {means}", flush=True)
 
@@ -235,7 +245,13 @@ class NoiseMethod(Method):
 
     @torch.no_grad()
     def note(
-        self, tracks: list[Track], step: int, noise: torch.Tensor, pixels: torch.Tensor, target: torch.Tensor, **more
+        self,
+        tracks: list[Track],
+        step: int,
+        noise: torch.Tensor,
+        pixels: torch.Tensor,
+        target: torch.Tensor,
+        **more: torch.Tensor,
     ) -> None:
         """Write down step `step` of every track: target and `more` `(B,)`; health, the watched and pictures when due.
 
@@ -250,40 +266,37 @@ class NoiseMethod(Method):
         images = to_bytes(pixels)
         if step % self.measure_every == 0:
             columns |= self._measured(tracks, noise, images)
-        columns = {name: value.detach().double().cpu().tolist() for name, value in columns.items()}
+        figures = {name: value.detach().double().cpu().tolist() for name, value in columns.items()}
         if self._bar is not None:
             self._bar.update(self._task, advance=len(tracks), target=f"target {float(target.mean()):.3g}")
         for row, track in enumerate(tracks):
-            track.rows.append({"step": step} | {name: values[row] for name, values in columns.items()})
-            kept = noise[row].detach().float().cpu().clone()
-            track.noises.setdefault("initial", kept)
-            track.noises["last"], track.images["last"] = kept, images[row]
+            track.rows.append({"step": step} | {name: values[row] for name, values in figures.items()})
+            noise_now = noise[row].detach().float().cpu().clone()
+            track.noises.setdefault("initial", noise_now)
+            track.noises["last"], track.images["last"] = noise_now, images[row]
             if "best" not in track.noises or track.rows[-1]["target"] > track.best:
-                track.best_step, track.noises["best"] = len(track.rows) - 1, kept
+                track.best_step, track.noises["best"] = len(track.rows) - 1, noise_now
                 track.images["best"] = images[row]
             if step % self.image_every == 0:
-                track.images[step], track.noises[f"step_{step:04d}"] = images[row], kept
+                track.images[step], track.noises[f"step_{step:04d}"] = images[row], noise_now
 
     def _measured(self, tracks: list[Track], noise: torch.Tensor, images: np.ndarray) -> dict[str, torch.Tensor]:
         """Health of the noise, and what the watched say of the pictures, `(B,)` each."""
-        found = {f"health/{name}": value for name, value in measures(self._picture_like(noise)).items()}
+        measured = {f"health/{name}": value for name, value in measures(self._picture_like(noise)).items()}
         cases = [track.case for track in tracks]
         drawn = Drawn(prompts=[case.prompt for case in cases], seeds=[case.seed for case in cases], images=images)
         for name, judge in self.watch.items():
-            said = checked(judge(drawn), len(drawn), name)
-            found |= {f"watch/{name}": said.total} | {
-                f"watch/{name}/{part}": value for part, value in said.parts.items()
-            }
-        return found
+            output = checked(judge(drawn), len(drawn), name)
+            measured[f"watch/{name}"] = output.total
+            measured |= {f"watch/{name}/{part}": value for part, value in output.parts.items()}
+        return measured
 
     @torch.no_grad()
     def _measure_ends(self, tracks: list[Track]) -> None:
-        """Health and the watched at the best and at the last noise, wherever these fell; the last row holds them too."""
+        """Health and the watched at the best and at the last noise; the last row of the track holds them too."""
         for end in self.ends:
-            noise, images = (
-                torch.stack([track.noises[end] for track in tracks]),
-                np.stack([track.images[end] for track in tracks]),
-            )
+            noise = torch.stack([track.noises[end] for track in tracks])
+            images = np.stack([track.images[end] for track in tracks])
             measured = self._measured(tracks, noise.to(self.device), images)
             for row, track in enumerate(tracks):
                 reached = track.rows[track.best_step if end == "best" else -1]
@@ -313,28 +326,12 @@ class NoiseMethod(Method):
         done = self._place(case) / "case.json"
         if done.exists() and read_object(done, "fingerprint")["fingerprint"] != self.fingerprint(case):
             raise UserError(
-                f"{done.parent} holds a case finished with another prompt, seed, model or judge: take another hydra.run.dir, or delete {self.folder}"
+                f"{done.parent} holds a case finished with another prompt, seed, model or judge: take another "
+                f"hydra.run.dir, or delete {self.folder}"
             )
         return done.exists()
 
-    def _write(self, track: Track) -> None:
-        """A case's pictures, noises and trajectory; `case.json` last, so that half a case is no case."""
-        place = self._place(track.case)
-        shutil.rmtree(place, ignore_errors=True)  # half done
-        (place / "images").mkdir(parents=True, exist_ok=True)
-        for step, image in track.images.items():
-            name = step if isinstance(step, str) else f"step_{step:04d}"
-            write_png(place / "images" / f"{name}.png", image)
-        write_atomic(place / "noise.safetensors", save({name: noise.clone() for name, noise in track.noises.items()}))
-        write_atomic(place / "trajectory.jsonl", "".join(json.dumps(row) + "\n" for row in track.rows))
-        case = track.case
-        facts = {
-            "prompt_id": case.prompt.id, "prompt": case.prompt.text, "tag": case.prompt.tag, "sample_index": case.sample, "seed": case.seed,
-            "initial": track.rows[0], **track.ends, "stopped": track.stopped, "fingerprint": self.fingerprint(case),
-        }  # fmt: skip
-        write_atomic(place / "case.json", json.dumps(facts, indent=1))
-
 
 def _stacked(texts: list[TextEncoding]) -> TextEncoding:
-    pooled = None if texts[0].pooled is None else torch.cat([text.pooled for text in texts])
-    return TextEncoding(torch.cat([text.embeds for text in texts]), pooled)
+    pooled = [text.pooled for text in texts if text.pooled is not None]  # one model's texts all have it, or none has
+    return TextEncoding(torch.cat([text.embeds for text in texts]), torch.cat(pooled) if pooled else None)

@@ -1,6 +1,10 @@
-"""Langevin steps with contraction, which keep a Gaussian Gaussian where there is no gradient (ORIGEN, arXiv 2503.22194)."""
+"""Langevin steps with contraction, which keep a Gaussian as it is without a gradient (ORIGEN, arXiv 2503.22194)."""
+
+from collections.abc import Callable
+from typing import overload
 
 import torch
+from torch.optim.optimizer import ParamsT
 
 from t2i_rl.core.numbers import ClimbingRate, Decay, Seed, check_arguments
 
@@ -16,13 +20,19 @@ class Langevin(torch.optim.Optimizer):
         UserError: a rate or a share outside its range.
     """
 
-    def __init__(self, params, lr: ClimbingRate, noise: Decay = 1e-3, seed: Seed = 0):
+    def __init__(self, params: ParamsT, lr: ClimbingRate, noise: Decay = 1e-3, seed: Seed = 0):
         check_arguments(Langevin, {"lr": lr, "noise": noise, "seed": seed}, "method.optimizer")
         super().__init__(params, {"lr": lr, "noise": noise})
         self.generator = torch.Generator().manual_seed(seed)
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         for group in self.param_groups:
             for x in group["params"]:
                 drawn = torch.randn(x.shape, generator=self.generator).to(x)

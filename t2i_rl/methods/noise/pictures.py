@@ -1,4 +1,4 @@
-"""What a noise search looks like: a strip a case (pictures, spectra, values on the way), and target against held-out judges."""
+"""What a noise search looks like: a strip a case, and the target against held-out judges."""
 
 import textwrap
 from collections.abc import Sequence
@@ -19,7 +19,8 @@ from t2i_rl.evaluation.stats import t_quantile
 
 
 def radial_power(noise: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Mean power of the channels' 2-D spectra by spatial frequency, in cycles a latent pixel: 1 everywhere for white noise."""
+    """Mean power of the channels' 2-D spectra by spatial frequency, in cycles a latent pixel: 1 everywhere for white
+    noise."""
     power = torch.fft.fft2(noise.float(), norm="ortho").abs().square().flatten(0, -3).mean(0)
     fy, fx = (torch.fft.fftfreq(size) for size in power.shape)
     radius = (fy[:, None].square() + fx[None].square()).sqrt()
@@ -27,8 +28,8 @@ def radial_power(noise: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     ring = torch.bucketize(radius, edges[1:-1])
     count = torch.bincount(ring.flatten(), minlength=len(edges) - 1)
     total = torch.bincount(ring.flatten(), power.flatten(), minlength=len(edges) - 1)
-    kept = count > 0
-    return ((edges[1:] + edges[:-1]) / 2)[kept].numpy(), (total[kept] / count[kept]).numpy()
+    filled = count > 0
+    return ((edges[1:] + edges[:-1]) / 2)[filled].numpy(), (total[filled] / count[filled]).numpy()
 
 
 def strip(place: Path, path: Path, most: int = 8) -> None:
@@ -92,13 +93,15 @@ def curves_of(
 def hacking_figure(
     trajectories: Sequence[Sequence[dict]], path: Path, watched: Sequence[str], prompts: Sequence[str], title: str = ""
 ) -> None:
-    """The target against each held-out judge by step; shaded from where the held-out judge was best, if it fell since by more than its interval while the target rose."""
-    watched = list(watched) or [None]
-    figure, axes = plt.subplots(
-        1, len(watched), figsize=(5 * len(watched), 3.6), constrained_layout=True, squeeze=False
-    )
+    """The target against each held-out judge by step.
+
+    A judge's plot is shaded from where the judge was best, if it fell since by more than its
+    interval while the target rose.
+    """
+    judges: list[str | None] = list(watched) or [None]
+    figure, axes = plt.subplots(1, len(judges), figsize=(5 * len(judges), 3.6), constrained_layout=True, squeeze=False)
     steps, target, half = curves_of(trajectories, "target", prompts)
-    for axis, name in zip(axes.flat, watched, strict=True):
+    for axis, name in zip(axes.flat, judges, strict=True):
         axis.plot(steps, target, color="C0", label="target")
         axis.fill_between(steps, target - half, target + half, color="C0", alpha=0.2)
         axis.set(xlabel="step", ylabel="target", title=title or "")
@@ -114,7 +117,7 @@ def hacking_figure(
         rose = target[-1] > target[steps == held_steps[peak]][0]
         if held[peak] - held[-1] > held_half[-1] and rose:
             axis.axvspan(held_steps[peak], held_steps[-1], color="red", alpha=0.08, label="target up, held out down")
-        lines = [part for each in (axis, other) for part in zip(*each.get_legend_handles_labels(), strict=True)]
+        lines = [line for side in (axis, other) for line in zip(*side.get_legend_handles_labels(), strict=True)]
         axis.legend(*zip(*lines, strict=True), fontsize=8)
     figure.suptitle(f"mean over {len(trajectories)} cases, 95 % intervals over prompts", fontsize=9)
     with replacing(path) as temporary:

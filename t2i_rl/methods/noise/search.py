@@ -1,11 +1,18 @@
-"""`method=noise_search`: what noise optimisation is to be measured against, search without gradients (arXiv 2501.09732; best of N)."""
+"""`method=noise_search`: the rivals of noise optimisation, which need no gradients (arXiv 2501.09732; best of N)."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+from omegaconf import DictConfig
 
+from t2i_rl.core.contracts import Reward
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Decay, check_arguments
 from t2i_rl.core.seeding import derive_seed, row_normals
-from t2i_rl.methods.noise.base import Case, NoiseMethod, Track
+from t2i_rl.methods.noise.base import NoiseMethod
+from t2i_rl.methods.noise.cases import Case, Track
+from t2i_rl.models.diffusion.base import LatentDiffusion
 from t2i_rl.models.diffusion.noise_to_image import noise_to_image
 
 ALGORITHMS = ("best_of_n", "zero_order")
@@ -15,8 +22,8 @@ class NoiseSearch(NoiseMethod):
     """Draws, judges, keeps the best; any reward will do.
 
     Args:
-        algorithm: `best_of_n`, fresh noise every time, each exactly Gaussian; or `zero_order`, neighbours of the best so far of the given `cosine` with it,
-            `neighbours` a round, on the same sphere.
+        algorithm: `best_of_n`, fresh noise every time, each exactly Gaussian; or `zero_order`, neighbours of the best
+            so far of the given `cosine` with it, `neighbours` a round, on the same sphere.
         evaluations: pictures drawn a case, the first noise among them.
 
     Raises:
@@ -25,20 +32,20 @@ class NoiseSearch(NoiseMethod):
 
     def __init__(
         self,
-        model,
-        reward,
-        watch,
+        model: LatentDiffusion,
+        reward: Reward,
+        watch: Mapping[str, Reward],
         algorithm: str = "best_of_n",
         evaluations: Count = 51,
         neighbours: Count = 4,
         cosine: Decay = 0.95,
-        **shared,
+        **shared: Any,
     ):
         super().__init__(model, reward, watch, **shared)
         self.algorithm, self.evaluations, self.neighbours, self.cosine = algorithm, evaluations, neighbours, cosine
 
     @staticmethod
-    def check(options) -> None:
+    def check(options: Mapping) -> None:
         """Refuse options that cannot be searched with.
 
         Raises:
@@ -48,6 +55,16 @@ class NoiseSearch(NoiseMethod):
         if options["algorithm"] not in ALGORITHMS:
             raise UserError(f"method.algorithm must be one of {', '.join(ALGORITHMS)}, not {options['algorithm']!r}")
         check_arguments(NoiseSearch, options, "method")
+
+    @classmethod
+    def check_run(cls, cfg: DictConfig, training: bool) -> None:
+        """See `Method.check_run`."""
+        super().check_run(cfg, training)
+        if cfg.regularizer.terms or cfg.regularizer.constraint:
+            raise UserError(
+                f"regularizer= holds noise that climbs, and {cls.__name__} draws its noise from a Gaussian: leave it "
+                "out"
+            )
 
     @property
     def length(self) -> int:
@@ -69,8 +86,12 @@ class NoiseSearch(NoiseMethod):
     def _proposed(self, tracks: list[Track], step: int) -> torch.Tensor:
         seeds = [derive_seed(track.case.seed, "search", step) for track in tracks]
         fresh = row_normals(seeds, self.noise_shape()).to(self.device)
-        if self.algorithm == "best_of_n":
-            return fresh
-        moved = self.cosine * self._pivots + (1 - self.cosine**2) ** 0.5 * fresh
-        norms = [part.flatten(1).norm(dim=1) for part in (self._pivots, moved)]
-        return moved * (norms[0] / norms[1]).view(-1, *[1] * (moved.ndim - 1))
+        return fresh if self.algorithm == "best_of_n" else neighbours_of(self._pivots, fresh, self.cosine)
+
+
+def neighbours_of(pivots: torch.Tensor, fresh: torch.Tensor, cosine: float) -> torch.Tensor:
+    """Noise `(B, ...)` of about the given cosine with each pivot, in the direction of `fresh` noise, and of the pivot's
+    own length."""
+    moved = cosine * pivots + (1 - cosine**2) ** 0.5 * fresh
+    lengths, moved_lengths = pivots.flatten(1).norm(dim=1), moved.flatten(1).norm(dim=1)
+    return moved * (lengths / moved_lengths).view(-1, *[1] * (moved.ndim - 1))

@@ -1,4 +1,4 @@
-"""The losses of SoftREPA and AGSM on a grid of image-text pairs: rows are images, columns texts, one text of each row is its own."""
+"""The losses of SoftREPA and AGSM on a grid of pairs: rows are images, columns texts, one text a row's own."""
 
 import math
 
@@ -9,13 +9,15 @@ REDUCTIONS = ("mean", "sum")
 
 
 def pair_errors(predicted: torch.Tensor, target: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
-    """Squared errors `(...)` of predictions `(..., C, h, w)`: their mean over an image's elements (as released), or their sum (as written)."""
+    """Squared errors `(...)` of predictions `(..., C, h, w)`: their mean over an image's elements (as released), or
+    their sum (as written)."""
     errors = (predicted - target).square()
     return errors.mean(dim=(-3, -2, -1)) if reduction == "mean" else errors.sum(dim=(-3, -2, -1))
 
 
 def softrepa_logits(errors: torch.Tensor, scale: float = 4.0, temperature: float = 0.07) -> torch.Tensor:
-    """`scale * exp(-errors / temperature)`, in (0, scale]: the double exponential of SoftREPA's eq. 1, with the released constants."""
+    """`scale * exp(-errors / temperature)`, in (0, scale]: the double exponential of SoftREPA's eq. 1, with the
+    released constants."""
     return scale * torch.exp(-errors / temperature)
 
 
@@ -41,12 +43,14 @@ def softrepa_floor(texts: int, scale: float = 4.0) -> float:
 def alignment_guidance(
     reference: torch.Tensor, target: torch.Tensor, temperature: float = 0.1, reduction: str = "mean"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Plackett-Luce weights `w` `(R, B)` and `delta = reference - sum_k w_k reference_k`, neither with gradient (AGSM Alg. 1).
+    """Plackett-Luce weights `w` `(R, B)` and `delta = reference - sum_k w_k reference_k`, neither with gradient (AGSM
+    Alg. 1).
 
     Args:
         reference: the averaged bank's predictions `(R, B, C, h, w)` of R images under B texts.
         target: what they ought to be, `(R, C, h, w)`.
-        temperature, reduction: weights are `softmax_j(-error_j / temperature)` of mean (released: temperature 0.1) or summed errors (paper).
+        temperature, reduction: weights are `softmax_j(-error_j / temperature)` of mean (released: temperature 0.1) or
+            summed errors (paper).
     """
     reference = reference.detach()
     errors = pair_errors(reference, target.unsqueeze(1), reduction)

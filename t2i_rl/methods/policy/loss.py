@@ -9,7 +9,8 @@ REDUCTIONS = ("token", "sequence", "prompt")
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, eps: float = 1e-4) -> torch.Tensor:
-    """`(r - mean) / (std + eps)` within each run of `group_size` rewards; unbiased std (DeepSeekMath eq. 3; T2I-R1's constants).
+    """`(r - mean) / (std + eps)` within each run of `group_size` rewards; unbiased std (DeepSeekMath eq. 3; T2I-R1's
+    constants).
 
     Args:
         rewards: `(P * group_size,)`, the rows of a group adjacent.
