@@ -7,12 +7,17 @@ from pathlib import Path
 
 import torch
 
+from t2i_rl.evaluation.stage import Stage
 
-def facts(name: str, seed: int, minutes: float, model: torch.nn.Module, files: list[Path]) -> dict:
+
+def facts(
+    name: str, seed: int, minutes: float, model: torch.nn.Module, files: list[Path], initial_weights: str | None = None
+) -> dict:
     """Where, when and how a model was made."""
+    went_on = f" task.initial_weights={initial_weights}" if initial_weights else ""
     gpu = torch.cuda.is_available()
     return {
-        "command": f"python run.py task=pretrain model={name} seed={seed}",
+        "command": f"python run.py task=pretrain model={name} seed={seed}{went_on}",
         "seed": seed,
         "commit": git_commit(),
         "device": torch.cuda.get_device_name()
@@ -54,15 +59,22 @@ def card(
     names = [metric for metric in ("overall", *tasks, "seen", "held_out", "lenient") if metric in first]
     cells = {metric: [percent(results["stages"][stage]["metrics"][metric]) for stage in stages] for metric in names}
     benchmark = results["benchmark"]
-    return "\n".join([
-        "---", "license: apache-2.0", f"library_name: {library}", "---", f"# {name}", "", about, "",
-        f"Made on {date.today()} by `{made['command']}` (seed {made['seed']}, commit {made['commit']}, {made['device']}, {made['minutes']:.0f} minutes).",
-        f"{made['parameters'] / 1e6:.2f} M parameters, stored in float16 ({made['megabytes']:.1f} MB).", "",
-        "## Recipe", "", "```yaml", recipe.rstrip(), "```", "",
-        "## Figures by stage", "", "| stage | figure | value |", "|---|---|---|", *("| " + " | ".join(row) + " |" for row in figures), "",
-        f"## `shapes` v{benchmark['version']}, strict, {settings}", "",
-        f"{benchmark['n_prompts']} test prompts x {benchmark['samples_per_prompt']} images, seed {results['seed']}, 95 % bootstrap over prompts, "
-        f"prompts sha256 `{benchmark['prompts_sha256'][:12]}`.", "",
-        "| | " + " | ".join(stage.removeprefix("base_") for stage in stages) + " |", "|---|" + "---|" * len(stages),
-        *(f"| {metric.removeprefix('task/')} | " + " | ".join(row) + " |" for metric, row in cells.items()), "",
-    ])  # fmt: skip
+    origin = (
+        f"Made on {date.today()} by `{made['command']}` (seed {made['seed']}, commit {made['commit']}, "
+        f"{made['device']}, {made['minutes']:.0f} minutes)."
+    )
+    size = f"{made['parameters'] / 1e6:.2f} M parameters, stored in float16 ({made['megabytes']:.1f} MB)."
+    drawn = (
+        f"{benchmark['n_prompts']} test prompts x {benchmark['samples_per_prompt']} images, seed {results['seed']}, "
+        f"95 % bootstrap over prompts, prompts sha256 `{benchmark['prompts_sha256'][:12]}`."
+    )
+    figure_rows = ["| " + " | ".join(row) + " |" for row in figures]
+    metric_rows = [f"| {metric.removeprefix('task/')} | " + " | ".join(row) + " |" for metric, row in cells.items()]
+    ways = " | ".join(Stage.parse(stage).way for stage in stages)
+    lines = ["---", "license: apache-2.0", f"library_name: {library}", "---", f"# {name}", "", about, ""]
+    lines += [origin, size, ""]
+    lines += ["## Recipe", "", "```yaml", recipe.rstrip(), "```", ""]
+    lines += ["## Figures by stage", "", "| stage | figure | value |", "|---|---|---|", *figure_rows, ""]
+    lines += [f"## `shapes` v{benchmark['version']}, strict, {settings}", "", drawn, ""]
+    lines += [f"| | {ways} |", "|---|" + "---|" * len(stages), *metric_rows, ""]
+    return "\n".join(lines)

@@ -1,45 +1,46 @@
-"""Stage 2 of sd_tiny, sd3_tiny and flux_tiny: the denoiser and its text encoders together, on latents of rendered scenes."""
+"""Stage 2 of sd_tiny, sd3_tiny and flux_tiny: the denoiser with its text encoders, on latents of scenes."""
 
 from collections.abc import Iterable
 
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import IterableDataset
 
 from t2i_rl.core.seeding import derive_seed
 from t2i_rl.models.diffusion.base import attention_for_training
+from t2i_rl.pretrain.streams import NumberedBatches
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.render import render, to_pixels
 
 
-class CaptionedScenes(IterableDataset):
-    """Batches `(captions, pixels)` of training scenes, float32 pixels `(B, 3, H, W)` in [-1, 1]; batch `i` is a function of `(seed, i)`.
+class CaptionedScenes(NumberedBatches):
+    """Batches `(captions, pixels)` of training scenes, float32 pixels `(B, 3, H, W)` in [-1, 1].
 
-    A `dropped_share` of captions is empty, for classifier-free guidance.
+    Batch `i` is a function of `(seed, i)`. A `dropped_share` of captions is empty, for
+    classifier-free guidance.
     """
 
     def __init__(
         self, batch_size: int, weights: dict[str, float], seed: int, first: int = 0, dropped_share: float = 0.1
     ):
-        self.batch_size, self.weights, self.seed, self.position = batch_size, weights, seed, first
-        self.dropped_share = dropped_share
+        super().__init__(first)
+        self.batch_size, self.weights, self.seed, self.dropped_share = batch_size, weights, seed, dropped_share
 
-    def __iter__(self):
-        while True:
-            rng = np.random.default_rng((self.seed, 4, self.position))
-            examples = [sample_example(rng, self.weights) for _ in range(self.batch_size)]
-            dropped = rng.random(self.batch_size) < self.dropped_share
-            captions = ["" if drop else prompt.text for drop, (prompt, _) in zip(dropped, examples, strict=True)]
-            self.position += 1
-            yield captions, to_pixels(np.stack([render(scene) for _, scene in examples]))
+    def batch(self, number: int) -> tuple[list[str], torch.Tensor]:
+        rng = np.random.default_rng((self.seed, 4, number))
+        examples = [sample_example(rng, self.weights) for _ in range(self.batch_size)]
+        dropped = rng.random(self.batch_size) < self.dropped_share
+        captions = ["" if drop else prompt.text for drop, (prompt, _) in zip(dropped, examples, strict=True)]
+        return captions, to_pixels(np.stack([render(scene) for _, scene in examples]))
 
 
 class DenoiserStage(L.LightningModule):
-    """Mean squared error of the denoiser's own parameterisation; matrices learn by Muon, the rest by AdamW, flat then falling to zero.
+    """The denoiser learns by the mean squared error of its own parameterisation.
 
-    `times` draws t: uniform (DDPM), or logit-normal (Esser et al. 2024, section 3.1). A `zeros_share` of batches carries the zero states
-    that the stock SD3 pipeline puts in place of an absent T5, so that the model draws with them as well as without.
+    Matrices learn by Muon, the rest by AdamW; the rate is flat, then falls to zero. `times` draws
+    t: uniform (DDPM), or logit-normal (Esser et al. 2024, section 3.1). A `zeros_share` of batches
+    carries the zero states that the stock SD3 pipeline puts in place of an absent T5, so that the
+    model draws with them as well as without.
     """
 
     optimizer_count = 2  # Lightning counts a step for each

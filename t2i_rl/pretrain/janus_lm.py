@@ -6,12 +6,12 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import IterableDataset
 
 from t2i_rl.models.autoregressive.chat import Chat
 from t2i_rl.models.autoregressive.codes import nearest_codes
 from t2i_rl.models.autoregressive.engine.rows import positions, unconditional
 from t2i_rl.models.autoregressive.janus import special_ids
+from t2i_rl.pretrain.streams import NumberedBatches
 from t2i_rl.shapes.examples import misremembered, sample_example
 from t2i_rl.shapes.render import render, to_pixels
 from t2i_rl.shapes.text import plan
@@ -21,7 +21,7 @@ LOOK = "describe the picture."
 
 @dataclass
 class Rows:
-    """Left-padded prompts with their right-padded targets (text), or with pixels (images to draw, images to look at)."""
+    """Left-padded prompts with right-padded text targets, or with the pixels to draw or to look at."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -34,11 +34,13 @@ class Rows:
         )
 
 
-class PretrainRows(IterableDataset):
-    """Endless batches `{draw, plan, look}`; batch `i` is a function of `(seed, i)`, so a resumed run continues the stream.
+class PretrainRows(NumberedBatches):
+    """Endless batches `{draw, plan, look}`.
 
-    Of the images to draw, `direct_share` come without a plan and `dropped_share` with the unconditional prompt; of the plans to write,
-    `slip_share` get one object wrong. `sizes` says how many rows of each kind a batch has.
+    Batch `i` is a function of `(seed, i)`, so a resumed run continues the stream. Of the images to
+    draw, `direct_share` come without a plan and `dropped_share` with the unconditional prompt; of
+    the plans to write, `slip_share` get one object wrong. `sizes` says how many rows of each kind a
+    batch has.
     """
 
     def __init__(
@@ -52,16 +54,15 @@ class PretrainRows(IterableDataset):
         dropped_share: float = 0.1,
         slip_share: float = 0.0,
     ):
-        self.tokenizer, self.chat, self.seed, self.position, self.sizes = tokenizer, chat, seed, first, sizes
+        super().__init__(first)
+        self.tokenizer, self.chat, self.seed, self.sizes = tokenizer, chat, seed, sizes
         self.direct_share, self.dropped_share, self.slip_share = direct_share, dropped_share, slip_share
         self.special = special_ids(tokenizer)
 
-    def __iter__(self):
+    def batch(self, number: int) -> dict[str, Rows]:
         makers = {"draw": self._draw, "plan": self._plan, "look": self._look}
-        while True:
-            rng = np.random.default_rng((*self.seed, self.position))
-            self.position += 1
-            yield {name: makers[name](rng) for name in self.sizes}
+        rng = np.random.default_rng((*self.seed, number))
+        return {name: makers[name](rng) for name in self.sizes}
 
     def _draw(self, rng) -> Rows:
         texts, images = [], []
@@ -114,9 +115,11 @@ def look_ids(tokenizer, special: dict[str, int], image_tokens: int) -> list[int]
 
 
 class JanusLMStage(L.LightningModule):
-    """Next-token cross-entropy of image codes (generation head), plans and descriptions (language head); the VQ model is frozen.
+    """Next-token cross-entropy of image codes, plans and descriptions.
 
-    Matrices of the language trunk are trained by Muon, everything else by AdamW; the rate is flat, then falls linearly to zero.
+    The generation head learns codes, the language head texts; the VQ model is frozen. Matrices of
+    the language trunk are trained by Muon, everything else by AdamW; the rate is flat, then falls
+    linearly to zero.
     """
 
     optimizer_count = 2  # Lightning counts a step for each
@@ -192,7 +195,10 @@ class JanusLMStage(L.LightningModule):
 
 
 class JanusLookStage(JanusLMStage):
-    """A last stage for the eyes: only the understanding tower and its aligner learn, so that drawing and writing stay as they are."""
+    """A last stage for the eyes, in which only the understanding tower and its aligner learn.
+
+    Drawing and writing stay as they are.
+    """
 
     optimizer_count = 1
 

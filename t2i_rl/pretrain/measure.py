@@ -1,11 +1,11 @@
 """The figures of a freshly made janus_tiny, stage by stage, each with its n and a 95% interval."""
 
-import math
 import re
 
 import numpy as np
 import torch
 
+from t2i_rl.evaluation.stats import wilson
 from t2i_rl.models.autoregressive.codes import nearest_codes
 from t2i_rl.models.autoregressive.engine.decode import decode_text
 from t2i_rl.models.autoregressive.janus import Janus
@@ -18,14 +18,6 @@ from t2i_rl.shapes.text import plan
 
 _PLAN_ITEM = re.compile(r"(?:at the (\w+ \w+) )?an? (\w+) (\w+)(?: at the (\w+ \w+))?\.")
 _COUNTS = {"one": 1, "two": 2, "three": 3, "four": 4}
-
-
-def wilson(hits: int, n: int) -> dict:
-    """Share with Wilson's 95% interval."""
-    z, p = 1.959964, hits / n
-    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    low, high = ((center + side) / (1 + z * z / n) for side in (-half, half))
-    return {"mean": p, "low": max(low, 0.0), "high": min(high, 1.0), "n": n}  # at 0 and 1 but for rounding
 
 
 def held_back_scenes(count: int, seed: int) -> list:
@@ -49,7 +41,11 @@ def vq_figures(janus: Janus, count: int = 1000, seed: int = 1) -> dict:
 
 
 def reconstruction_figures(there_and_back, count: int = 1000, seed: int = 1) -> dict:
-    """An autoencoder on held-back scenes, uint8 images to uint8 images: PSNR in dB, share of scenes that the oracle reads back unchanged."""
+    """An autoencoder on held-back scenes: PSNR in dB, share of scenes that the oracle reads back unchanged.
+
+    `there_and_back` takes uint8 images and returns them, uint8 again, as the autoencoder decodes
+    them.
+    """
     scenes = held_back_scenes(count, seed)
     images = np.stack([render(scene) for scene in scenes])
     back = np.concatenate([there_and_back(part) for part in np.array_split(images, 10)])
@@ -66,7 +62,7 @@ def contents(objects) -> list[str]:
 
 
 def plan_holds(text: str, include: list[dict]) -> bool:
-    """Whether a plan says how many objects there are, lists as many, and lists exactly those that the clauses ask for."""
+    """Whether a plan lists exactly the objects that the clauses ask for, and says rightly how many."""
     items = _PLAN_ITEM.findall(text)
     first = text.split(" ", 1)[0]
     if _COUNTS.get(first) != len(items) or len(items) != sum(clause["count"] for clause in include):
@@ -91,7 +87,11 @@ def plan_figures(janus: Janus, per_task: int = 40, samples: int = 2) -> dict:
 
 @torch.no_grad()
 def look_figures(janus: Janus, count: int = 500, seed: int = 1) -> dict:
-    """Understanding: share of held-back images whose greedy description is the scene's own plan, word for word; and objects alone."""
+    """Understanding: share of held-back images that are described rightly, by greedy decoding.
+
+    `description_exact` asks for the scene's own plan word for word, `objects_exact` for its objects
+    alone.
+    """
     scenes = held_back_scenes(count, seed + 1)
     pixels = to_pixels(np.stack([render(scene) for scene in scenes]))
     row = look_ids(janus.tokenizer, janus.special, janus.model.config.vision_config.num_image_tokens)

@@ -1,14 +1,15 @@
-"""Last stage of flux_tiny: many guided steps into one, by distribution matching with a regression onto the teacher's own pictures (DMD, arXiv 2311.18828)."""
+"""The last stage of flux_tiny: many guided steps distilled into one (DMD, arXiv 2311.18828).
+
+Distribution matching goes with a regression onto the teacher's own pictures.
+"""
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 
 import lightning as L
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
-from torch.utils.data import IterableDataset
 
 from t2i_rl.core.files import write_atomic
 from t2i_rl.core.finite import check_finite
@@ -16,6 +17,7 @@ from t2i_rl.core.progress import tracked
 from t2i_rl.core.seeding import derive_seed
 from t2i_rl.models.diffusion.base import LatentDiffusion, attention_for_training
 from t2i_rl.pretrain.denoiser import muon_and_adamw
+from t2i_rl.pretrain.streams import NumberedBatches
 from t2i_rl.shapes.examples import TASK_WEIGHTS, sample_example
 
 
@@ -23,9 +25,9 @@ from t2i_rl.shapes.examples import TASK_WEIGHTS, sample_example
 def guided_ode(
     model: LatentDiffusion, noise: torch.Tensor, captions: list[str], steps: int, guidance: float
 ) -> torch.Tensor:
-    """Latents `(B, C, h, w)` that a flow-matching model draws from `noise` in Euler steps under classifier-free guidance."""
+    """Latents `(B, C, h, w)` that a flow-matching model draws from `noise` in guided Euler steps."""
     text, empty = model.encode_prompts(captions), model.encode_prompts([""] * len(captions))
-    x, sigmas = noise, torch.linspace(1, 0, steps + 1)
+    x, sigmas = noise.to(model.device), torch.linspace(1, 0, steps + 1)
     for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
         velocity = guided_velocity(model, x, torch.full((len(x),), 1000 * float(sigma)), text, empty, guidance)
         x = x + (following - sigma) * velocity
@@ -43,9 +45,9 @@ def captions_of(seed: int, number: int, count: int) -> list[str]:
     return [sample_example(rng, TASK_WEIGHTS)[0].text for _ in range(count)]
 
 
-def noise_of(model: LatentDiffusion, seed: int, number: int, count: int) -> torch.Tensor:
+def noise_of(latent_shape: tuple[int, ...], seed: int, number: int, count: int) -> torch.Tensor:
     draws = torch.Generator().manual_seed(derive_seed(seed, "teacher", number))
-    return torch.randn(count, *model.latent_shape, generator=draws)
+    return torch.randn(count, *latent_shape, generator=draws)
 
 
 def teach(
@@ -67,39 +69,41 @@ def teach(
     for number in tracked(range(batches), "the teacher draws", "batch"):
         file = folder / f"{number:04d}.safetensors"
         if not file.exists():
-            noise = noise_of(model, seed, number, batch_size)
+            noise = noise_of(model.latent_shape, seed, number, batch_size)
             with torch.autocast(model.device.type, torch.bfloat16, enabled=precision.startswith("bf16")):
                 drawn = guided_ode(model, noise, captions_of(seed, number, batch_size), steps, guidance).half()
             check_finite(drawn, "the latents that the teacher drew", "its own stage ran away; train it at a lower rate")
-            write_atomic(file, save({"latents": drawn}))
+            write_atomic(file, save({"latents": drawn.cpu()}))
     return torch.stack(
         [load_file(folder / f"{number:04d}.safetensors")["latents"].float() for number in range(batches)]
     )
 
 
-class TaughtPairs(IterableDataset):
+class TaughtPairs(NumberedBatches):
     """Batches `(captions, noise, latents)` of what the teacher drew, in turn."""
 
-    def __init__(self, model: LatentDiffusion, taught: torch.Tensor, seed: int, first: int = 0):
-        self.model, self.taught, self.seed, self.position = model, taught, seed, first
+    def __init__(self, latent_shape: tuple[int, ...], taught: torch.Tensor, seed: int, first: int = 0):
+        super().__init__(first)
+        self.latent_shape, self.taught, self.seed = latent_shape, taught, seed
 
-    def __iter__(self) -> Iterator[tuple[list[str], torch.Tensor, torch.Tensor]]:
-        while True:
-            number, count = self.position % len(self.taught), self.taught.shape[1]
-            self.position += 1
-            yield (
-                captions_of(self.seed, number, count),
-                noise_of(self.model, self.seed, number, count),
-                self.taught[number],
-            )
+    def batch(self, number: int) -> tuple[list[str], torch.Tensor, torch.Tensor]:
+        turn, count = number % len(self.taught), self.taught.shape[1]
+        noise = noise_of(self.latent_shape, self.seed, turn, count)
+        return captions_of(self.seed, turn, count), noise, self.taught[turn]
 
 
 class OneStepStage(L.LightningModule):
-    """The student draws in one step from pure noise; a critic learns the flow of what it draws, and critic minus guided teacher moves it.
+    """The student draws in one step from pure noise.
+
+    A critic learns the flow of what the student draws, and critic minus guided teacher moves the
+    student.
 
     Args:
-        model: the taught model, which becomes the student; its text encoders and autoencoder stay as they are.
-        guidance: of the teacher. regression: weight of the squared error to the teacher's picture beside distribution matching.
+        model: the taught model, which becomes the student; its text encoders and autoencoder stay
+            as they are.
+        guidance: the teacher's weight of classifier-free guidance.
+        regression: weight of the squared error to the teacher's picture beside distribution
+            matching.
         alone: steps at the start with the regression alone, while the critic learns.
     """
 
@@ -155,7 +159,10 @@ class OneStepStage(L.LightningModule):
 
     @torch.no_grad()
     def _direction(self, x: torch.Tensor, text, empty, draws: torch.Generator) -> torch.Tensor:
-        """Gradient of the divergence between what the student draws and what the teacher would, normalised a picture (DMD, eq. 7 and 8)."""
+        """Gradient of the divergence of the student from its teacher (DMD, eq. 7 and 8).
+
+        It is normalised picture by picture.
+        """
         x_t, t, _ = self._noised(x, draws)
         sigmas = (t / 1000).view(-1, 1, 1, 1)
         real = x_t - sigmas * guided_velocity(self.teacher, x_t, t, text, empty, self.guidance)

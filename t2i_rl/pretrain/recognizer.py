@@ -1,12 +1,13 @@
-"""Train the differentiable recogniser on rendered scenes: slightly blurred, noised and tinted, so that drawn pictures are not strange to it."""
+"""Train the differentiable recogniser on scenes that are slightly blurred, noised and tinted, as drawings are."""
 
 import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import IterableDataset
 
-from t2i_rl.pretrain.measure import contents, held_back_scenes, wilson
+from t2i_rl.evaluation.stats import wilson
+from t2i_rl.pretrain.measure import contents, held_back_scenes
+from t2i_rl.pretrain.streams import NumberedBatches
 from t2i_rl.rewards.pixels import to_unit
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.recognizer import COLOR_NAMES, Recognizer, cells_of
@@ -14,19 +15,18 @@ from t2i_rl.shapes.render import render
 from t2i_rl.shapes.scene import LARGE_SHAPES
 
 
-class LabelledScenes(IterableDataset):
+class LabelledScenes(NumberedBatches):
     """Batches `(pixels, present, shape, color)`; batch `i` is a function of `(seed, i)`."""
 
     def __init__(self, batch_size: int, seed: int, first: int = 0):
-        self.batch_size, self.seed, self.position = batch_size, seed, first
+        super().__init__(first)
+        self.batch_size, self.seed = batch_size, seed
 
-    def __iter__(self):
-        while True:
-            rng = np.random.default_rng((self.seed, 6, self.position))
-            scenes = [sample_example(rng)[1] for _ in range(self.batch_size)]
-            cells = [torch.stack(part) for part in zip(*map(cells_of, scenes), strict=True)]
-            self.position += 1
-            yield worn(to_unit(np.stack([render(scene) for scene in scenes])), rng), *cells
+    def batch(self, number: int) -> tuple[torch.Tensor, ...]:
+        rng = np.random.default_rng((self.seed, 6, number))
+        scenes = [sample_example(rng)[1] for _ in range(self.batch_size)]
+        cells = [torch.stack(part) for part in zip(*map(cells_of, scenes), strict=True)]
+        return worn(to_unit(np.stack([render(scene) for scene in scenes])), rng), *cells
 
 
 def worn(pixels: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:

@@ -8,7 +8,10 @@ from t2i_rl.core.finite import check_finite
 
 
 class VAEStage(L.LightningModule):
-    """Reconstruction + `kl_weight` times the KL (nats an element) of the posterior to a unit Gaussian (Kingma and Welling 2014)."""
+    """Reconstruction + `kl_weight` times the KL of the posterior to a unit Gaussian (Kingma and Welling 2014).
+
+    The KL is in nats an element.
+    """
 
     def __init__(self, vae, lr: float = 2e-3, kl_weight: float = 1e-3):
         super().__init__()

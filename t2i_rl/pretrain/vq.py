@@ -4,29 +4,32 @@ import lightning as L
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import IterableDataset
 
+from t2i_rl.pretrain.streams import NumberedBatches
 from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.render import render, to_pixels
 
 
-class SceneImages(IterableDataset):
-    """Batches of rendered training scenes, float32 `(B, 3, H, W)` in [-1, 1]; batch `i` is a function of `(seed, i)`."""
+class SceneImages(NumberedBatches):
+    """Batches of rendered training scenes, float32 `(B, 3, H, W)` in [-1, 1].
+
+    Batch `i` is a function of `(seed, i)`.
+    """
 
     def __init__(self, batch_size: int, seed: int, first: int = 0):
-        self.batch_size, self.seed, self.position = batch_size, seed, first
+        super().__init__(first)
+        self.batch_size, self.seed = batch_size, seed
 
-    def __iter__(self):
-        while True:
-            rng = np.random.default_rng((self.seed, 1, self.position))
-            images = np.stack([render(sample_example(rng)[1]) for _ in range(self.batch_size)])
-            self.position += 1
-            yield to_pixels(images)
+    def batch(self, number: int) -> torch.Tensor:
+        rng = np.random.default_rng((self.seed, 1, number))
+        return to_pixels(np.stack([render(sample_example(rng)[1]) for _ in range(self.batch_size)]))
 
 
 class VQStage(L.LightningModule):
-    """Reconstruction + commitment; the codebook follows an exponential mean of its members on the unit sphere,
-    and a code that nobody uses is moved onto a random encoding (van den Oord et al. 2017, appendix A.1; ViT-VQGAN's normalisation).
+    """Reconstruction + commitment (van den Oord et al. 2017, appendix A.1; ViT-VQGAN's normalisation).
+
+    The codebook follows an exponential mean of its members on the unit sphere, and a code that
+    nobody uses is moved onto a random encoding.
     """
 
     def __init__(
