@@ -1,5 +1,4 @@
-"""`ckpt_path=`: a checkpoint says what wrote it, so a command takes method and model from it, or is refused before any
-weight loads."""
+"""`ckpt_path=`: a command takes method and model from a checkpoint, or is refused before any weight loads."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -15,8 +14,9 @@ from omegaconf import DictConfig
 from t2i_rl.command.overrides import escaped, quoted
 from t2i_rl.core.checkpoints import read_checkpoint
 from t2i_rl.core.errors import UserError
-from t2i_rl.core.places import PACKAGE
-from t2i_rl.core.recipes import plain
+from t2i_rl.core.old_names import name_now
+from t2i_rl.core.places import ships
+from t2i_rl.core.used_settings import plain, task_name
 from t2i_rl.methods.identity import about, own_part
 
 DRAWING = ("evaluate", "generate", "export", "edit")  # take a checkpoint's weights; train goes on from one
@@ -35,13 +35,13 @@ def with_choices_of_checkpoint(arguments: list[str]) -> list[str]:
         UserError: `ckpt_path` is no checkpoint.
     """
     overrides = get_args_parser().parse_args(arguments).overrides
-    given = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
-    path = _as_written(given.get("ckpt_path", ""))
-    if given.get("task") not in DRAWING or not Path(path).is_file() or "experiment" in given:
+    typed = dict(override.lstrip("+").split("=", 1) for override in overrides if "=" in override)
+    path = _as_written(typed.get("ckpt_path", ""))
+    if typed.get("task") not in DRAWING or not Path(path).is_file() or "experiment" in typed:
         return arguments
     facts = about(read_checkpoint(path))
-    place = next(number for number, argument in enumerate(arguments) if argument.startswith("ckpt_path="))
-    return [*arguments[:place], *_missing_choices(facts, given), *arguments[place:]]
+    position = next(number for number, argument in enumerate(arguments) if argument.startswith("ckpt_path="))
+    return [*arguments[:position], *_missing_choices(facts, typed), *arguments[position:]]
 
 
 def _as_written(value: str) -> str:
@@ -54,30 +54,27 @@ def _as_written(value: str) -> str:
         return value
 
 
-def _missing_choices(facts: Mapping, given: Mapping[str, str]) -> Iterator[str]:
-    if "method" not in given and facts.get("method"):
+def _missing_choices(facts: Mapping, typed: Mapping[str, str]) -> Iterator[str]:
+    if "method" not in typed and facts.get("method"):
+        settings = dict(facts.get("decides", {}))
+        variant = settings.pop("variant", None)
         yield f"method={facts['method']}"
-        yield from _missing_settings("method", facts.get("decides", {}), given)
+        yield from [f"variant={variant}"] if variant and "variant" not in typed else []
+        yield from _missing_settings("method", settings, typed)
     model = dict(facts.get("model") or {})
-    if "model" not in given and model.get("name"):
+    if "model" not in typed and model.get("name"):
         yield f"model={model['name']}"
         settings = {name: model[name] for name in ("path", "revision", "dtype") if model.get(name) is not None}
-        if "path" in given or _ships(settings.get("path", "")):
+        if "path" in typed or ships(settings.get("path", "")):  # the model's config knows where those lie
             settings.pop("path", None)
-        yield from _missing_settings("model", settings, given)
+        yield from _missing_settings("model", settings, typed)
 
 
-def _missing_settings(group: str, settings: Mapping, given: Mapping[str, str]) -> Iterator[str]:
+def _missing_settings(group: str, settings: Mapping, typed: Mapping[str, str]) -> Iterator[str]:
     for name, value in settings.items():
         where = f"{group}.{name}"
-        if not any(key == where or key.startswith(f"{where}.") for key in given):
+        if not any(key == where or key.startswith(f"{where}.") for key in typed):
             yield f"{where}={in_words_of_hydra(value)}"
-
-
-def _ships(path: str) -> bool:
-    """Whether a model comes with the package, here or where the checkpoint was written; its config then knows where it
-    lies."""
-    return Path(path).parts[-3:-1] == (PACKAGE.name, "weights")
 
 
 def in_words_of_hydra(value: Any) -> str:
@@ -101,7 +98,7 @@ def check_checkpoint(cfg: DictConfig) -> None:
     Raises:
         UserError: one line that names what differs and what to give.
     """
-    task = cfg.task._target_.split(".")[-2]
+    task = task_name(cfg)
     if task not in (*DRAWING, "train"):
         raise UserError(
             f"task={task} reads no checkpoint: write it as a model with task=export, then take that with "
@@ -126,14 +123,15 @@ def _check_method(cfg: DictConfig, checkpoint: Mapping, task: str) -> None:
         own_part(checkpoint, method.keeps_as, method)
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    for name, there in facts.get("decides", {}).items():
-        here = plain(cfg.method.get(name))
-        if name not in NOT_COMPARED and _of_consequence(name, here) != _of_consequence(name, there):
+    for name, trained_with in facts.get("decides", {}).items():
+        asked_for = plain(cfg.method.get(name))
+        if name not in NOT_COMPARED and _of_consequence(name, asked_for) != _of_consequence(name, trained_with):
             named = f"method={facts['method']} " if facts.get("method") else ""
             otherwise = f"leave method= and method.{name} out, and the checkpoint's are taken; or " * (task in DRAWING)
             raise UserError(
-                f"{where} was trained with method.{name}={in_words_of_hydra(there)}, not {in_words_of_hydra(here)}: "
-                f"{otherwise}give {named}method.{name}={in_words_of_hydra(there)}"
+                f"{where} was trained with method.{name}={in_words_of_hydra(trained_with)}, not "
+                f"{in_words_of_hydra(asked_for)}: "
+                f"{otherwise}give {named}method.{name}={in_words_of_hydra(trained_with)}"
             )
     holds_adapters = any(".lora_" in name for name in checkpoint["state_dict"])
     if not facts and holds_adapters != (cfg.method.get("lora") is not None):
@@ -154,7 +152,7 @@ def _of_consequence(name: str, value: Any) -> Any:
 
 def _check_model(cfg: DictConfig, checkpoint: Mapping) -> None:
     model = about(checkpoint).get("model")
-    if model and model.get("class") != cfg.model._target_:
+    if model and name_now(model["class"]) != cfg.model._target_:
         name = model.get("name")
         raise UserError(
             f"ckpt_path={cfg.ckpt_path} was trained on model={name} ({model.get('path')}), and this command takes "

@@ -8,6 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, flag_override
 
 from t2i_rl.command.messages import complain
+from t2i_rl.command.session import REFUSALS, session
 from t2i_rl.command.sweep import note_launch
 from t2i_rl.command.troubles import folder_trouble
 from t2i_rl.core import ranks, stopping
@@ -33,13 +34,11 @@ class ClaimFolder(Callback):
             _end(error)
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        from t2i_rl.command.cli import command, tracebacks
-
         try:
             if ranks.inherits_a_number():
                 ranks.stand_alone()
             _take(Path(config.hydra.sweep.dir), "hydra.sweep.dir")
-            note_launch(config, command, tracebacks)
+            note_launch(config)
         except Exception as error:  # as above
             _end(error)
         if config.hydra.launcher._target_.endswith(".JoblibLauncher"):
@@ -75,9 +74,7 @@ def _check_ranks(config: DictConfig) -> None:
 
 
 def _end(error: Exception) -> None:
-    from t2i_rl.command.cli import REFUSALS, tracebacks
-
-    if tracebacks or not isinstance(error, REFUSALS):
+    if session.tracebacks or not isinstance(error, REFUSALS):
         sys.excepthook(type(error), error, error.__traceback__)
         raise SystemExit(1) from error
     raise SystemExit(complain(error)) from error

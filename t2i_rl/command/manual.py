@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from t2i_rl.command.class_attributes import class_attribute, load_yaml, models_of
+from t2i_rl.core.choices import load_yaml, models_of
 
 GROUPS = (
     "task",
@@ -10,6 +10,7 @@ GROUPS = (
     "method",
     "method/optimizer",
     "regularizer",
+    "variant",
     "model",
     "reward",
     "benchmark",
@@ -39,13 +40,24 @@ common commands
   python run.py --cfg job                             print the composed config and stop
   python run.py --hydra-help                          Hydra's own options
 
-Texts (prompt, task.source, paths, names, tags) are taken as they stand, whatever signs they hold: quotes are for the shell.
+Texts (prompt, task.source, paths, names, tags) stand as they are, whatever signs they hold; the shell's quotes go.
   python run.py task=generate prompt="two cats, one (it's 1e3 years old)"
   python run.py -m task=generate prompt='a cat,it is red'            in a sweep a comma divides ...
   python run.py -m task=generate prompt='"two cats, one dog",a dog'  ... but within quotes of its own
 `null` and ${...} are words in a prompt; in a path or a name null is none, and ${...} refers to another setting.
 
-Every run has its own folder below outputs/: config.yaml, provenance.json, metrics.csv, results.json, report.html, checkpoints/.
+Every run has its own folder below outputs/: config.yaml, provenance.json, metrics.csv, results.json, report.html,
+checkpoints/.
+"""
+FITS = """\
+  reward=oracle           needs prompts of shapes (data=shapes) and a model that draws 32 px
+  reward=length           needs method.plan=true
+  method=irg              learns from data=irgl_shapes or irgl; draws in turns (task=generate, task=evaluate)
+  method=irg_grpo         takes rewards that read pictures (reward=oracle, soft_oracle, ...), or reward=random
+  benchmark=shapes        judges models that draw benchmark.size pixels (janus_tiny: 32)
+  method/optimizer, regularizer   method=noise_opt; its reward must have a gradient (reward=soft_oracle, aesthetic, ...)
+  variant                 method=iris, reward=nsc: ours, released; method=softrepa, agsm: ours, paper, released
+  task=pretrain           makes model=janus_tiny, sd_tiny, sd3_tiny, flux_tiny
 """
 
 
@@ -74,25 +86,10 @@ def summary(path: Path) -> str:
 
 
 def _what_goes_with_what(conf: Path) -> list[str]:
-    lines = ["what goes with what"]
+    lines = []
     for path in sorted((conf / "method").glob("*.yaml")):
         config = load_yaml(path)
-        base = config if "_target_" in config else load_yaml(path.with_name(f"{config['defaults'][0]}.yaml"))
-        trains = class_attribute(base["_target_"], "trains")
-        lines.append(
-            f"  method={path.stem:<16} takes {', '.join(sorted(trains))} models: {', '.join(models_of(trains, conf))}"
-        )
-    lines.append("  reward=oracle           needs prompts of shapes (data=shapes) and a model that draws 32 px")
-    lines.append("  reward=length           needs method.plan=true")
-    lines.append(
-        "  method=irg              learns from data=irgl_shapes or irgl; draws in turns (task=generate, task=evaluate)"
-    )
-    lines.append(
-        "  method=irg_grpo         takes rewards that read pictures (reward=oracle, soft_oracle, ...), or reward=random"
-    )
-    lines.append("  benchmark=shapes        judges models that draw benchmark.size pixels (janus_tiny: 32)")
-    lines.append(
-        "  method/optimizer, regularizer   method=noise_opt; its reward must be differentiable (reward=soft_oracle, aesthetic, ...)"
-    )
-    lines.append("  task=pretrain           makes model=janus_tiny, sd_tiny, sd3_tiny, flux_tiny")
-    return lines
+        base = config if "trains" in config else load_yaml(path.with_name(f"{config['defaults'][0]}.yaml"))
+        families = sorted(base["trains"])
+        lines.append(f"  method={path.stem:<16} takes {', '.join(families)} models: {', '.join(models_of(families))}")
+    return ["what goes with what", *lines, *FITS.splitlines()]

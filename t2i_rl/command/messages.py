@@ -2,32 +2,26 @@
 
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import suppress
-from difflib import get_close_matches
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 
-from t2i_rl.command.class_attributes import load_yaml
+from t2i_rl.core.choices import choices, near, near_choice
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.places import CONF
+from t2i_rl.core.stated import STATED
+from t2i_rl.core.used_settings import TABLES
 
 NOISE = (
     *("full_key:", "object_type=", "reference_type=", "Check available", "Set the env", "Config search path"),
     *("provider=", "See https://hydra.cc"),
 )
-OF_A_RESOLVER = (
-    "UserError raised while resolving interpolation: "  # OmegaConf keeps the text of an error and not the error
-)
-OTHER_NAMES = {  # what other trainers call it
-    "learning_rate": "lr",
-    "epochs": "max_steps",
-    "num_train_epochs": "max_steps",
-    "num_generations": "group_size",
-    "beta": "kl_coef",
-    "cfg_scale": "guidance_scale",
-}
+# OmegaConf keeps the text of an error and not the error
+OF_A_RESOLVER = "UserError raised while resolving interpolation: "
 
 
 def complain(error: BaseException) -> int:
@@ -45,8 +39,8 @@ def one_line(error: BaseException) -> str:
     if cause is not None:
         return " ".join(str(cause).split("\n"))
     text = str(error).strip().removeprefix(OF_A_RESOLVER) or type(error).__name__
-    if (said := _of_hydra(text, str(error.__cause__))) is not None:
-        return said
+    if (of_hydra := _of_hydra(text, str(error.__cause__))) is not None:
+        return of_hydra
     if isinstance(error, InstantiationException) and error.__cause__ is not None:
         return _not_made(text, error.__cause__)
     if text.startswith("Error merging override") and error.__cause__ is not None:
@@ -95,8 +89,8 @@ def _no_such_setting(name: str, addable: bool) -> str:
     keys, parent = known_keys(), name.rpartition(".")[0]
     siblings = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == parent and "._" not in key]
     added = f" (to add it: +{name}=...)" if addable else ""
-    there = f"; {parent} has {', '.join(siblings)}" if parent and siblings else ""
-    return f"there is no setting {name}{near(name, keys, there + added)}"
+    others = f"; {parent} has {', '.join(siblings)}" if parent and siblings else ""
+    return f"there is no setting {name}{near(name, keys, others + added)}"
 
 
 def _no_such_choice(group: str, name: str) -> str:
@@ -111,91 +105,21 @@ def _no_such_choice(group: str, name: str) -> str:
     return f"there is no {group}={name}{hint}; choose from {', '.join(choices(group))}"
 
 
-def choices(group: str) -> list[str]:
-    """Names of the configs of a group."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
-
-
-def near_choice(group: str, name: str) -> str:
-    """`: did you mean ...?` with the configs of a group that `name` may stand for; empty where there is none.
-
-    A config is meant by its own name whatever its dashes, by a part of it, by a word of it, or by the class that it
-    makes.
-    """
-    names = choices(group)
-    plain = {choice: _plain(choice) for choice in names}
-    classes = {choice: _plain(_class_of(group, choice)) for choice in names}
-    words = {word for word in re.split(r"[\W_]+", name.lower()) if len(word) > 2}
-    wanted = _plain(name)
-    steps = (
-        [choice for choice in names if wanted == plain[choice]],
-        [choice for choice in names if wanted and len(wanted) > 1 and wanted in plain[choice]],
-        [choice for choice in names if wanted and wanted == classes[choice]],
-        [choice for choice in names if len(plain[choice]) > 2 and plain[choice] in wanted],
-        get_close_matches(name, names, n=3, cutoff=0.6),
-        [choice for choice in names if words & set(choice.lower().split("_"))],
-    )
-    return _did_you_mean(next((step for step in steps if step), []))
-
-
-def _class_of(group: str, choice: str) -> str:
-    target = load_yaml(CONF / group / f"{choice}.yaml").get("_target_")
-    return str(target or "").rpartition(".")[2]
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[\W_]", "", name.lower())
-
-
 def known_keys() -> list[str]:
     """Dotted names of all settings of the composition with the groups that the command chooses, and the groups."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
-
     chosen = [part for part in sys.argv[1:] if (CONF / part.replace("=", "/", 1)).with_suffix(".yaml").is_file()]
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = OmegaConf.to_container(compose("config", chosen), resolve=False)
 
-    def walk(node: dict, prefix: str = ""):
-        for key, value in node.items():
-            yield prefix + str(key)
-            if isinstance(value, dict):
-                yield from walk(value, f"{prefix}{key}.")
-
-    return [*walk(config), *(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in config)]
+    settings = {name: value for name, value in config.items() if name not in TABLES}
+    stated = {f"{group}.{name}" for group, names in STATED.items() for name in names}  # of classes: nobody sets these
+    groups = [path.name for path in CONF.iterdir() if path.is_dir() and path.name not in config]
+    return [*(key for key in _dotted(settings) if key not in stated), *groups]
 
 
-def nearest_keys(name: str, known: Iterable[str] | None = None) -> list[str]:
-    """The settings, three at most, that `name` may stand for: by its last part first, then by its spelling."""
-    keys = list(known_keys() if known is None else known)
-    keys = [key for key in keys if not key.split(".")[-1].startswith("_") and not name.startswith(f"{key}.")]
-    keys.sort(key=lambda key: key.count("."))
-    last = {key: key.split(".")[-1] for key in keys}
-    wanted = name.split(".")[-1]
-    elsewhere = OTHER_NAMES.get(wanted, wanted)
-    close = get_close_matches(wanted, {part for part in last.values() if len(part) > 2}, n=3, cutoff=0.7)
-    steps = (
-        [key for key in keys if key == name],
-        [key for key in keys if last[key] in (wanted, elsewhere)],
-        [key for key in keys if _plain(last[key]) == _plain(wanted)],
-        [key for key in keys if wanted in last[key].split("_")],
-        [key for part in close for key in keys if last[key] == part],
-        [] if "." in name else get_close_matches(name, keys, n=3, cutoff=0.7),
-    )
-    candidates = next((step for step in steps if step), [])
-    return sorted(candidates, key=lambda key: -_shared(key, name))[:3]
-
-
-def _shared(key: str, name: str) -> int:
-    """How many parts two dotted names have in common, in the order in which they stand."""
-    return len(set(key.split(".")) & set(name.split(".")))
-
-
-def near(name: str, known: Iterable[str], otherwise: str = "") -> str:
-    """`: did you mean ...?` with the settings that come close, or what is said where none does."""
-    return _did_you_mean(nearest_keys(name, known)) or otherwise
-
-
-def _did_you_mean(names: list[str]) -> str:
-    return f": did you mean {' or '.join(names[:3])}?" if names else ""
+def _dotted(node: dict, prefix: str = "") -> Iterator[str]:
+    for key, value in node.items():
+        yield prefix + str(key)
+        if isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{key}.")

@@ -1,5 +1,4 @@
-"""What a user types, put into the form that Hydra reads: texts as they stand, `null` for an empty group, settings
-without dashes."""
+"""What a user types, in the form that Hydra reads: texts as they stand, `null` for an empty group, no dashes."""
 
 import re
 from argparse import ArgumentParser
@@ -11,7 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from t2i_rl.command.messages import choices, nearest_keys
+from t2i_rl.command.messages import known_keys
+from t2i_rl.core.choices import choices, nearest_keys
 from t2i_rl.core.errors import UserError
 
 SENTENCES = ("prompt", "prompts", "task.source")  # literal to the last sign: `null`, `1e3` and `${seed}` are words here
@@ -37,10 +37,10 @@ def readable(arguments: list[str], conf: Path) -> list[str]:
         UserError: an argument that is neither an option nor `setting=value`, a list or dict that does not end, or a
             group that a run needs and that is set to null.
     """
-    options, given = split(arguments)
-    sweeping = get_args_parser().parse_args(options).multirun or "hydra.mode=MULTIRUN" in given
-    overrides = [_readable_override(typed, conf, sweeping) for typed in given]
-    for typed, override in zip(given, overrides, strict=True):
+    options, settings = split(arguments)
+    sweeping = get_args_parser().parse_args(options).multirun or "hydra.mode=MULTIRUN" in settings
+    overrides = [_readable_override(typed, conf, sweeping) for typed in settings]
+    for typed, override in zip(settings, overrides, strict=True):
         try:
             OverridesParser.create().parse_override(override)
         except HydraException as error:
@@ -95,7 +95,8 @@ def _check_dashes(arguments: list[str], parser: ArgumentParser) -> None:
         if not has_value:
             value = following if following and not following.startswith("-") and "=" not in following else "..."
         name = name.replace("-", "_")
-        keys = [name] if (near_keys := nearest_keys(name)) and name in near_keys else near_keys[:1] or [name]
+        near_keys = nearest_keys(name, known_keys())
+        keys = [name] if name in near_keys else near_keys[:1] or [name]
         raise UserError(f"settings are written without dashes: {keys[0]}={value} instead of {argument}")
 
 
@@ -126,7 +127,7 @@ def _readable_override(typed: str, conf: Path, sweeping: bool) -> str:
 def _no_setting(typed: str, conf: Path) -> str:
     name = typed.split("=")[0].strip()
     groups = [path.parent.relative_to(conf).as_posix() for path in sorted(conf.rglob(f"{name}.yaml"))] if name else []
-    example = f"{groups[0]}={name}" if groups else next(iter(nearest_keys(name)), "seed") + "=..."
+    example = f"{groups[0]}={name}" if groups else next(iter(nearest_keys(name, known_keys())), "seed") + "=..."
     return f"{typed!r} is no setting: a setting is written name=value, without spaces around the =, such as {example}"
 
 
@@ -171,11 +172,11 @@ def _list_of_texts(value: str, literal: bool) -> str:
 
 def _elements(value: str) -> list[str]:
     """What stands between commas; a comma within quotes that enclose the whole of an element divides nothing."""
-    elements, place = [], 0
-    while place <= len(value):
-        element = ELEMENT.match(value, place)
+    elements, position = [], 0
+    while position <= len(value):
+        element = ELEMENT.match(value, position)
         elements.append(element[0])
-        place = element.end() + 1
+        position = element.end() + 1
     return elements
 
 

@@ -1,5 +1,4 @@
-"""Where a run came from: resolved config, git commit, package versions, the exact command. The environment is left
-out."""
+"""Where a run came from: resolved config, commit, package versions, command, and nothing of the environment."""
 
 import json
 import os
@@ -17,14 +16,13 @@ from omegaconf import DictConfig, OmegaConf
 from t2i_rl.core.files import write_atomic
 from t2i_rl.core.folders import Lock
 from t2i_rl.core.ranks import is_main_process
+from t2i_rl.core.used_settings import written_out
 
 ROOT = Path(__file__).parents[2]
 
 
-def record(
-    cfg: DictConfig, out: Path, command: list[str], overrides: list[str], sweep: str | None = None
-) -> dict | None:
-    """Write `config.yaml` and `provenance.json` (and `git.diff` where the tree is dirty); returns what was written.
+def record(out: Path, command: list[str], overrides: list[str], sweep: str | None = None) -> dict | None:
+    """Write `provenance.json` (and `git.diff` where the tree is dirty); returns what was written.
 
     A folder that is run in again, as by a resume, keeps the entries of earlier runs under `earlier`. `sweep` names a
     job's sweep.
@@ -33,7 +31,6 @@ def record(
         return None
     out.mkdir(parents=True, exist_ok=True)
     earlier = _earlier(out / "provenance.json")
-    write_atomic(out / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     commit, diff = _git("rev-parse", "HEAD").decode(errors="replace").strip(), _git("diff", "HEAD")
     facts = {
         "command": shlex.join([Path(sys.executable).name, *command]),
@@ -56,6 +53,12 @@ def record(
         write_atomic(out / "git.diff", diff)  # its bytes: source need not be UTF-8
     write_atomic(out / "provenance.json", json.dumps(facts, indent=1))
     return facts
+
+
+def write_config(cfg: DictConfig, out: Path) -> None:
+    """Write `config.yaml`: every setting of the run, and where one refers to another what it refers to."""
+    if is_main_process():
+        write_atomic(out / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(written_out(cfg))))
 
 
 def finish(out: Path, facts: dict | None, status: str, error: str | None = None) -> None:

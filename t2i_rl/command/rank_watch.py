@@ -1,4 +1,4 @@
-"""Ranks of one run end together: each watches rank 0, and rank 0 watches all. Who sees another gone says so and ends.
+"""Ranks of one run end together: each watches rank 0, rank 0 watches all, and who sees another gone says so.
 
 A collective does not: it waits for half an hour for a rank that is gone, and Lightning's own observer ends the main
 process with SIGKILL, without a word. Ranks that Lightning starts are children of rank 0 (or of the first of their

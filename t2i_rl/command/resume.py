@@ -1,8 +1,12 @@
 """`ckpt_path=last`: find the newest run with the same settings, and go on in its folder or evaluate it in another."""
 
+from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Quote
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -11,10 +15,14 @@ from yaml import YAMLError
 from t2i_rl.command.overrides import quoted
 from t2i_rl.core.checkpoints import LAST, PREVIOUS, newest_whole
 from t2i_rl.core.errors import UserError
+from t2i_rl.core.old_names import names_now
+from t2i_rl.core.places import ships
+from t2i_rl.core.stated import STATED
+from t2i_rl.core.used_settings import plain, with_defaults
 
 COMPARED = ("method", "model", "reward", "data", "seed", "watch")
-# of a config.yaml; ValueError: it is no UTF-8, or holds a broken number
-UNREADABLE = (OSError, ValueError, KeyError, YAMLError, OmegaConfBaseException)
+# of a config.yaml; ValueError: it is no UTF-8, or holds a broken number; ImportError: it names a class that has gone
+UNREADABLE = (OSError, ValueError, KeyError, ImportError, YAMLError, OmegaConfBaseException)
 OF_DRAWING = ("interleave", "judge")  # settings of a method that change nothing of what was trained
 WAY_PAST = ("on_nonfinite",)  # what a stopped run may go on with
 
@@ -28,22 +36,21 @@ def continue_in_place(arguments: list[str], conf: Path) -> list[str]:
     Raises:
         UserError: no run with these settings has a checkpoint, or a sweep was asked to resume.
     """
-    given = get_args_parser().parse_args(arguments)
-    if given.multirun:
+    parsed = get_args_parser().parse_args(arguments)
+    if parsed.multirun:
         raise UserError("ckpt_path=last goes on with one run: give one job's settings without -m")
-    cfg = _compose(given, conf)
+    cfg = _composed(parsed, conf)
     folders = [item.split("=", 1)[1].strip("'\"") for item in arguments if item.startswith("hydra.run.dir=")]
     if cfg.hydra.runtime.choices.task != "train":
-        found = newest_whole(_newest_run(cfg, OF_DRAWING) / "checkpoints")
-        print(f"last checkpoint: {found}")
-        return [
-            f"ckpt_path={quoted(str(found), Quote.single)}" if item == "ckpt_path=last" else item for item in arguments
-        ]
+        checkpoint = newest_whole(_newest_run(cfg, OF_DRAWING) / "checkpoints")
+        print(f"last checkpoint: {checkpoint}")
+        named = f"ckpt_path={quoted(str(checkpoint), Quote.single)}"
+        return [named if item == "ckpt_path=last" else item for item in arguments]
     if not folders:
-        found = _newest_run(cfg)
-        print(f"going on in {found}")
-        place = arguments.index("ckpt_path=last")
-        return [*arguments[:place], f"hydra.run.dir={quoted(str(found), Quote.single)}", *arguments[place:]]
+        run = _newest_run(cfg)
+        print(f"going on in {run}")
+        position = arguments.index("ckpt_path=last")
+        return [*arguments[:position], f"hydra.run.dir={quoted(str(run), Quote.single)}", *arguments[position:]]
     if not any((Path(folders[0]) / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS)):
         raise UserError(f"{folders[0]} holds no checkpoints/last.ckpt to go on from")
     return arguments
@@ -55,11 +62,11 @@ def _newest_run(cfg: DictConfig, ignored: tuple[str, ...] = ()) -> Path:
     for checkpoint in sorted(checkpoints, key=_changed, reverse=True):
         run = checkpoint.parents[1]
         try:
-            saved = _compared(OmegaConf.load(run / "config.yaml"), ignored)
+            saved = _compared(_as_now(OmegaConf.load(run / "config.yaml"), cfg), ignored)
         except UNREADABLE as error:  # made by another version, or cut short: it hides no other run
             unread.append(f"{run.name} ({type(error).__name__})")
             continue
-        if saved == _compared(cfg, ignored):
+        if saved == _compared({key: plain(cfg[key]) for key in COMPARED}, ignored):
             return run
     skipped = f" ({len(unread)} could not be read, first {unread[0]})" if unread else ""
     raise UserError(
@@ -74,40 +81,51 @@ def _changed(path: Path) -> float:
         return 0.0
 
 
-def _compared(cfg: DictConfig, ignored: tuple[str, ...]) -> dict:
-    """What a run is known by.
+def _as_now(saved: Any, cfg: DictConfig) -> dict[str, Any]:
+    """What a run's config.yaml says of the settings that runs are known by, in today's form.
+
+    Runs of 0.1 name classes as they were called, and some of them write null where a variant decided the number.
 
     Raises:
         KeyError: one of these settings is not there.
     """
-    if not isinstance(cfg, DictConfig):
+    if not isinstance(saved, DictConfig):
         raise KeyError("it holds no settings")
-    return {key: _plain(cfg, key, ignored) for key in COMPARED}
+    settings = names_now({key: plain(saved[key]) for key in COMPARED})
+    decided = plain(cfg.presets.get(cfg.hydra.runtime.choices.method)) or {}
+    if isinstance(settings["method"], dict):
+        settings["method"] = {
+            name: decided.get(name) if value is None else value for name, value in settings["method"].items()
+        }
+    return settings
 
 
-def _plain(cfg: DictConfig, key: str, ignored: tuple[str, ...]):
-    if key not in cfg:
-        raise KeyError(key)
-    if not OmegaConf.is_config(cfg[key]):
-        return cfg[key]
-    settings = OmegaConf.to_container(cfg[key], resolve=True)
-    if not isinstance(settings, dict):
-        return settings
-    return {name: value for name, value in settings.items() if name not in (*ignored, *WAY_PAST)}
+def _compared(settings: dict[str, Any], ignored: tuple[str, ...]) -> dict[str, Any]:
+    """What a run is known by; a setting that is not given, as one that came later, counts as its class's default."""
+    known_by = {}
+    for group, part in settings.items():
+        left_out = (*ignored, *WAY_PAST, *STATED.get(group, ()))
+        whole = _wherever_it_lies(with_defaults(part))
+        named = isinstance(whole, dict)
+        known_by[group] = {name: whole[name] for name in whole if name not in left_out} if named else whole
+    return known_by
 
 
-def _compose(given, conf: Path) -> DictConfig:
-    from hydra import compose, initialize_config_dir
-    from hydra.core.global_hydra import GlobalHydra
+def _wherever_it_lies(value: Any) -> Any:
+    """The same with weights that come with the package called by their name: the package may have moved since."""
+    if isinstance(value, dict):
+        return {name: _wherever_it_lies(item) for name, item in value.items()}
+    return Path(value).name if isinstance(value, str) and ships(value) else value
 
-    place = (
-        f"hydra.searchpath=[{quoted(Path(given.config_dir).absolute().as_uri(), Quote.single)}]"
-        if given.config_dir
-        else None
-    )
+
+def _composed(parsed: Namespace, conf: Path) -> DictConfig:
+    """The config that Hydra will compose of these arguments, with Hydra's own part."""
+    overrides = list(parsed.overrides)
+    if parsed.config_dir:
+        folder = Path(parsed.config_dir).absolute().as_uri()
+        overrides.append(f"hydra.searchpath=[{quoted(folder, Quote.single)}]")
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(conf), version_base="1.3"):
-        overrides = [*given.overrides, *([place] if place else [])]
-        cfg = compose(given.config_name or "config", overrides=overrides, return_hydra_config=True)
+        cfg = compose(parsed.config_name or "config", overrides=overrides, return_hydra_config=True)
     GlobalHydra.instance().clear()
     return cfg

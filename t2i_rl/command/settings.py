@@ -1,4 +1,9 @@
-"""Every setting of a composed config against the kind of value that its class, or its task, takes."""
+"""Whether every setting is of the kind that its reader takes: a number within bounds, a list for a list.
+
+A number has bounds, and a list stands where a list belongs. What a class says of its arguments is held against it
+(`check_settings`); settings that no class reads are compared with what conf/ has in their place (`check_kinds`). Only
+the first imports classes.
+"""
 
 import inspect
 import math
@@ -10,6 +15,7 @@ from typing import Any
 from hydra._internal.utils import _locate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
+from t2i_rl.core.choices import load_yaml
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import (
     ClimbingRate,
@@ -31,10 +37,14 @@ from t2i_rl.core.numbers import (
     parameters_of,
     shown,
 )
+from t2i_rl.core.places import CONF
 from t2i_rl.core.ranks import listed_gpus
 
+OF_PARTS = ("callbacks", "logger", "watch")  # each setting of these is a part, or null to leave it out
+MAY_BE_NULL = ("optimized_metric", "model.path")  # the latter is refused with the setting that it comes from
 ROOT = {
-    **{"seed": Seed, "num_images": Count, "evaluation.batch_size": Count, "evaluation.seed": Seed, "task_name": str},
+    **{"seed": Seed, "num_images": Count, "evaluation.batch_size": Count, "evaluation.seed": Seed},
+    **dict.fromkeys(("task_name", "variant"), str),
     **dict.fromkeys(("path", "prompt", "prompts_file", "ckpt_path", "image", "latents"), str | None),
 }
 TORCH = {  # arguments of torch's optimizers and schedulers, which torch itself takes as they come
@@ -106,6 +116,58 @@ TASK = {  # leaves below `task`, by name: one word means one thing in all tasks
 }
 
 
+def check_kinds(cfg: DictConfig, task: str | None) -> None:
+    """Refuse what no reader of a setting could take.
+
+    Args:
+        task: the name of the config in conf/task.
+
+    Raises:
+        UserError: one line that names the setting and the kind that it must be of.
+    """
+    defaults = load_yaml(CONF / "config.yaml")
+    del defaults["defaults"], defaults["hydra"]
+    defaults["evaluation"]["seed"] = defaults["seed"]  # which it refers to
+    for key in [*defaults, "trainer", "paths", "regularizer", "logger", "callbacks"]:
+        if key not in cfg:
+            fix = f"take {key}=none" if (CONF / key / "none.yaml").is_file() else f"leave ~{key} out"
+            raise UserError(f"a run has to have {key}: {fix}")
+    for group in OF_PARTS:
+        _check_parts(cfg[group], group)
+    if isinstance(cfg.evaluation, DictConfig) and cfg.evaluation.stages is not None:
+        check_value(cfg.evaluation.stages, list, "evaluation.stages")
+    _check_against(cfg, defaults, "")
+    for group, name in (("task", task), ("paths", "default")):
+        file = CONF / group / f"{name}.yaml"
+        if file.is_file() and isinstance(cfg.get(group), DictConfig):
+            _check_against(cfg[group], load_yaml(file), f"{group}.")
+
+
+def _check_parts(node: Any, group: str) -> None:
+    if not isinstance(node, DictConfig):
+        raise UserError(f"{group} must hold parts by name, not {shown(node)}; ~{group}.<name> takes one out")
+    for name, part in node.items():
+        if part is not None and not isinstance(part, DictConfig):
+            raise UserError(f"{group}.{name} must be settings with a _target_, or null, not {shown(part)}")
+        if part is not None and group == "watch" and "_target_" not in part:  # of the others, presets set parts
+            raise UserError(f"watch.{name} names no class (_target_): take +reward@watch.{name}=<name>")
+
+
+def _check_against(node: DictConfig, defaults: dict, where: str) -> None:
+    """Compare settings that no class reads with what conf/ has in their place."""
+    for name, default in defaults.items():
+        if name not in node or OmegaConf.is_missing(node, name) or default in (None, "???") or name in MAY_BE_NULL:
+            continue
+        value, referring = node[name], isinstance(default, str) and "${" in default
+        if isinstance(default, dict) and where + name not in OF_PARTS:
+            check_value(value, dict, where + name)
+            _check_against(value, default, f"{where}{name}.")
+        elif referring and value is None:
+            raise UserError(f"{where}{name} must be given, not null")
+        elif not isinstance(default, dict) and not referring:
+            check_value(value, type(default), where + name)
+
+
 def check_root(cfg: DictConfig) -> None:
     """Whether the numbers of the root are what they have to be.
 
@@ -132,13 +194,13 @@ def _check_node(node: DictConfig, where: str) -> None:
     for name in node:
         if OmegaConf.is_missing(node, name):
             continue
-        value, place = node[name], f"{where}.{name}"
+        value, key = node[name], f"{where}.{name}"
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{place} must be a finite number, not {value}")
+            raise UserError(f"{key} must be a finite number, not {value}")
         if name in kinds and "_target_" not in _keys(value):
-            check_value(value, kinds[name], place)
+            check_value(value, kinds[name], key)
         if OmegaConf.is_dict(value) and not (kinds is TASK and name in TASK):  # whose names are the user's own
-            _check_node(value, place)
+            _check_node(value, key)
 
 
 def _keys(value: Any) -> list:
@@ -162,8 +224,8 @@ def _kinds(node: DictConfig, where: str) -> dict[str, Any]:
     return parameters_of(kind)
 
 
-def class_at(target: str, place: str, shipped: str = "") -> Any:
-    """What the `_target_` at `place` names.
+def class_at(target: str, key: str, shipped: str = "") -> Any:
+    """What the `_target_` at `key` names.
 
     Args:
         shipped: what to say where there is no such class.
@@ -178,11 +240,11 @@ def class_at(target: str, place: str, shipped: str = "") -> Any:
         missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
         if missing and f"{target}.".startswith(f"{missing}."):
             looked = f" (no {missing}.py beside run.py or on PYTHONPATH)" if "." not in missing else ""
-            raise UserError(f"{place}._target_={target}: there is no such class{looked}{shipped}") from None
+            raise UserError(f"{key}._target_={target}: there is no such class{looked}{shipped}") from None
         frame = traceback.extract_tb(cause.__traceback__)[-1]
         at = "" if isinstance(cause, SyntaxError) else f" ({Path(frame.filename).name}, line {frame.lineno})"
         raise UserError(
-            f"{place}._target_={target}: its module cannot be imported: {type(cause).__name__}: {cause}{at}"
+            f"{key}._target_={target}: its module cannot be imported: {type(cause).__name__}: {cause}{at}"
         ) from None
 
 

@@ -1,10 +1,8 @@
-"""A multirun from its first job to its last: tables over all jobs, a page, every number in one file, what failed."""
+"""A multirun from its first job to its last: what its jobs have to know, which of them failed, what it optimises."""
 
-import csv
-import io
 import json
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,12 +10,14 @@ from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf
 
 from t2i_rl.command.provenance import outcome, read_record
+from t2i_rl.command.session import session
 from t2i_rl.core import stopping
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import write_atomic
-from t2i_rl.evaluation.records import Job, read_jobs
 
 LAUNCH = ".sweep.json"
 
@@ -25,7 +25,7 @@ LAUNCH = ".sweep.json"
 class Launch(NamedTuple):
     """What a job needs to know of the sweep that it is part of, wherever a launcher runs it."""
 
-    id: str
+    id: str | None
     command: list[str]
     tracebacks: bool
     jobs: list[list[str]]  # the overrides of each; none where a sweeper chooses them as it goes
@@ -40,27 +40,33 @@ class Unfinished(NamedTuple):
 
 
 class SweepTable(Callback):
-    """Hydra callback; writes `sweep.md`, `sweep.csv` and `report.html` into the sweep's folder, prints the tables."""
+    """Hydra callback; ends a sweep with its tables and its page.
+
+    Args:
+        tables: the function that makes them, by its dotted path: it stands on torch, and Hydra makes this callback for
+            every command.
+    """
+
+    def __init__(self, tables: str):
+        self.tables = tables
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        from t2i_rl.command.cli import failures
-
-        unfinished = conclude(Path(config.hydra.sweep.dir))
-        failures[:] = [job.name for job in unfinished]
+        unfinished = conclude(Path(config.hydra.sweep.dir), self.tables)
+        session.failures[:] = [job.name for job in unfinished]
         if stopping.asked() is not None:
             raise SystemExit(stopping.exit_code())  # Hydra swallows a callback's other exceptions
 
 
-def note_launch(config: DictConfig, command: list[str], tracebacks: bool) -> None:
+def note_launch(config: DictConfig) -> None:
     """Leave in the sweep's folder what its jobs have to know: a launcher may run them on other machines."""
-    given = OmegaConf.to_container(config.hydra.overrides.task)
+    typed = OmegaConf.to_container(config.hydra.overrides.task)
     jobs = []
     if config.hydra.sweeper._target_.endswith(".BasicSweeper"):
         parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())  # globs ask it for names
         swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-        overrides = parser.parse_overrides([*swept, *given])
+        overrides = parser.parse_overrides([*swept, *typed])
         jobs = BasicSweeper.split_arguments(overrides, None)[0]
-    launch = Launch(secrets.token_hex(8), command, tracebacks, jobs)
+    launch = Launch(secrets.token_hex(8), session.command, session.tracebacks, jobs)
     write_atomic(Path(config.hydra.sweep.dir) / LAUNCH, json.dumps(launch._asdict()))
 
 
@@ -69,33 +75,14 @@ def read_launch(folder: Path) -> Launch:
     return Launch(**json.loads((Path(folder) / LAUNCH).read_text()))
 
 
-def conclude(folder: Path) -> list[Unfinished]:
-    """Print and write the tables and the page of a sweep; returns the jobs that did not finish, or never began."""
-    from rich.console import Console
+def conclude(folder: Path, tables: str) -> list[Unfinished]:
+    """Print and write what a sweep has found; returns the jobs that did not finish, or never began.
 
-    from t2i_rl.evaluation.report.html import write_sweep_report
-    from t2i_rl.evaluation.tables import Table, sweep_tables
-
-    console, unfinished = Console(), unfinished_jobs(folder)
-    left_out = Table(
-        "Jobs that did not finish",
-        ["job", "status", "why"],
-        [[job.name, job.status, job.error or ""] for job in unfinished],
-        "They are in no other table.",
-    )
-    tables = [left_out] if unfinished else []
-    if any(folder.rglob("results.json")):
-        jobs = read_jobs(folder)
-        tables = [*sweep_tables(jobs), *tables]
-        write_atomic(folder / "sweep.csv", long_csv(jobs))
-    for table in tables:
-        console.print(table)
-    if tables:
-        write_atomic(folder / "sweep.md", "\n\n".join(table.markdown() for table in tables))
-        console.print(f"report: {write_sweep_report(folder, left_out if unfinished else None)}", soft_wrap=True)
-    for job in unfinished:
-        line = f"[red]{job.status}:[/red] {job.name}" if job.status == "not run" else f"[red]failed:[/red] {job.name}"
-        console.print(line, soft_wrap=True)
+    Args:
+        tables: see `SweepTable`.
+    """
+    unfinished = unfinished_jobs(folder)
+    get_method(tables)(folder, unfinished)
     return unfinished
 
 
@@ -120,23 +107,22 @@ def differing(overrides: Sequence[str], jobs: Sequence[Sequence[str]]) -> str:
     return ",".join(item for item in overrides if item not in shared) or ",".join(overrides)
 
 
-def long_csv(jobs: Sequence[Job]) -> str:
-    """Every number of every job, one a row: job, its settings that differ, stage or comparison (`b - a`), metric, value, interval, n."""
-    from t2i_rl.evaluation.tables import differing_settings
+def optimized(results: Mapping[str, Any], name: str | None) -> float | None:
+    """What a sweeper optimises: a metric of the stage that the headline is about, else of the last one.
 
-    keys = differing_settings(jobs)
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(["job", *keys, "of", "metric", "value", "low", "high", "n_prompts", "n_images"])
-    for job in jobs:
-        settings = [job.folder.name, *(job.settings.get(key, "") for key in keys)]
-        measured = [(stage, "mean", content["metrics"]) for stage, content in job.results["stages"].items()]
-        measured += [
-            (f"{item['b']} - {item['a']}", "difference", item["metrics"]) for item in job.results["comparisons"]
-        ]
-        for of, value, metrics in measured:
-            for name, cell in metrics.items():
-                writer.writerow(
-                    [*settings, of, name, *(cell[key] for key in (value, "low", "high", "n_prompts", "n_images"))]
-                )
-    return text.getvalue()
+    Args:
+        results: what a task returns, the content of results.json where it writes one.
+        name: `optimized_metric`; `headline` is the metric that the headline names.
+
+    Raises:
+        UserError: it was not measured.
+    """
+    if not results.get("stages") or name is None:
+        return None
+    about = results.get("headline") or {}
+    stage = results["stages"][about.get("b") or list(results["stages"])[-1]]["metrics"]
+    if name == "headline":
+        name = about.get("metric", "overall")
+    if name not in stage:
+        raise UserError(f"optimized_metric={name} was not measured; choose from {', '.join(stage)}")
+    return stage[name]["mean"]

@@ -1,5 +1,4 @@
-"""Whether a torchvision that is installed works with the torch that is: nothing here needs it, and transformers imports
-it."""
+"""Whether an installed torchvision works with torch: nothing here needs it, but transformers imports it."""
 
 from importlib import import_module
 from importlib.metadata import version
@@ -21,9 +20,9 @@ def check_torchvision() -> None:
     except Exception as error:  # compiled code that does not fit raises anything: RuntimeError, AttributeError, OSError
         torch = version("torch")
         source = " --index-url https://download.pytorch.org/whl/cpu" if torch.endswith("+cpu") else ""
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"torchvision does not fit torch {torch} ({said}): pip uninstall torchvision (only Inception's FID needs "
+            f"torchvision does not fit torch {torch} ({reason}): pip uninstall torchvision (only Inception's FID needs "
             "it), "
             f"or pip install --force-reinstall --no-deps -c constraints.txt torchvision{source}"
         ) from error

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 from t2i_rl.command.rank_watch import RankWatch
 from t2i_rl.core.errors import UserError, first_line
 from t2i_rl.core.ranks import global_rank
+from t2i_rl.core.used_settings import task_name
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -101,7 +102,7 @@ def _memory(error: Exception, cfg: DictConfig) -> str | None:
 def memory_knobs(cfg: DictConfig) -> list[str]:
     """The settings of this task that cost memory, with what they are now, or with what they should be."""
     named = []
-    for knob in KNOBS.get(cfg.task._target_.split(".")[-2], DRAWING):
+    for knob in KNOBS.get(task_name(cfg), DRAWING):
         key, _, wanted = knob.partition("=")
         now = OmegaConf.select(cfg, key, default="absent")
         if now == "absent" or str(now).lower() == wanted:

@@ -1,11 +1,11 @@
-"""`task=edit`: FlowEdit on Stable Diffusion 3, with or without soft tokens: one picture, or a suite of `shapes` edits with known answers."""
+"""`task=edit`: FlowEdit on Stable Diffusion 3: one picture, or a suite of `shapes` edits with known answers."""
 
 import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import instantiate
 from PIL import Image
 from rich.console import Console
 
@@ -15,32 +15,43 @@ from t2i_rl.core.pixels import read_image, square, to_bytes, write_png
 from t2i_rl.core.progress import tracked
 from t2i_rl.core.seeding import derive_seed
 from t2i_rl.evaluation.report.grid import caption_grid
-from t2i_rl.evaluation.stats import bracket, seed_interval
+from t2i_rl.evaluation.stats import bracket, seed_interval, wilson
 from t2i_rl.models.diffusion.flow_edit import check_flow, flow_edit
 from t2i_rl.models.diffusion.sd3 import SD3
-from t2i_rl.pretrain.measure import wilson
 from t2i_rl.shapes.edits import KINDS, psnr, sample_edit
 from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.render import render, to_pixels
 from t2i_rl.tasks.evaluate import load_trained
-from t2i_rl.tasks.part_checks import announce_model
+from t2i_rl.tasks.examine import announce_model, check_method, model_of
 
 FLOW = ("steps", "start", "source_guidance", "target_guidance", "average", "convention")
 
 
-def run(cfg) -> dict:
-    """Edit `cfg.image` from `cfg.task.source` to `cfg.prompt`; or, with neither, `cfg.task.cases` edits of each kind, judged by the oracle.
+def check(cfg) -> None:
+    """Refuse what cannot be edited with.
 
     Raises:
-        UserError: another kind of model, half of what one picture needs, or a picture that cannot be read.
+        UserError: another kind of model, half of what one picture needs, or settings of no flow.
     """
-    out, kind = Path(cfg.paths.output_dir), get_class(cfg.model._target_)
-    if not issubclass(kind, SD3):
-        raise UserError(f"task=edit needs a flow-matching model (model=sd3_tiny, sd3), not {kind.__name__}")
+    if not issubclass(model_of(cfg), SD3):
+        raise UserError(f"task=edit needs a flow-matching model (model=sd3_tiny, sd3), not {model_of(cfg).__name__}")
     if cfg.image and not (cfg.prompt and cfg.task.source):
         raise UserError('task=edit takes image=<file> task.source="what it shows" prompt="what it shall show"')
     check_flow(**{name: cfg.task[name] for name in ("steps", "start", "average", "convention")})
+    if cfg.ckpt_path:
+        check_method(cfg, training=False)
+
+
+def run(cfg) -> dict:
+    """Edit `cfg.image` from `cfg.task.source` to `cfg.prompt`.
+
+    With neither, `cfg.task.cases` edits of each kind, judged by the oracle.
+
+    Raises:
+        UserError: a picture that cannot be read.
+    """
+    out = Path(cfg.paths.output_dir)
     picture = read_image(cfg.image, f"image={cfg.image}") if cfg.image else None
     if cfg.image:
         announce_model(cfg, [cfg.task.source, cfg.prompt])
@@ -73,15 +84,22 @@ def edit_suite(cfg, model: SD3, out: Path) -> dict:
         for first in tracked(range(0, len(cases), cfg.evaluation.batch_size), kind, "batch"):
             part = slice(first, first + cfg.evaluation.batch_size)
             seeds = [derive_seed(cfg.seed, kind, number) for number in range(len(cases))[part]]
-            words = [case.source for case in cases[part]], [case.target for case in cases[part]]
-            after.append(edit(cfg, model, before[part], *words, seeds))
+            sources, targets = [case.source for case in cases[part]], [case.target for case in cases[part]]
+            after.append(edit(cfg, model, before[part], sources, targets, seeds))
         after = np.concatenate(after)
-        for case, old, new, found in zip(cases, before, after, detect(after), strict=True):
-            verdict = judge(case.meta, found)
+        for case, old, new, objects in zip(cases, before, after, detect(after), strict=True):
+            verdict = judge(case.meta, objects)
             records.append(
-                {"kind": kind, "source": case.source, "target": case.target, "strict": verdict.strict, "score": verdict.score,
-                 "defects": [defect.text for defect in verdict.defects], "psnr_kept": psnr(old, new, case.kept)}
-            )  # fmt: skip
+                {
+                    "kind": kind,
+                    "source": case.source,
+                    "target": case.target,
+                    "strict": verdict.strict,
+                    "score": verdict.score,
+                    "defects": [defect.text for defect in verdict.defects],
+                    "psnr_kept": psnr(old, new, case.kept),
+                }
+            )
         pictures = [picture for row in zip(before[:4], after[:4], strict=True) for picture in row]
         captions = [words for case in cases[:4] for words in (case.source, f"-> {case.target}")]
         grid = caption_grid(pictures, captions, columns=4, scale=max(1, 128 // model.size))
@@ -97,8 +115,9 @@ def edit_suite(cfg, model: SD3, out: Path) -> dict:
     }
     write_atomic(out / "edits.json", json.dumps(results, indent=1))
     for kind, row in summary.items():
+        mean, low, high = (100 * row["strict"][end] for end in ("mean", "low", "high"))
         Console().print(
-            f"{kind}: as asked {100 * row['strict']['mean']:.1f} % [{100 * row['strict']['low']:.1f}, {100 * row['strict']['high']:.1f}], "
+            f"{kind}: as asked {mean:.1f} % [{low:.1f}, {high:.1f}], "
             f"kept pixels {row['psnr_kept']['mean']:.1f} dB {bracket(row['psnr_kept'])}, n={row['strict']['n']}"
         )
     Console().print(f"pictures and records: {out}", soft_wrap=True)

@@ -15,17 +15,27 @@ from t2i_rl.core.progress import tracked
 from t2i_rl.data.encodings import FORMAT, about, finished, write_shard
 from t2i_rl.data.image_text import ImageText
 from t2i_rl.shapes.render import to_pixels
-from t2i_rl.tasks.part_checks import announce_model
+from t2i_rl.tasks.examine import announce_model
+
+
+def check(cfg) -> None:
+    """Refuse data that are no pairs of files.
+
+    Raises:
+        UserError: they are not.
+    """
+    if not issubclass(get_class(cfg.data._target_), ImageText):
+        raise UserError("task=encode takes pairs from a disk: data=coco or data=image_text")
 
 
 def run(cfg) -> dict:
-    """Encode every image and every different caption of `cfg.data` into `cfg.task.out`; goes on where an earlier run stopped.
+    """Encode every image and every different caption of `cfg.data` into `cfg.task.out`.
+
+    It goes on where an earlier run stopped.
 
     Raises:
         UserError: the folder holds encodings of something else.
     """
-    if not issubclass(get_class(cfg.data._target_), ImageText):
-        raise UserError("task=encode takes pairs from a disk: data=coco or data=image_text")
     data = instantiate(cfg.data)
     items, captions = data.work()
     captions = captions if cfg.task.texts else []
@@ -53,7 +63,8 @@ def run(cfg) -> dict:
     }
     per_pair = {kind: total / max(count, 1) for kind, (total, count) in written.items()}
     Console().print(
-        f"{folder}: {written['images'][1]} images of {per_pair['images'] / 1e3:.1f} kB, {written['texts'][1]} captions of {per_pair['texts'] / 1e3:.1f} kB; "
+        f"{folder}: {written['images'][1]} images of {per_pair['images'] / 1e3:.1f} kB, "
+        f"{written['texts'][1]} captions of {per_pair['texts'] / 1e3:.1f} kB; "
         f"{sum(per_pair.values()) * 1e5 / 1e9:.2f} GB for 100,000 pairs   (data.encodings={folder})",
         soft_wrap=True,
     )
@@ -69,13 +80,13 @@ def _shards(
     numbers = range(part[0], -(-len(keys) // size), part[1])
     for number in tracked(numbers, kind, "shard"):
         chosen = slice(number * size, (number + 1) * size)
-        found = finished(folder, kind, number, keys[chosen])
-        if found is None:
+        written = finished(folder, kind, number, keys[chosen])
+        if written is None:
             batches = [
                 encode(work[chosen][i : i + settings.batch_size])
                 for i in range(0, len(work[chosen]), settings.batch_size)
             ]
             joined = {name: torch.cat([batch[name].cpu() for batch in batches]) for name in batches[0]}
-            found = write_shard(folder, kind, number, keys[chosen], joined)
-        total, rows = total + found, rows + len(keys[chosen])
+            written = write_shard(folder, kind, number, keys[chosen], joined)
+        total, rows = total + written, rows + len(keys[chosen])
     return total, rows

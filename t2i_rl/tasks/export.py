@@ -8,36 +8,54 @@ from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from rich.console import Console
 from safetensors.torch import save_file
+from transformers import AutoProcessor
 
-from t2i_rl.command.checks import draws_in_turns, learns_from_prompts
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import replacing_folder
 from t2i_rl.models.autoregressive.engine.weights import merged_weight
 from t2i_rl.tasks.evaluate import load_trained
+from t2i_rl.tasks.examine import check_method, method_of
 
 
-def run(cfg) -> dict:
-    """Write `cfg.model`, with the weights of `cfg.ckpt_path` if given, into `cfg.task.out`; LoRA is merged unless `cfg.task.adapter`.
+def check(cfg) -> None:
+    """Refuse what cannot be written.
 
     Raises:
-        UserError: the folder is there already, or there is no adapter to write.
+        UserError: the folder is there already, there is no adapter to write, or it would be of another base.
     """
-    out = Path(cfg.task.out or Path(cfg.paths.output_dir) / "export")
+    out, method = folder_of(cfg), method_of(cfg)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"task.out={out} is there already and not empty: name another folder")
     if cfg.task.adapter and not (cfg.ckpt_path and cfg.method.get("lora")):
         raise UserError(
             "task.adapter=true writes what LoRA has learnt: give ckpt_path=<checkpoint> and its method.lora"
         )
-    if cfg.task.adapter and draws_in_turns(cfg) and cfg.method.get("start_from"):
+    if cfg.task.adapter and method.draws_in_turns and cfg.method.get("start_from"):
         raise UserError(
-            "this adapter sits on the weights of method.start_from, and its folder would name model.path: leave out task.adapter, and the whole model is written"
+            "this adapter sits on the weights of method.start_from, and its folder would name model.path: leave out "
+            "task.adapter, and the whole model is written"
         )
-    trains_tokens = not (learns_from_prompts(cfg) or draws_in_turns(cfg) or cfg.method.get("lora"))
+    trains_tokens = method.learns_from in ("pairs", "preferences") and not cfg.method.get("lora")
     if (cfg.ckpt_path and trains_tokens) or cfg.model.get("soft_tokens"):
         raise UserError(
-            "soft tokens are a file of their own, soft_tokens.safetensors in the run's folder: there is no pipeline to export"
+            "soft tokens are a file of their own, soft_tokens.safetensors in the run's folder: there is no pipeline to "
+            "export"
         )
+    if cfg.ckpt_path:
+        check_method(cfg, training=False)
+
+
+def folder_of(cfg) -> Path:
+    """Where the model is written."""
+    return Path(cfg.task.out or Path(cfg.paths.output_dir) / "export")
+
+
+def run(cfg) -> dict:
+    """Write `cfg.model`, with the weights of `cfg.ckpt_path` if given, into `cfg.task.out`.
+
+    LoRA is merged unless `cfg.task.adapter`.
+    """
+    out = folder_of(cfg)
     model = instantiate(cfg.model)
     if cfg.ckpt_path:
         load_trained(cfg, model)
@@ -57,8 +75,6 @@ def run(cfg) -> dict:
 
 def write_model(janus, folder: Path) -> None:
     """Weights, with adapters merged as rollouts merge them, generation settings and processor."""
-    from transformers import AutoProcessor
-
     merge_adapters(janus.model)
     janus.model.save_pretrained(folder)
     AutoProcessor.from_pretrained(janus.path, revision=janus.revision).save_pretrained(folder)

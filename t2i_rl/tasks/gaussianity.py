@@ -15,13 +15,25 @@ from t2i_rl.evaluation.tables import Table
 from t2i_rl.gaussianity.health import GaussianityReport
 
 
+def check(cfg) -> None:
+    """Refuse to look at nothing.
+
+    Raises:
+        UserError: no file is named.
+    """
+    if not cfg.latents:
+        raise UserError("task=gaussianity takes latents=<file>.safetensors")
+
+
 def run(cfg) -> dict:
-    """Report on every tensor of `cfg.latents`, a safetensors file of `(C, h, w)` or `(B, C, h, w)`, in natural order and unpacked.
+    """Report on every tensor of `cfg.latents`, in natural order and unpacked.
+
+    `cfg.latents` is a safetensors file of tensors `(C, h, w)` or `(B, C, h, w)`.
 
     Raises:
         UserError: the file is broken or empty, or a tensor is no latent.
     """
-    latents, found, console = read_latents(cfg.latents, cfg.task.packed), {}, Console()
+    latents, reports, console = read_latents(cfg.latents, cfg.task.packed), {}, Console()
     for name, value in latents.items():
         report = GaussianityReport.of(value)
         inside = report.inside()
@@ -35,15 +47,18 @@ def run(cfg) -> dict:
             for figure, (low, high) in report.bands.items()
         ]
         title = f"{name}: {len(value)} of {' x '.join(map(str, value.shape[1:]))}"
-        note = "The band holds 99 % of true noise of this shape. In natural order; a shuffled penalty's value does not tell."
+        note = (
+            "The band holds 99 % of true noise of this shape. In natural order; a shuffled penalty's value does not "
+            "tell."
+        )
         console.print(Table(title, ["", "true noise", "mean", "within the band"], rows, note))
-        found[name] = {
+        reports[name] = {
             figure: {"values": report.figures[figure].tolist(), "band": report.bands[figure]} for figure in report.bands
         }
     out = Path(cfg.paths.output_dir) / "gaussianity.json"
-    write_atomic(out, json.dumps(found, indent=1))
+    write_atomic(out, json.dumps(reports, indent=1))
     console.print(f"figures: {out}", soft_wrap=True)
-    return {"latents": found}
+    return {"latents": reports}
 
 
 def read_latents(path: str, packed: bool | None) -> dict[str, torch.Tensor]:
@@ -58,21 +73,22 @@ def read_latents(path: str, packed: bool | None) -> dict[str, torch.Tensor]:
         raise UserError(f"latents={path} must be a safetensors file: {error}") from error
     if not latents:
         raise UserError(f"latents={path} holds no tensors")
-    found = {}
+    pictures = {}
     for name, value in latents.items():
         where = f"latents={path}: {name}"
         if value.ndim not in (3, 4) or not value.is_floating_point() or not value.numel():
             raise UserError(
-                f"{where} has shape {tuple(value.shape)} and dtype {value.dtype}; a latent is (C, h, w) or (B, C, h, w), of floats"
+                f"{where} has shape {tuple(value.shape)} and dtype {value.dtype}; a latent is (C, h, w) or "
+                "(B, C, h, w), of floats"
             )
         if not torch.isfinite(value).all():
             raise UserError(f"{where} holds values that are not finite")
-        found[name] = as_pictures(value.float(), packed, where)
-        if not (found[name].flatten(1).std(dim=1, correction=0) > 0).all():
+        pictures[name] = as_pictures(value.float(), packed, where)
+        if not (pictures[name].flatten(1).std(dim=1, correction=0) > 0).all():
             raise UserError(
                 f"{where} holds a latent whose values are all the same: it has no kurtosis and no correlations"
             )
-    return found
+    return pictures
 
 
 def as_pictures(latents: torch.Tensor, packed: bool | None, where: str) -> torch.Tensor:

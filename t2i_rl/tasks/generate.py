@@ -6,6 +6,7 @@ from pathlib import Path
 from hydra.utils import instantiate
 from rich.console import Console
 
+from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import write_atomic
 from t2i_rl.core.pixels import write_png
 from t2i_rl.core.progress import tracked
@@ -15,7 +16,24 @@ from t2i_rl.core.seeding import derive_seed
 from t2i_rl.evaluation.report.grid import caption_grid
 from t2i_rl.tasks import generate_turns
 from t2i_rl.tasks.evaluate import load_trained
-from t2i_rl.tasks.part_checks import announce_model, made_judge
+from t2i_rl.tasks.examine import announce_model, check_drawing, check_method, made_judge, method_of
+
+
+def check(cfg) -> None:
+    """Refuse what cannot be drawn.
+
+    Raises:
+        UserError: one line that says what to give or to change.
+    """
+    in_turns = method_of(cfg).draws_in_turns
+    if bool(str(cfg.prompt or "").strip()) == bool(cfg.prompts_file):
+        raise UserError('task=generate takes one of prompt="three red circles" or prompts_file=<file>')
+    modes = ("turns",) if in_turns else ("plan", "direct")
+    if cfg.mode not in modes:
+        raise UserError(f"mode must be {' or '.join(modes)}, not {cfg.mode!r}")
+    if cfg.ckpt_path or in_turns:
+        check_method(cfg, training=False)
+    check_drawing(cfg)
 
 
 def run(cfg) -> dict:

@@ -1,4 +1,4 @@
-"""`task=import_soft_tokens`: the tokens that SoftREPA's authors published, as a safetensors file that any pipeline here loads."""
+"""`task=import_soft_tokens`: the tokens that SoftREPA's authors published, as a file that any pipeline here loads."""
 
 import pickle
 import zipfile
@@ -13,25 +13,39 @@ from t2i_rl.core.errors import UserError
 from t2i_rl.models.diffusion.soft_tokens import SoftTokens, TokenSpec
 
 _UNET = "UNet2DConditionModel"
+_DOWN, _DOWN_MID = {f"down_blocks.{i}": 0 for i in range(3)}, {"down_blocks.1": 0, "down_blocks.2": 0, "mid_block": 0}
+_FIRST_5 = {f"transformer_blocks.{i}": i for i in range(5)}
 SPECS = {  # what each file holds, and where the released sampler puts it (spec of the repository at ff92f4b8)
-    "sd15": TokenSpec(_UNET, {f"down_blocks.{i}": 0 for i in range(3)}, 4, 768, position="after_bos"),
-    "sdxl": TokenSpec(_UNET, {"down_blocks.1": 0, "down_blocks.2": 0, "mid_block": 0}, 4, 2048, buckets=0, position="after_bos"),
-    "sd3": TokenSpec("SD3Transformer2DModel", {f"transformer_blocks.{i}": i for i in range(5)}, 4, 1536, position="start"),
-}  # fmt: skip
+    "sd15": TokenSpec(_UNET, _DOWN, 4, 768, position="after_bos"),
+    "sdxl": TokenSpec(_UNET, _DOWN_MID, 4, 2048, buckets=0, position="after_bos"),
+    "sd3": TokenSpec("SD3Transformer2DModel", _FIRST_5, 4, 1536, position="start"),
+}
+
+
+def check(cfg) -> None:
+    """Refuse to write over a file.
+
+    Raises:
+        UserError: the output is there already.
+    """
+    if file_of(cfg).exists():
+        raise UserError(f"task.out={file_of(cfg)} is there already: name another file")
+
+
+def file_of(cfg) -> Path:
+    """Where the tokens are written."""
+    return Path(cfg.task.out or Path(cfg.paths.output_dir) / "soft_tokens.safetensors")
 
 
 def run(cfg) -> dict:
-    """Convert `task.tokens` (and `task.times`, which SDXL has not) for the kind of `cfg.model`; no weights are read, no pickle is executed.
+    """Convert `task.tokens` (and `task.times`, which SDXL has not) for the kind of `cfg.model`.
+
+    No weights are read, and no pickle is executed.
 
     Raises:
-        UserError: a file is missing or holds something else, or the output is there already.
+        UserError: a file is missing or holds something else.
     """
-    kind, out = (
-        get_class(cfg.model._target_).kind,
-        Path(cfg.task.out or Path(cfg.paths.output_dir) / "soft_tokens.safetensors"),
-    )
-    if out.exists():
-        raise UserError(f"task.out={out} is there already: name another file")
+    kind, out = get_class(cfg.model._target_).kind, file_of(cfg)
     bank = imported(kind, cfg.task.tokens, cfg.task.times)
     bank.save(out, method="softrepa", source="softrepa/SoftREPA tokens", model=kind)
     count = sum(parameter.numel() for parameter in bank.parameters())
@@ -51,9 +65,8 @@ def imported(kind: str, tokens: str, times: str | None) -> SoftTokens:
         raise UserError(f"soft tokens were published for model={', '.join(SPECS)}, not for a model of kind {kind!r}")
     spec = SPECS[kind]
     if (times is None) != (spec.buckets == 0):
-        raise UserError(
-            f"model={kind}: the published tokens have {'no' if times else 'a'} time table: {'leave out task.times' if times else 'give task.times=<dc_t_tokens.pth>'}"
-        )
+        fix = "leave out task.times" if times else "give task.times=<dc_t_tokens.pth>"
+        raise UserError(f"model={kind}: the published tokens have {'no' if times else 'a'} time table: {fix}")
     bank = SoftTokens(spec)
     with torch.no_grad():
         bank.tokens[0].copy_(_read(tokens, (spec.layers, spec.tokens, spec.dim)))
@@ -63,7 +76,10 @@ def imported(kind: str, tokens: str, times: str | None) -> SoftTokens:
 
 
 def _read(path: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """One tensor out of a .pth: saved as such, or as an nn.Embedding, which torch's restricted unpickler may fill but not run."""
+    """One tensor out of a .pth, saved as such or as an nn.Embedding.
+
+    Torch's restricted unpickler may fill that class, and runs nothing of it.
+    """
     if not Path(path).is_file():
         raise UserError(f"{path}: there is no such file")
     if not zipfile.is_zipfile(path):
@@ -75,6 +91,6 @@ def _read(path: str, shape: tuple[int, ...]) -> torch.Tensor:
         raise UserError(f"{path}: neither a tensor nor an nn.Embedding ({str(error).splitlines()[0][:100]})") from error
     tensor = held.weight if isinstance(held, nn.Embedding) else held
     if not torch.is_tensor(tensor) or tensor.numel() != torch.Size(shape).numel() or tensor.shape[-1] % shape[-1]:
-        found = tuple(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__
-        raise UserError(f"{path} holds {found}, where {shape} is expected")
+        content = tuple(tensor.shape) if torch.is_tensor(tensor) else type(tensor).__name__
+        raise UserError(f"{path} holds {content}, where {shape} is expected")
     return tensor.detach().float().reshape(shape)

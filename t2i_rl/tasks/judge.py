@@ -18,22 +18,32 @@ from t2i_rl.shapes.text import EXTRA_TASKS, GENEVAL_TASKS, enumerate_prompts
 SCALE = 8
 
 
+def check(cfg) -> None:
+    """Refuse to judge half of what is needed.
+
+    Raises:
+        UserError: the picture or the prompt is not given.
+    """
+    if not (cfg.image and cfg.prompt):
+        raise UserError('task=judge takes image=<file> and prompt="three red circles"')
+
+
 def run(cfg) -> dict:
     """Print the verdict and its reasons; save the picture with boxes as judged.png."""
     image, prompt = read_canvas(cfg.image), find_prompt(cfg.prompt)
-    found = detect(image[None])[0]
-    verdict = judge(prompt.meta, found)
+    objects = detect(image[None])[0]
+    verdict = judge(prompt.meta, objects)
     console = Console()
     console.print(
         f"{prompt.text!r} ({prompt.tag}): strict {verdict.strict}, lenient {verdict.lenient}, score {verdict.score:.2f}"
     )
-    for item in found:
-        console.print(f"  sees a {item.color} {item.shape} at ({item.center[0]:.1f}, {item.center[1]:.1f}), match {item.score:.2f}"
-                      + (", malformed" if item.malformed else ""))  # fmt: skip
+    for item in objects:
+        place, malformed = f"({item.center[0]:.1f}, {item.center[1]:.1f})", ", malformed" if item.malformed else ""
+        console.print(f"  sees a {item.color} {item.shape} at {place}, match {item.score:.2f}{malformed}")
     for defect in verdict.defects:
         console.print(f"  {defect.text}")
     path = Path(cfg.paths.output_dir) / "judged.png"
-    write_png(path, draw_boxes(image, found))
+    write_png(path, draw_boxes(image, objects))
     console.print(f"boxes: {path}", soft_wrap=True)
     return {
         "strict": verdict.strict,
@@ -52,7 +62,8 @@ def read_canvas(path: str) -> np.ndarray:
     image = np.asarray(read_image(path, f"image={path}"))
     if image.shape[0] != image.shape[1] or image.shape[0] not in CANVASES:
         raise UserError(
-            f"image={path} is {image.shape[1]}x{image.shape[0]}; the oracle reads squares of {', '.join(map(str, CANVASES))} pixels"
+            f"image={path} is {image.shape[1]}x{image.shape[0]}; the oracle reads squares of "
+            f"{', '.join(map(str, CANVASES))} pixels"
         )
     return image
 
@@ -75,11 +86,11 @@ def find_prompt(text: str) -> Prompt:
     return known[text.strip()]
 
 
-def draw_boxes(image: np.ndarray, found: list[ShapeDetection]) -> Image.Image:
+def draw_boxes(image: np.ndarray, objects: list[ShapeDetection]) -> Image.Image:
     """The picture enlarged, with a box and a name on each object."""
     picture = Image.fromarray(image).resize((image.shape[1] * SCALE, image.shape[0] * SCALE), Image.Resampling.NEAREST)
     draw = ImageDraw.Draw(picture)
-    for item in found:
+    for item in objects:
         color = "#cf222e" if item.malformed else "#1a7f37"
         draw.rectangle([SCALE * edge for edge in item.box], outline=color, width=2)
         draw.text(

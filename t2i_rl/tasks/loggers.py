@@ -7,31 +7,25 @@ from pathlib import Path
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
 
 from t2i_rl.core.files import replacing, write_atomic
-from t2i_rl.tasks.named_parts import named_parts
-
-
-def build_loggers(cfg: DictConfig) -> list[Logger] | bool:
-    """The loggers that the config names; False for none. W&B gets the resolved config."""
-    loggers = list(named_parts(cfg, "logger").values())
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            settings = OmegaConf.to_container(cfg, resolve=True)
-            _write_config(logger, settings)
-    return loggers or False
 
 
 @rank_zero_only
-def _write_config(logger: WandbLogger, settings: dict) -> None:
-    logger.experiment.config.update(settings, allow_val_change=True)
-    logger.experiment.define_metric("*", step_metric="trainer/global_step")
+def tell_wandb(loggers: list[Logger], settings: dict) -> None:
+    """Give W&B's runs the whole config, and the step that their curves are drawn over."""
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.config.update(settings, allow_val_change=True)
+            logger.experiment.define_metric("*", step_metric="trainer/global_step")
 
 
 @rank_zero_only
 def log_results(loggers: list[Logger], results: dict) -> None:
-    """Put every figure of results.json into the W&B run's summary, where a dashboard compares runs: `eval/<stage>/<metric>/mean|low|high`."""
+    """Put every figure of results.json into the W&B run's summary: `eval/<stage>/<metric>/mean|low|high`.
+
+    A dashboard compares runs by their summaries.
+    """
     figures = {stage: content["metrics"] for stage, content in results["stages"].items()}
     figures |= {f"{item['b']}-{item['a']}": item["metrics"] for item in results["comparisons"]}
     summary = {
@@ -47,14 +41,16 @@ def log_results(loggers: list[Logger], results: dict) -> None:
 
 
 def csv_logger(folder: str, ckpt_path: str | None) -> CSVLogger:
-    """metrics.csv in `folder`. Upon a resume the rows up to the checkpoint stay; later ones, from before the kill, are logged anew.
+    """metrics.csv in `folder`.
 
-    A step's own row has the number of batches before it; what is validated after a step has the number of steps up to it, and is there before that checkpoint.
+    Upon a resume the rows up to the checkpoint stay; later ones, from before the kill, are logged anew. A step's own
+    row has the number of batches before it; what is validated after a step has the number of steps up to it, and is
+    there before that checkpoint.
     """
-    kept = _rows_before(Path(folder) / "metrics.csv", ckpt_path) if ckpt_path else []
+    earlier = _rows_before(Path(folder) / "metrics.csv", ckpt_path) if ckpt_path else []
     logger = CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    if kept and rank_zero_only.rank == 0:
-        logger.experiment.metrics.extend(kept)
+    if earlier and rank_zero_only.rank == 0:
+        logger.experiment.metrics.extend(earlier)
         logger.experiment.save()
     return logger
 

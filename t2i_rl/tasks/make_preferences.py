@@ -1,4 +1,4 @@
-"""`task=make_preferences`: draw each training prompt several times, judge, and keep a right picture beside a wrong one."""
+"""`task=make_preferences`: draw each training prompt several times, and keep a right picture beside a wrong one."""
 
 import json
 from pathlib import Path
@@ -17,15 +17,22 @@ from t2i_rl.shapes.oracle import detect
 from t2i_rl.shapes.suites import select_prompts
 
 
-def run(cfg) -> dict:
-    """Write `preferences.jsonl` and its pictures into `cfg.task.out`; a prompt whose pictures all score alike gives none.
+def check(cfg) -> None:
+    """Refuse a folder that has preferences.
 
     Raises:
-        UserError: the folder is there already.
+        UserError: it has.
+    """
+    if (Path(cfg.task.out) / "preferences.jsonl").exists():
+        raise UserError(f"task.out={cfg.task.out} holds preferences already: name another folder")
+
+
+def run(cfg) -> dict:
+    """Write `preferences.jsonl` and its pictures into `cfg.task.out`.
+
+    A prompt whose pictures all score alike gives none.
     """
     out = Path(cfg.task.out)
-    if (out / "preferences.jsonl").exists():
-        raise UserError(f"task.out={out} holds preferences already: name another folder")
     model = instantiate(cfg.model).requires_grad_(False)
     model.to(own_gpu())
     prompts = select_prompts("train", cfg.task.prompts_per_task)
@@ -37,10 +44,10 @@ def run(cfg) -> dict:
         part = work[first : first + size]
         seeds = [derive_seed(cfg.seed, "preferences", prompt.text, sample) for prompt, sample in part]
         images = model.generate([prompt.text for prompt, _ in part], seeds).images
-        for number, ((prompt, _), image, found) in enumerate(zip(part, images, detect(images), strict=True)):
+        for number, ((prompt, _), image, objects) in enumerate(zip(part, images, detect(images), strict=True)):
             name = f"images/{first + number:06d}.png"
             write_png(out / name, image)
-            scores[prompt.text].append((judge(prompt.meta, found).score, name))
+            scores[prompt.text].append((judge(prompt.meta, objects).score, name))
     rows = []
     for text, drawn in scores.items():
         (best, preferred), (worst, other) = max(drawn), min(drawn)

@@ -17,7 +17,11 @@ from t2i_rl.shapes.recognizer import Recognizer
 
 
 def run(cfg) -> dict:
-    """Train (resuming what the output folder holds), save and measure; returns where it lies and how often it is right."""
+    """Train (resuming what the output folder holds), save and measure.
+
+    Returns:
+        Where it lies and how often it is right.
+    """
     out, task = Path(cfg.paths.output_dir), cfg.task
     L.seed_everything(cfg.seed, verbose=False)
     stage = RecognizerStage(Recognizer(task.width), task.lr)
@@ -31,13 +35,15 @@ def run(cfg) -> dict:
     write_atomic(folder / "config.json", json.dumps({"width": task.width, "size": recognizer.size}))
     right = agreement(Recognizer.load(folder))
     parameters = sum(p.numel() for p in recognizer.parameters())
-    write_atomic(folder / "README.md", "\n".join([
-        "# recognizer", "",
-        "A convolutional network that says which of 8x8 cells hold an object's centre, of which shape and colour; differentiable, and easily fooled. It is the target of `reward=soft_oracle`, "
-        "never a judge: the oracle is.", "",
-        f"Made by `python run.py task=make_recognizer seed={cfg.seed}` (commit {git_commit()}, {torch.get_num_threads()} threads, {minutes:.0f} minutes, {parameters / 1e6:.2f} M parameters, float16): "
-        f"{task.steps} batches of {task.batch_size} rendered scenes, blurred, tinted and noised a little.", "",
-        f"Held-back renders read as they are: {percent(right)}, n={right['n']}.", "",
-    ]))  # fmt: skip
+    effort = f"{torch.get_num_threads()} threads, {minutes:.0f} minutes, {parameters / 1e6:.2f} M parameters, float16"
+    paragraphs = (
+        "# recognizer",
+        "A convolutional network that says which of 8x8 cells hold an object's centre, of which shape and colour; "
+        "differentiable, and easily fooled. It is the target of `reward=soft_oracle`, never a judge: the oracle is.",
+        f"Made by `python run.py task=make_recognizer seed={cfg.seed}` (commit {git_commit()}, {effort}): "
+        f"{task.steps} batches of {task.batch_size} rendered scenes, blurred, tinted and noised a little.",
+        f"Held-back renders read as they are: {percent(right)}, n={right['n']}.",
+    )
+    write_atomic(folder / "README.md", "\n\n".join(paragraphs) + "\n")
     Console().print(f"recogniser: {folder}; held-back renders read as they are: {percent(right)}", soft_wrap=True)
     return {"recognizer": str(folder), "agreement": right}

@@ -1,42 +1,62 @@
-"""`task=optimize_noise`: look for better noise for every prompt with a frozen model; before and after, with held-out judges and the noise's health."""
+"""`task=optimize_noise`: look for better noise for every prompt with a frozen model, measured before and after."""
 
 import hashlib
 import json
+import math
 import shutil
 from pathlib import Path
 
 import torch.distributed as dist
-from hydra.utils import get_class, instantiate
-from omegaconf import OmegaConf
+from hydra.utils import instantiate
 from rich.console import Console
 
-from t2i_rl.command.checks import watched
 from t2i_rl.core import stopping
 from t2i_rl.core.contract_checks import check_benchmark
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import read_json_lines, read_object, write_atomic
 from t2i_rl.core.hashing import modules_sha256, weights_sha256
-from t2i_rl.core.recipes import config_names, settings_used
+from t2i_rl.core.old_names import names_now
+from t2i_rl.core.used_settings import config_names, own_settings, settings_used, with_defaults
 from t2i_rl.data.base import check_data
-from t2i_rl.evaluation.optimized import check_optimized_noise
-from t2i_rl.evaluation.records import headline_comparison, write_results
+from t2i_rl.evaluation.records import write_results
 from t2i_rl.methods.noise.pictures import curves_of, hacking_figure, strip
 from t2i_rl.methods.noise.report import write_noise_report
-from t2i_rl.methods.noise.results import health_table, search_table, summarise
+from t2i_rl.methods.noise.results import check_optimized, health_table, search_table, summarise
 from t2i_rl.models.diffusion.memory import predict
 from t2i_rl.rewards.processors import image_processors
-from t2i_rl.tasks.loggers import build_loggers, log_results
-from t2i_rl.tasks.part_checks import check_needs, check_parts
+from t2i_rl.tasks.examine import (
+    by_setting,
+    check_method,
+    check_needs,
+    check_parts,
+    image_size,
+    made_loggers,
+    made_rewards,
+    method_of,
+)
+from t2i_rl.tasks.loggers import log_results
 
 STRIPS = 6
+OF_ITS_PROMPTS = ("split", "tasks", "n_prompts", "samples_per_prompt", "prompts_sha256")  # and not of a judge
 CONFIGURED = ("method", "model", "reward", "watch")  # what a finished case depends on,
-OF_NO_CONSEQUENCE = (
-    "method.batch_size",
-    "method.image_every",
-    "method.gradient_checkpointing",
-    "method.free_text_encoders",
+OF_NO_CONSEQUENCE = (  # save these
+    *("method.batch_size", "method.image_every", "method.gradient_checkpointing", "method.free_text_encoders"),
     "model.device",
-)  # save these
+)
+
+
+def check(cfg) -> None:
+    """Refuse what cannot be searched with.
+
+    Raises:
+        UserError: one line that says what to change.
+    """
+    if not method_of(cfg).searches_noise:
+        raise UserError(
+            f"task=optimize_noise and {method_of(cfg).__name__} do not go together: take method=noise_opt or "
+            "noise_search"
+        )
+    check_method(cfg, training=True)
 
 
 def run(cfg) -> dict:
@@ -47,15 +67,17 @@ def run(cfg) -> dict:
     check_data(data)
     check_needs(cfg, data.prompts)
     benchmark = judging(cfg, data.prompts)
-    check_optimized_noise(cfg, benchmark)
-    trainer = instantiate(cfg.trainer, inference_mode=False, enable_progress_bar=False, logger=build_loggers(cfg))
+    check_optimized(cfg, benchmark)
+    trainer = instantiate(cfg.trainer, inference_mode=False, enable_progress_bar=False, logger=made_loggers(cfg))
     if trainer.is_global_zero:
+        if benchmark is None:
+            unread = f"benchmark={config_names().get('benchmark')} cannot judge these prompts at this size"
+            print(f"{unread}: the target and what is watched are measured, and nothing else", flush=True)
         write_atomic(out / "noise" / "settings.json", json.dumps(settings, indent=1))
-        memory = predict(cfg.model, get_class(cfg.method._target_).needs_gradients, cfg.method.gradient_checkpointing)
+        memory = predict(cfg.model, method_of(cfg).needs_gradients, cfg.method.gradient_checkpointing)
         print(memory.sentence(cfg.method.batch_size, cfg.method.free_text_encoders), flush=True)
-    reward = instantiate(cfg.reward)
-    watch = {name: judge for name, judge in instantiate(watched(cfg)).items() if judge is not None}
-    judges = {"reward": reward, **{f"watch.{name}": judge for name, judge in watch.items()}}
+    reward, watch = made_rewards(cfg)
+    judges = by_setting(reward, watch)
     check_parts(cfg, None, data.prompts, judges)
     model = instantiate(cfg.model)
     weights = {"model": weights_sha256(model), **{name: modules_sha256(judge) for name, judge in judges.items()}}
@@ -81,18 +103,17 @@ def run(cfg) -> dict:
 
 def settings_of(cfg) -> dict:
     """Dotted names and values of the settings that a finished case depends on."""
-    found = {}
-
-    def walk(node, where: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                walk(value, f"{where}.{key}")
-            else:
-                found[f"{where}.{key}"] = value
-
+    settings = {}
     for group in CONFIGURED:
-        walk(OmegaConf.to_container(cfg[group], resolve=True), group)
-    return {key: value for key, value in found.items() if key not in OF_NO_CONSEQUENCE}
+        settings |= _dotted(own_settings(cfg, group), group)
+    return {key: value for key, value in settings.items() if key not in OF_NO_CONSEQUENCE}
+
+
+def _dotted(node: dict, where: str) -> dict:
+    settings = {}
+    for key, value in node.items():
+        settings |= _dotted(value, f"{where}.{key}") if isinstance(value, dict) else {f"{where}.{key}": value}
+    return settings
 
 
 def check_folder(folder: Path, settings: dict) -> None:
@@ -102,20 +123,29 @@ def check_folder(folder: Path, settings: dict) -> None:
         UserError: one line that names the settings.
     """
     done = len(list(folder.glob("*/case.json")))
-    before = read_object(folder / "settings.json") if done else settings
-    differing = [key for key in before | settings if before.get(key) != settings.get(key)]
+    before = names_now(read_object(folder / "settings.json")) if done else settings
+    before = {key: _default(settings, key) for key in settings if key not in before} | before
+    differing = [key for key in before if before[key] != settings.get(key)]
     if differing:
         named = ", ".join(f"{key}={before.get(key)} there and {settings.get(key)} here" for key in differing)
         raise UserError(
-            f"{folder} holds {done} cases finished under other settings ({named}): take another hydra.run.dir, or delete that folder"
+            f"{folder} holds {done} cases finished under other settings ({named}): take another hydra.run.dir, or "
+            "delete that folder"
         )
+
+
+def _default(settings: dict, key: str) -> object:
+    """What a setting was in a run that did not name it, as one that came later: its class's default."""
+    part, _, name = key.rpartition(".")
+    target = settings.get(f"{part}._target_")
+    return with_defaults({"_target_": target}).get(name) if target else None
 
 
 def judging(cfg, prompts):
     """The benchmark, as judge of these prompts' pictures, where it can read both; it chooses nothing."""
     benchmark, own = instantiate(cfg.benchmark), {}
     check_benchmark(benchmark)
-    size, sizes = get_class(cfg.model._target_).image_size(cfg.model), benchmark.image_sizes
+    size, sizes = image_size(cfg), benchmark.image_sizes
     needs = benchmark.needs_meta
     if needs is None:
         own = {prompt.id: prompt for prompt in benchmark.prompts()}
@@ -128,15 +158,16 @@ def judging(cfg, prompts):
 def prompts_fingerprint(benchmark, prompts, samples: int) -> dict:
     """What the numbers depend on: these prompts, and the judge where there is one."""
     rows = [[prompt.id, prompt.text, prompt.meta] for prompt in prompts]
-    judge = {key: benchmark.fingerprint()[key] for key in ("name", "version", "size", "judge")} if benchmark else {"name": "none"}  # fmt: skip
+    facts = benchmark.fingerprint() if benchmark else {"name": "none"}
+    judge = {key: value for key, value in facts.items() if key not in OF_ITS_PROMPTS}
     digest = hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
     return judge | {"n_prompts": len(rows), "samples_per_prompt": samples, "prompts_sha256": digest}
 
 
 def report(cfg, out: Path, trainer, method, benchmark, weights: dict) -> dict:
     """results.json, curves to the loggers, strips, tables, and the page."""
-    cases, steps_of_noise = method.finished(), method.noise_shape()[:-3]
-    shape = (*(length * method.noise_shape()[-3] for length in steps_of_noise), *method.noise_shape()[-2:]) if steps_of_noise else method.noise_shape()  # fmt: skip
+    cases, (*steps_of_noise, channels, height, width) = method.finished(), method.noise_shape()
+    shape = (math.prod(steps_of_noise) * channels, height, width)  # the noises of all steps as one, of many channels
     choices = config_names()
     places, prompts = [out / "noise" / case["place"] for case in cases], [case["prompt_id"] for case in cases]
     files = [place / "trajectory.jsonl" for place in places]
@@ -154,14 +185,12 @@ def report(cfg, out: Path, trainer, method, benchmark, weights: dict) -> dict:
         ),
         **summarise(out, cases, shape, benchmark, {prompt.id: prompt for prompt in method.prompts}),
     }
-    comparison = headline_comparison(results)
-    name = "overall" if "overall" in comparison["metrics"] else "target"
-    results["headline"] = {"a": comparison["a"], "b": comparison["b"], "metric": name, **comparison["metrics"][name]}
     write_results(out / "results.json", results)
 
     curves = {name: curves_of(trajectories, name, prompts) for name in trajectories[0][0] if name != "step"}
     for step in range(results["steps"] + 1):
-        row = {f"noise/{name}": float(mean[steps == step][0]) for name, (steps, mean, _) in curves.items() if step in steps}  # fmt: skip
+        measured = {name: mean[steps == step] for name, (steps, mean, _) in curves.items() if step in steps}
+        row = {f"noise/{name}": float(mean[0]) for name, mean in measured.items()}
         for logger in trainer.loggers:
             logger.log_metrics(row, step=step)
     log_results(trainer.loggers, results)
