@@ -1,6 +1,9 @@
-"""Eight prompts in one graph against eight graphs of one, on flux_tiny; and what part of an iteration the regulariser takes. Writes batch.md.
+"""Eight prompts in one graph against eight graphs of one, on flux_tiny. Writes batch.md.
 
-python experiments/gaussianity/batch.py                   # ten minutes on two CPU cores; a ratio is of two times in one round, rounds alternate
+    python experiments/gaussianity/batch.py                   # ten minutes on two CPU cores
+
+A ratio is of two times in one round, and rounds alternate. It also measures what part of an
+iteration the regulariser takes.
 """
 
 import argparse
@@ -55,11 +58,26 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=10)
     parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, torch.get_num_threads()}))
     options = parser.parse_args()
+    command = (
+        f"python experiments/gaussianity/batch.py --rounds {options.rounds} --iterations {options.iterations} "
+        f"--threads {' '.join(map(str, options.threads))}"
+    )
+    columns = [
+        "threads",
+        "regulariser",
+        "eight alone, ms an iteration and case",
+        "together",
+        "ratio",
+        "regulariser's part of an iteration together",
+    ]
     lines = [
-        "# Eight prompts in one graph", "",
-        f"`python experiments/gaussianity/batch.py --rounds {options.rounds} --iterations {options.iterations} --threads {' '.join(map(str, options.threads))}` on CPU threads, flux_tiny, soft oracle: median over rounds [least, greatest].", "",
-        "| threads | regulariser | eight alone, ms an iteration and case | together | ratio | regulariser's part of an iteration together |", "|--:|---|--:|--:|--:|--:|",
-    ]  # fmt: skip
+        "# Eight prompts in one graph",
+        "",
+        f"`{command}` on CPU threads, flux_tiny, soft oracle: median over rounds [least, greatest].",
+        "",
+        f"| {' | '.join(columns)} |",
+        "|--:|---|--:|--:|--:|--:|",
+    ]
     for threads, name in product(options.threads, ("none", "mpgr", "mpgr_natural", "prno")):
         torch.set_num_threads(threads)
         method = made([f"regularizer={name}"], options.iterations)
@@ -72,10 +90,10 @@ def main() -> None:
                 together.append(times[1])
         ratios = [a / b for a, b in zip(alone, together, strict=True)]
         scale = 1e3 / (8 * (options.iterations + 1))
-        lines.append(
-            f"| {threads} | {name} | {scale * statistics.median(alone):.1f} | {scale * statistics.median(together):.1f} | {statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}] "
-            f"| {100 * share(method, statistics.median(together) / (options.iterations + 1)):.1f} % |"
-        )
+        alone_ms, together_ms = scale * statistics.median(alone), scale * statistics.median(together)
+        ratio = f"{statistics.median(ratios):.1f} [{min(ratios):.1f}, {max(ratios):.1f}]"
+        percent = 100 * share(method, statistics.median(together) / (options.iterations + 1))
+        lines.append(f"| {threads} | {name} | {alone_ms:.1f} | {together_ms:.1f} | {ratio} | {percent:.1f} % |")
         print(lines[-1], flush=True)
     write_atomic(HERE / "batch.md", "\n".join([*lines, ""]))
 

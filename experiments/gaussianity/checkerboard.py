@@ -1,9 +1,11 @@
-"""The checkerboard toy: a latent of +-1 squares, and each regulariser alone to turn it into noise. Writes checkerboard.md, checkerboard.png and checkerboard.gif.
+"""The checkerboard toy: a latent of +-1 squares, and each regulariser alone to turn it into noise.
 
     python experiments/gaussianity/checkerboard.py            # about two minutes on a CPU
 
-Every regulariser takes the same normalised steps (rms 0.3 falling to 0, so that only the direction of its gradient counts) from the same start; a zero gradient is no step.
-The control, white_noise, is MPGR with white noise in place of the spectrum's gradient. A figure within its band is one that 99 % of true noise has.
+It writes checkerboard.md, checkerboard.png and checkerboard.gif. Every regulariser takes the same
+normalised steps from the same start: rms 0.3 falling to 0, so that only the direction of its
+gradient counts; a zero gradient is no step. The control, white_noise, is MPGR with white noise in
+place of the spectrum's gradient. A figure within its band is one that 99 % of true noise has.
 """
 
 import argparse
@@ -91,32 +93,36 @@ def main() -> None:
     )
     options = parser.parse_args()
     bands = GaussianityReport.of(torch.randn(1, *SHAPE)).bands
+    command = f"python experiments/gaussianity/checkerboard.py --steps {options.steps} --seeds {options.seeds}"
+    about = (
+        f"`{command}`, {torch.get_num_threads()} CPU threads, D = {torch.Size(SHAPE).numel():,}. "
+        "Mean over seeds [least, greatest]; **bold**: every seed within the band of true noise. "
+        "*Published*: what MPGR's authors report of as many iterations (arXiv 2509.07027), on their machine."
+    )
+    band_cells = [f"{bands[name][0]:.3g} to {bands[name][1]:.3g}" for name in FIGURES]
     lines = [
-        "# The checkerboard toy", "",
-        f"`python experiments/gaussianity/checkerboard.py --steps {options.steps} --seeds {options.seeds}`, {torch.get_num_threads()} CPU threads, D = {torch.Size(SHAPE).numel():,}. Mean over seeds [least, greatest]; "
-        "**bold**: every seed within the band of true noise. *Published*: what MPGR's authors report of as many iterations (arXiv 2509.07027), on their machine.", "",
-        "| start | regulariser | published | steps | seconds | cosine to start | " + " | ".join(FIGURES) + " |", "|---" * (6 + len(FIGURES)) + "|",
-        "| | *true noise* | | | | | " + " | ".join(f"{bands[name][0]:.3g} to {bands[name][1]:.3g}" for name in FIGURES) + " |",
-    ]  # fmt: skip
+        "# The checkerboard toy",
+        "",
+        about,
+        "",
+        f"| start | regulariser | published | steps | seconds | cosine to start | {' | '.join(FIGURES)} |",
+        "|---" * (6 + len(FIGURES)) + "|",
+        f"| | *true noise* | | | | | {' | '.join(band_cells)} |",
+    ]
     for square in (1, 8):
         start = checkerboard(square)
         before = GaussianityReport.of(start).figures
-        lines.append(
-            f"| {square} px | *none* | | 0 | | 1.000 | "
-            + " | ".join(f"{float(before[name]):.3g}" for name in FIGURES)
-            + " |"
-        )
+        start_cells = [f"{float(before[name]):.3g}" for name in FIGURES]
+        lines.append(f"| {square} px | *none* | | 0 | | 1.000 | {' | '.join(start_cells)} |")
         for name in ARMS:
             steps = int(LONG[name] * options.long) if name in LONG else options.steps
             runs = [run(name, start, steps, seed=seed) for seed in range(1 if name in LONG else options.seeds)]
             cosines = [float(torch.cosine_similarity(each["x"].flatten(), start.flatten(), dim=0)) for each in runs]
             figures = [GaussianityReport.of(each["x"]).figures for each in runs]
             cells = [cell([float(each[figure]) for each in figures], bands[figure]) for figure in FIGURES]
-            lines.append(
-                f"| {square} px | {name} | {PUBLISHED.get(name, '')} | {steps} | {np.mean([each['seconds'] for each in runs]):.2f} | {np.mean(cosines):.3f} | "
-                + " | ".join(cells)
-                + " |"
-            )
+            seconds, cosine = np.mean([each["seconds"] for each in runs]), np.mean(cosines)
+            of_run = f"{square} px | {name} | {PUBLISHED.get(name, '')} | {steps} | {seconds:.2f} | {cosine:.3f}"
+            lines.append(f"| {of_run} | {' | '.join(cells)} |")
             print(lines[-1], flush=True)
     write_atomic(HERE / "checkerboard.md", "\n".join([*lines, ""]))
     draw(options.steps)

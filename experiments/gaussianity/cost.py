@@ -1,9 +1,12 @@
-"""Time and peak memory of one evaluation with its gradient against D, for every regulariser; exponents fitted; ratios to PRNO within a round. Writes cost.md.
+"""Time and peak memory of one evaluation with its gradient against D, for every regulariser. Writes cost.md.
 
     python experiments/gaussianity/cost.py                    # some minutes on a CPU; uses the GPU where there is one
 
-A fresh process for each regulariser and size measures memory; times are taken in one process, all regularisers alternating, so that a ratio compares like with like.
-Beside them runs one block of each kind of FLUX.1 at its full size with random weights, in bfloat16 on a GPU and in float32 on a CPU: 19 double and 38 single ones are an iteration's denoiser, forward and back.
+Exponents are fitted, and ratios to PRNO are taken within a round. A fresh process for each
+regulariser and size measures memory; times are taken in one process, all regularisers alternating,
+so that a ratio compares like with like. Beside them runs one block of each kind of FLUX.1 at its
+full size with random weights, in bfloat16 on a GPU and in float32 on a CPU: 19 double and 38 single
+ones are an iteration's denoiser, forward and back.
 """
 
 import argparse
@@ -54,7 +57,8 @@ def flux_block(kind: str, device: str):
     given = {"device": device, "dtype": torch.bfloat16 if device == "cuda" else torch.float32}
     block = made.to(**given).requires_grad_(False)
     image, text, temb = (torch.randn(1, *shape, **given) for shape in ((IMAGE, WIDTH), (TEXT, WIDTH), (WIDTH,)))
-    rotary = torch.ones(TEXT + IMAGE, WIDTH // HEADS, device=device), torch.zeros(TEXT + IMAGE, WIDTH // HEADS, device=device)  # fmt: skip
+    angles = (TEXT + IMAGE, WIDTH // HEADS)
+    rotary = torch.ones(angles, device=device), torch.zeros(angles, device=device)
 
     def once() -> None:
         leaf = image.clone().requires_grad_()
@@ -78,16 +82,28 @@ def beside_flux(device: str, rounds: int) -> list[str]:
             if round_:
                 times[name].append(time.perf_counter() - start)
     iteration = [sum(count * times[kind][i] for kind, count in FLUX.items()) for i in range(rounds)]
-    lines = [
-        "", "## Beside FLUX.1", "",
-        f"19 double and 38 single blocks at full size, one of each timed ({', '.join(f'{kind} {statistics.median(times[kind]):.2f} s' for kind in FLUX)}), {'bfloat16' if device == 'cuda' else 'float32'}, 512 pixels, forward and back to the input: {statistics.median(iteration):.0f} s "
-        "an iteration, autoencoder and reward left out. What a regulariser adds to it, percent, median over rounds [least, greatest]:", "",
-        "| | percent of an iteration |", "|---|--:|",
-    ]  # fmt: skip
+    block_times = ", ".join(f"{kind} {statistics.median(times[kind]):.2f} s" for kind in FLUX)
+    precision = "bfloat16" if device == "cuda" else "float32"
+    about = (
+        f"19 double and 38 single blocks at full size, one of each timed ({block_times}), {precision}, 512 pixels, "
+        f"forward and back to the input: {statistics.median(iteration):.0f} s an iteration, "
+        "autoencoder and reward left out. What a regulariser adds to it, percent, "
+        "median over rounds [least, greatest]:"
+    )
+    lines = ["", "## Beside FLUX.1", "", about, "", "| | percent of an iteration |", "|---|--:|"]
+    return lines + share_rows(times, iteration)
+
+
+def share_rows(times: dict[str, list[float]], iteration: list[float]) -> list[str]:
+    """Of each regulariser, a row of a table: its seconds in percent of the iteration's.
+
+    A cell is the median over rounds [least, greatest].
+    """
+    rows = []
     for name in ARMS:
-        found = [100 * a / b for a, b in zip(times[name], iteration, strict=True)]
-        lines.append(f"| {name} | {statistics.median(found):.4f} [{min(found):.4f}, {max(found):.4f}] |")
-    return lines
+        shares = [100 * own / whole for own, whole in zip(times[name], iteration, strict=True)]
+        rows.append(f"| {name} | {statistics.median(shares):.4f} [{min(shares):.4f}, {max(shares):.4f}] |")
+    return rows
 
 
 def memory(name: str, size: int, device: str) -> float:
@@ -144,19 +160,28 @@ def main() -> None:
             )
             peak[name, size] = json.loads(done.stdout.splitlines()[-1])
     where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    about = (
+        f"`python experiments/gaussianity/cost.py --rounds {options.rounds}`, {where}: "
+        "value and gradient of one latent of D values, and its constraint "
+        "(gper: two projections, of gradient and noise). Milliseconds, median over rounds; the exponent is that of D "
+        "in a least-squares fit of log time from 2^16 on [95 % bootstrap over rounds]; ratio: PRNO's time over it at "
+        "D = 65,536, within a round [least, greatest]; memory above what stood before."
+    )
+    sizes = " | ".join(f"D = {size:,}" for size in options.sizes)
     lines = [
-        "# What a regulariser costs", "",
-        f"`python experiments/gaussianity/cost.py --rounds {options.rounds}`, {where}: value and gradient of one latent of D values, and its constraint (gper: two projections, of gradient and noise). Milliseconds, median over rounds; the exponent is that of D in a "
-        "least-squares fit of log time from 2^16 on [95 % bootstrap over rounds]; ratio: PRNO's time over it at D = 65,536, within a round [least, greatest]; memory above what stood before.", "",
-        "| | " + " | ".join(f"D = {size:,}" for size in options.sizes) + " | exponent | PRNO / it | MB at D = 65,536 | MB at the largest |", "|---|" + "--:|" * (len(options.sizes) + 4),
-    ]  # fmt: skip
+        "# What a regulariser costs",
+        "",
+        about,
+        "",
+        f"| | {sizes} | exponent | PRNO / it | MB at D = 65,536 | MB at the largest |",
+        "|---|" + "--:|" * (len(options.sizes) + 4),
+    ]
     for name in ARMS:
-        middle = [f"{1e3 * statistics.median(times[size][name]):.2f}" for size in options.sizes]
-        lines.append(
-            f"| {name} | "
-            + " | ".join(middle)
-            + f" | {exponent(times, name, options)} | {ratio(times, name)} | {peak[name, 65536] / 1e6:.1f} | {peak[name, options.sizes[-1]] / 1e6:.1f} |"
-        )
+        milliseconds = [f"{1e3 * statistics.median(times[size][name]):.2f}" for size in options.sizes]
+        megabytes = f"{peak[name, 65536] / 1e6:.1f} | {peak[name, options.sizes[-1]] / 1e6:.1f}"
+        against_prno = ratio(times, name)
+        fitted = exponent(times, name, options)
+        lines.append(f"| {name} | {' | '.join(milliseconds)} | {fitted} | {against_prno} | {megabytes} |")
     lines += beside_flux(device, options.rounds)
     (HERE / "cost.md").write_text("\n".join([*lines, ""]))
     print("\n".join(lines))

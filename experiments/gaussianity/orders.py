@@ -1,10 +1,12 @@
-"""In which order is the spectrum taken? What a fixed shuffle, fresh ones, the natural order and both together see, and what they do. Writes orders.md.
+"""In which order is the spectrum taken? What a fixed shuffle, fresh ones, the natural order and both see, and do.
 
-    python experiments/gaussianity/orders.py                  # about two minutes on a CPU
+    python experiments/gaussianity/orders.py                  # about two minutes on a CPU; writes orders.md
 
-1. 25 times the penalty on latents that are and are not noise. 2. The part of its gradient across the radius against the number of shuffles averaged. 3. Climbing a reward
-(the projection on a smooth pattern), reward steps of equal size in all arms and a regulariser's of the same size: what reward is reached and what is left of the noise, beside the
-control with white noise where the spectrum's gradient would be. Each arm with MPGR's moments, and with mean and length put back after every step instead.
+1. 25 times the penalty on latents that are and are not noise. 2. The part of its gradient across the radius against
+the number of shuffles averaged. 3. Climbing a reward (the projection on a smooth pattern), reward steps of equal size
+in all arms and a regulariser's of the same size: what reward is reached and what is left of the noise, beside the
+control with white noise where the spectrum's gradient would be. Each arm with MPGR's moments, and with mean and length
+put back after every step instead.
 """
 
 import argparse
@@ -15,17 +17,17 @@ import torch.nn.functional as F
 from checkerboard import SHAPE, checkerboard
 
 from t2i_rl.core.files import write_atomic
-from t2i_rl.evaluation.stats import bracket, seed_interval
 from t2i_rl.gaussianity.constraints import Renorm, WhitenedNoise
 from t2i_rl.gaussianity.control import WhiteNoise
 from t2i_rl.gaussianity.health import measures
 from t2i_rl.gaussianity.moments import Moment
 from t2i_rl.gaussianity.regularizer import Regularizer
 from t2i_rl.gaussianity.spectrum import Spectrum
+from t2i_rl.study.tables import markdown, mean_cell
 
 HERE = Path(__file__).parent
-ORDERS = ("none", "fixed", "fresh", "natural+fresh")
 SMALL = (4, 64, 64)
+FIGURES = ("reward", "std", "lag1_x", "kurtosis", "max_power", "spectrum")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -42,7 +44,7 @@ def latents() -> dict[str, torch.Tensor]:
     smooth = F.interpolate(torch.randn(1, 16, 8, 8, generator=generator(1)), 64, mode="bicubic")
     uniform = torch.rand(1, *SHAPE, generator=generator(2)) - 0.5
     laplace = -uniform.sign() * (1 - 2 * uniform.abs()).clamp(min=1e-7).log()
-    found = {
+    inputs = {
         "Gaussian noise": noise,
         "checkerboard of 1 px": checkerboard(1),
         "checkerboard of 8 px": checkerboard(8),
@@ -51,37 +53,45 @@ def latents() -> dict[str, torch.Tensor]:
         "sorted Gaussian values": noise.flatten().sort().values.view(1, *SHAPE),
         "white, Laplacian values": laplace,
     }
-    return {name: standard(x) for name, x in found.items()} | {"1.05 x Gaussian noise": 1.05 * standard(noise)}
+    return {name: standard(x) for name, x in inputs.items()} | {"1.05 x Gaussian noise": 1.05 * standard(noise)}
 
 
-def seen() -> list[str]:
-    lines = ["## What it sees", "", "25 x the penalty (packed bins, groups of 16); a fresh shuffle's is the mean of 10.", "",
-             "| latent | natural order | fixed shuffle | fresh shuffles |", "|---|--:|--:|--:|"]  # fmt: skip
+def penalties() -> list[str]:
+    rows = []
     for name, x in latents().items():
-        cells = [
-            25 * Spectrum(permutation=order, shuffles=10)(x, [generator(0)]).item()
-            for order in ("none", "fixed", "fresh")
-        ]
-        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in cells) + " |")
-    return lines
+        spectra = [Spectrum(permutation=order, shuffles=10) for order in ("none", "fixed", "fresh")]
+        rows.append([name, *(f"{25 * spectrum(x, [generator(0)]).item():.2f}" for spectrum in spectra)])
+    return [
+        "## What it sees",
+        "",
+        "25 x the penalty (packed bins, groups of 16); a fresh shuffle's is the mean of 10.",
+        "",
+        *markdown(["latent", "natural order", "fixed shuffle", "fresh shuffles"], rows, names=1),
+    ]
 
 
-def injected() -> list[str]:
-    lines = ["", "## What its gradient is", "", "Norm of the gradient of 25 x the penalty (all bins, as published) across the radius, on three latents; 0.0905 / sqrt(K) is white noise averaged.", "",
-             "| shuffles K | " + " | ".join(list(latents())[:3]) + " | 0.0905 / sqrt(K) |", "|--:|--:|--:|--:|--:|"]  # fmt: skip
+def gradients() -> list[str]:
+    names, starts = list(latents())[:3], list(latents().values())[:3]
+    rows = []
     for count in (1, 4, 16, 64):
-        cells = []
-        for x in list(latents().values())[:3]:
-            leaf = x.clone().requires_grad_()
-            (gradient,) = torch.autograd.grad(
-                25 * Spectrum(bins="full", permutation="fresh", shuffles=count)(leaf, [generator(0)]).sum(), leaf
-            )
-            radius = (x / x.norm()).flatten()
-            cells.append((gradient.flatten() - (gradient.flatten() @ radius) * radius).norm().item())
-        lines.append(
-            f"| {count} | " + " | ".join(f"{value:.4f}" for value in cells) + f" | {0.0905 / count**0.5:.4f} |"
-        )
-    return lines
+        norms = [across_radius(Spectrum(bins="full", permutation="fresh", shuffles=count), x) for x in starts]
+        rows.append([str(count), *(f"{norm:.4f}" for norm in norms), f"{0.0905 / count**0.5:.4f}"])
+    return [
+        "## What its gradient is",
+        "",
+        "Norm of the gradient of 25 x the penalty (all bins, as published) across the radius, on three latents; "
+        "0.0905 / sqrt(K) is white noise averaged.",
+        "",
+        *markdown(["shuffles K", *names, "0.0905 / sqrt(K)"], rows, names=0),
+    ]
+
+
+def across_radius(spectrum: Spectrum, x: torch.Tensor) -> float:
+    """The norm of what its gradient has across the direction from the origin."""
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(25 * spectrum(leaf, [generator(0)]).sum(), leaf)
+    radius = (x / x.norm()).flatten()
+    return (gradient.flatten() - (gradient.flatten() @ radius) * radius).norm().item()
 
 
 def arms() -> dict[str, Regularizer]:
@@ -96,49 +106,51 @@ def arms() -> dict[str, Regularizer]:
         "natural order, hinged": Spectrum(weight=25.0, floor=0.0923),
         "natural + fresh": Spectrum(permutation="natural+fresh", weight=25.0),
     }
-    found = {"no regulariser": Regularizer(), "moments alone": Regularizer(moments)}
+    regularizers = {"no regulariser": Regularizer(), "moments alone": Regularizer(moments)}
     for name, term in spectra.items():
-        found[name] = Regularizer(moments | {"s": term})
-        found[f"{name}; length put back"] = Regularizer({"s": term}, Renorm(center=True))
-    found["projected onto whitened noise"] = Regularizer(constraint=WhitenedNoise(project_gradient=False))
-    return found
+        regularizers[name] = Regularizer(moments | {"s": term})
+        regularizers[f"{name}; length put back"] = Regularizer({"s": term}, Renorm(center=True))
+    regularizers["projected onto whitened noise"] = Regularizer(constraint=WhitenedNoise(project_gradient=False))
+    return regularizers
 
 
-def climb(made: Regularizer, seed: int, steps: int, rms: float) -> dict[str, float]:
-    """Nesterov steps in which the reward has the stated rms before momentum, and the regulariser as much again; figures of what is left."""
+def climb(regularizer: Regularizer, seed: int, steps: int, rms: float) -> dict[str, float]:
+    """Nesterov steps in which the reward has the stated rms before momentum, and the regulariser as much again.
+
+    Returns the reward that is reached, and the figures of what is left of the noise.
+    """
     x = torch.randn(1, *SMALL, generator=generator(seed))
     pattern = F.interpolate(torch.randn(1, 4, 8, 8, generator=generator(1000 + seed)), 64, mode="bicubic")
     pattern, own = pattern / pattern.norm(), [generator(2000 + seed)]
     velocity, start, length = torch.zeros_like(x), x.clone(), rms * x.numel() ** 0.5
     for _ in range(steps):
         total = -length * pattern
-        if made.terms:
+        if regularizer.terms:
             leaf = x.clone().requires_grad_()
-            (of_penalty,) = torch.autograd.grad(made(leaf, own)[0].sum(), leaf)
+            (of_penalty,) = torch.autograd.grad(regularizer(leaf, own)[0].sum(), leaf)
             total = total + length * of_penalty / of_penalty.norm().clamp(min=1e-12)
         velocity = 0.9 * velocity + total
         x = x - (total + 0.9 * velocity)
-        if made.constraint is not None:
-            x = made.constraint(x, start)
-    found = {name: value.item() for name, value in measures(x).items()}
-    return {"reward": (x * pattern).sum().item()} | {
-        name: found[name] for name in ("std", "lag1_x", "kurtosis", "max_power", "spectrum")
-    }
+        if regularizer.constraint is not None:
+            x = regularizer.constraint(x, start)
+    return {"reward": (x * pattern).sum().item(), **{name: value.item() for name, value in measures(x).items()}}
 
 
-def done(seeds: int, steps: int, rms: float) -> list[str]:
-    names = ("reward", "std", "lag1_x", "kurtosis", "max_power", "spectrum")
-    lines = ["", "## What it does", "", f"{steps} steps of rms {rms} before momentum, D = {torch.Size(SMALL).numel():,}, {seeds} seeds (noise, pattern and shuffles), mean with Student's 95 % interval. Noise has std 1, lag-1 correlation 0, "
-             "kurtosis 3, natural-order 25 L about 2.3.", "", "| regulariser | " + " | ".join(names) + " |", "|---|" + "--:|" * len(names)]  # fmt: skip
-    for name, made in arms().items():
-        runs = [climb(made, seed, steps, rms) for seed in range(seeds)]
-        cells = []
-        for figure in names:
-            over = seed_interval([each[figure] for each in runs])
-            cells.append(f"{over['mean']:.3g} {bracket(over, '.3g')}")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        print(lines[-1], flush=True)
-    return lines
+def climbs(seeds: int, steps: int, rms: float) -> list[str]:
+    rows = []
+    for name, regularizer in arms().items():
+        runs = [climb(regularizer, seed, steps, rms) for seed in range(seeds)]
+        rows.append([name, *(mean_cell([run[figure] for run in runs], ".3g") for figure in FIGURES)])
+        print(" | ".join(rows[-1]), flush=True)
+    return [
+        "## What it does",
+        "",
+        f"{steps} steps of rms {rms} before momentum, D = {torch.Size(SMALL).numel():,}, {seeds} seeds (noise, pattern "
+        "and shuffles), mean with Student's 95 % interval. Noise has std 1, lag-1 correlation 0, kurtosis 3, "
+        "natural-order 25 L about 2.3.",
+        "",
+        *markdown(["regulariser", *FIGURES], rows, names=1),
+    ]
 
 
 def main() -> None:
@@ -147,16 +159,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rms", type=float, default=0.0005)
     options = parser.parse_args()
-    command = f"`python experiments/gaussianity/orders.py --seeds {options.seeds} --steps {options.steps} --rms {options.rms}`"
+    settings = f"--seeds {options.seeds} --steps {options.steps} --rms {options.rms}"
     lines = [
         "# The order in which the spectrum is taken",
         "",
-        command,
+        f"`python experiments/gaussianity/orders.py {settings}`",
         "",
-        *seen(),
-        *injected(),
-        *done(options.seeds, options.steps, options.rms),
-        "",
+        *penalties(),
+        *gradients(),
+        *climbs(options.seeds, options.steps, options.rms),
     ]
     write_atomic(HERE / "orders.md", "\n".join(lines))
     print("\n".join(lines))

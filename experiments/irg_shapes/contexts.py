@@ -1,8 +1,11 @@
-"""What the second picture and the reflection are made from: their cross-entropy where a part of what they follow is taken away or exchanged.
+"""What the second picture and the reflection are made from.
 
-    python experiments/irg_shapes/contexts.py <trained run> <data of another seed> <folder>     # run.py does this for every seed
+Their cross-entropy where a part of what they follow is taken away or exchanged:
 
-Rows of `improving_full_learning` that the run has not been trained on. `another picture`: the first picture of the next row stands in the place of their own.
+    python experiments/irg_shapes/contexts.py <trained run> <data of another seed> <folder>     # run.py does this
+
+Rows of `improving_full_learning` that the run has not been trained on. `another picture`: the first picture of the next
+row stands in the place of their own.
 """
 
 import argparse
@@ -28,26 +31,35 @@ Rows = list[tuple[Segment, ...]]
 
 def contexts(rows: Rows) -> dict[str, Rows]:
     """The rows with what they follow changed."""
-    pictures = [next(each for each in row if each.role == "draw").image for row in rows]
+    pictures = [first_of(row, "draw").image for row in rows]
     exchanged = zip(rows, pictures[1:] + pictures[:1], strict=True)
     return {
         "all of it": rows,
-        "another picture": [tuple(replace(each, image=image) if each.role == "draw" else each for each in row) for row, image in exchanged],
+        "another picture": [with_picture(row, image) for row, image in exchanged],
         "no picture": [without(row, "draw") for row in rows],
         "no reflection": [without(row, "reflect") for row in rows],
         "neither": [without(without(row, "draw"), "reflect") for row in rows],
-    }  # fmt: skip
+    }
+
+
+def first_of(row: Sequence[Segment], role: str) -> Segment:
+    return next(segment for segment in row if segment.role == role)
+
+
+def with_picture(row: Sequence[Segment], image) -> tuple[Segment, ...]:
+    return tuple(replace(segment, image=image) if segment.role == "draw" else segment for segment in row)
 
 
 def without(row: Sequence[Segment], role: str) -> tuple[Segment, ...]:
-    return tuple(each for each in row if each.role != role)
+    return tuple(segment for segment in row if segment.role != role)
 
 
 @torch.no_grad()
 def nats(interleaved, rows: Rows, kind: str) -> float:
     """Mean cross-entropy of a token of this kind."""
-    found = [interleaved([[row] for row in rows[first : first + BATCH]])[0][kind][0] for first in range(0, len(rows), BATCH)]  # fmt: skip
-    return -float(torch.cat(found).mean())
+    batches = [rows[first : first + BATCH] for first in range(0, len(rows), BATCH)]
+    logprobs = [interleaved([[row] for row in batch])[0][kind][0] for batch in batches]
+    return -float(torch.cat(logprobs).mean())
 
 
 def main() -> None:
@@ -61,15 +73,18 @@ def main() -> None:
     method = build_method(cfg, model)
     method.load(str(options.run / "checkpoints" / "last.ckpt"))
     shards = sorted((options.data / MODE).glob("*.parquet"))
-    rows = [each.segments for each in islice((row for shard in shards for row in read_shard(shard, MODE)), ROWS)]
-    right = [says_stop(next(each for each in row if each.role == "reflect").text, cfg.model.chat.stop) for row in rows]
-    found = {}
+    trajectories = (trajectory for shard in shards for trajectory in read_shard(shard, MODE))
+    rows = [trajectory.segments for trajectory in islice(trajectories, ROWS)]
+    right = [says_stop(first_of(row, "reflect").text, cfg.model.chat.stop) for row in rows]
+    costs: dict[str, dict[str, float]] = {}
     for name, changed in contexts(rows).items():
-        halves = {part: [row for row, stop in zip(changed, right, strict=True) if stop == (part == "right")] for part in ("right", "wrong")}  # fmt: skip
-        found[name] = {f"image, first picture {part}": nats(method.interleaved, half, "image") for part, half in halves.items()}  # fmt: skip
-        if "reflect" in {each.role for each in changed[0]}:
-            found[name]["reflection"] = nats(method.interleaved, changed, "text")
-    facts = {"rows": len(rows), "right": sum(right), "nats": found}
+        costs[name] = {}
+        for part in ("right", "wrong"):
+            half = [row for row, stop in zip(changed, right, strict=True) if stop == (part == "right")]
+            costs[name][f"image, first picture {part}"] = nats(method.interleaved, half, "image")
+        if "reflect" in {segment.role for segment in changed[0]}:
+            costs[name]["reflection"] = nats(method.interleaved, changed, "text")
+    facts = {"rows": len(rows), "right": sum(right), "nats": costs}
     write_atomic(options.out / "results.json", json.dumps(facts, indent=1))
 
 

@@ -1,10 +1,13 @@
-"""What a text is worth: the pictures of a trained run where its reflections, or its plans, are replaced, everything else as it was (same seeds).
+"""What a text is worth: the pictures of a trained run where its reflections, or its plans, are replaced.
+
+Everything else is as it was (same seeds):
 
     python experiments/irg_shapes/told.py <trained run> world <folder>     # run.py does this for every seed
 
-`world`: the world's own reflection on the very picture, what perfect eyes would say. `another`: the world's on another prompt's picture, a control. `stop`: always
-that nothing is wrong, which shows what drawing again changes by itself. `plan`: its own reflections, and the world's plan in front of the first picture: a true
-reflection ends with such a plan, and this is what one is worth by itself.
+`world`: the world's own reflection on the very picture, what perfect eyes would say. `another`: the world's on another
+prompt's picture, a control. `stop`: always that nothing is wrong, which shows what drawing again changes by itself.
+`plan`: its own reflections, and the world's plan in front of the first picture: a true reflection ends with such a
+plan, and this is what one is worth by itself.
 """
 
 import argparse
@@ -27,6 +30,10 @@ from t2i_rl.tasks.train import build_method
 KINDS = {"world": "reflect", "another": "reflect", "stop": "reflect", "plan": "think"}  # and the role of the text
 
 
+def prompt_text(context) -> str:
+    return next(segment.text for segment in context if segment.role == "prompt")
+
+
 class Told:
     """A model that is told one kind of its texts, and writes the other."""
 
@@ -37,8 +44,11 @@ class Told:
     def write(self, contexts, role, seeds, max_tokens, temperature) -> list[Written]:
         if role != KINDS[self.kind]:
             return self.own(contexts, role, seeds, max_tokens, temperature)
-        prompts = [self.prompts[next(each.text for each in context if each.role == "prompt")] for context in contexts]
-        texts = [self.told(prompt, context[-1].image, seed) for prompt, context, seed in zip(prompts, contexts, seeds, strict=True)]  # fmt: skip
+        prompts = [self.prompts[prompt_text(context)] for context in contexts]
+        texts = [
+            self.told(prompt, context[-1].image, seed)
+            for prompt, context, seed in zip(prompts, contexts, seeds, strict=True)
+        ]
         if self.kind == "another":
             texts = texts[len(texts) // 2 :] + texts[: len(texts) // 2]
         return [Written(text, True, len(self.inner.janus.tokenizer(text)["input_ids"])) for text in texts]
@@ -64,7 +74,8 @@ def main() -> None:
     steps = method.load(str(options.run / "checkpoints" / "last.ckpt"))
     method.interleaved.write = Told(method.interleaved, options.kind, benchmark.prompts()).write
     trainer = instantiate(cfg.trainer, callbacks=[], logger=False)
-    stages = Stages(trainer, model, benchmark, options.out / "evaluation", cfg.evaluation.seed, cfg.evaluation.batch_size, method.turns)  # fmt: skip
+    folder, evaluation, drawer = options.out / "evaluation", cfg.evaluation, method.drawer(model, method)
+    stages = Stages(trainer, drawer, benchmark, folder, evaluation.seed, evaluation.batch_size)
     stages.draw("trained_turns")
     write_summary(cfg, stages, steps)
 

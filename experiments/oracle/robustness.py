@@ -1,9 +1,12 @@
-"""How well the oracle reads: clean renders, noise, blur, JPEG, janus_tiny's VQ reconstruction; and how often it accepts what is wrong.
+"""How well the oracle reads, and how often it accepts what is wrong.
+
+It reads clean renders, noise, blur, JPEG and janus_tiny's VQ reconstruction.
 
 python experiments/oracle/robustness.py        # writes docs/oracle.md
 """
 
 import io
+import textwrap
 import time
 from datetime import date
 from pathlib import Path
@@ -13,9 +16,9 @@ import torch
 from PIL import Image
 
 from t2i_rl.core.files import write_atomic
+from t2i_rl.evaluation.stats import wilson
 from t2i_rl.models.autoregressive.codes import nearest_codes
 from t2i_rl.models.autoregressive.janus import Janus
-from t2i_rl.pretrain.measure import wilson
 from t2i_rl.shapes import oracle
 from t2i_rl.shapes.judge import judge
 from t2i_rl.shapes.oracle import detect
@@ -82,6 +85,10 @@ def cell(count: int, n: int) -> str:
     return f"{100 * share['mean']:.2f} [{100 * share['low']:.2f}, {100 * share['high']:.2f}]"
 
 
+def paragraph(*sentences: str) -> str:
+    return textwrap.fill(" ".join(sentences), 100, break_long_words=False, break_on_hyphens=False)
+
+
 def main() -> None:
     lines = [
         "## Clean renders",
@@ -144,7 +151,10 @@ def main() -> None:
         )
     lines += [
         "",
-        '"Another prompt" includes images that do satisfy the prompt they are shown for (there are four shapes), so it is an upper bound.',
+        paragraph(
+            '"Another prompt" includes images that do satisfy the prompt they are shown for (there are four shapes), '
+            "so it is an upper bound."
+        ),
     ]
 
     images = np.concatenate([images for _, images in six[32]])
@@ -154,13 +164,20 @@ def main() -> None:
     head = [
         "# How well the oracle reads",
         "",
-        f"Made by `python experiments/oracle/robustness.py` on {date.today()}, seed {SEED}; {speed:.0f} images/s at 32 px on {torch.get_num_threads()} CPU thread(s).",
+        paragraph(
+            f"Made by `python experiments/oracle/robustness.py` on {date.today()}, seed {SEED}; {speed:.0f} images/s "
+            f"at 32 px on {torch.get_num_threads()} CPU thread(s)."
+        ),
         "",
-        "The oracle has no learned part (`t2i_rl/shapes/oracle.py`): foreground is what lies "
-        f"{oracle.FOREGROUND:.0f} RGB units or more from the border's median; a component of fewer than {oracle.MIN_PIXELS} pixels is a speck and ignored; "
-        f"one whose soft IoU with the best template is below {oracle.MIN_IOU}, whose colour lies more than {oracle.MAX_COLOR_DISTANCE:.0f} from every palette colour, "
-        f"or of whose core pixels fewer than {100 * oracle.MIN_PURITY:.0f} % are the named colour, is `malformed`, and counts as a surplus object. "
-        "Everything else is named, so a well-formed object of the wrong kind is `wrong`, not `malformed`.",
+        paragraph(
+            "The oracle has no learned part (`t2i_rl/shapes/oracle.py`): foreground is what lies "
+            f"{oracle.FOREGROUND:.0f} RGB units or more from the border's median; a component of fewer than "
+            f"{oracle.MIN_PIXELS} pixels is a speck and ignored; one whose soft IoU with the best template is below "
+            f"{oracle.MIN_IOU}, whose colour lies more than {oracle.MAX_COLOR_DISTANCE:.0f} from every palette colour, "
+            f"or of whose core pixels fewer than {100 * oracle.MIN_PURITY:.0f} % are the named colour, is `malformed`, "
+            "and counts as a surplus object.",
+            "Everything else is named, so a well-formed object of the wrong kind is `wrong`, not `malformed`.",
+        ),
         "",
     ]
     write_atomic(ROOT / "docs" / "oracle.md", "\n".join([*head, *lines, ""]))
