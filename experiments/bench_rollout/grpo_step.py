@@ -1,15 +1,15 @@
-"""One whole GRPO step (rollout, scoring, reference, backward, optimizer) on a random model: time and memory of each phase."""
+"""One whole GRPO step (rollout, scoring, reference, backward, optimizer) on a random model: phases and memory."""
 
-import time
+from collections.abc import Callable
 from functools import partial
 
 import lightning as L
 import torch
 
+from experiments.bench_rollout.bench import Settings
 from experiments.bench_rollout.sizes import SIZES, SPECIAL, build
-from t2i_rl.core.encoder_texts import Reader
 from t2i_rl.core.prompts import Prompt
-from t2i_rl.methods.policy.metrics import peak_memory_gib
+from t2i_rl.core.readers import Reader
 from t2i_rl.methods.policy.tokens import GRPO
 from t2i_rl.models.autoregressive.chat import Chat
 from t2i_rl.models.autoregressive.engine.engine import Engine, EngineOptions
@@ -39,32 +39,71 @@ class RandomJanus(Janus):
         self.guidance_scale, self.temperature, self.max_plan_tokens = 5.0, 1.0, plan_tokens
 
 
-def grpo_step(size: str, args, device: torch.device) -> dict:
-    """Seconds and peak memory of the second of two steps (the first records and allocates)."""
+PHASES = ("rollout", "score", "reward", "update")
+
+
+class Watch(L.Callback):
+    """Writes down seconds by phase and GiB of every step, as soon as it is over."""
+
+    def __init__(self, steps: list[dict], keep: Callable[[list[dict]], None]):
+        self.steps, self.keep = steps, keep
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch, batch_idx: int) -> None:
+        self.held = 0.0
+        if module.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(module.device)
+            self.held = torch.cuda.memory_allocated(module.device) / 2**30
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        phases = {name: metrics[f"time/{name}"] for name in PHASES}
+        self.steps.append(
+            {
+                "seconds": sum(phases.values()),
+                "phases": phases,
+                "peak_gib": metrics["memory/peak_gib"],
+                "held_gib": self.held,  # before the step: weights, moments, what the engine keeps
+            }
+        )
+        self.keep(self.steps)
+
+
+def grpo_step(
+    size: str,
+    settings: Settings,
+    device: torch.device,
+    steps: int = 2,
+    keep: Callable[[list[dict]], None] = lambda steps: None,
+) -> dict:
+    """Seconds and peak memory of the last of so many steps (the first records and allocates), and of each.
+
+    Args:
+        keep: is given the steps so far, after each.
+    """
     on_gpu = device.type == "cuda"
     model = build(size, torch.float32, device)
-    janus = RandomJanus(model, args.plan_tokens, EngineOptions(dtype="bfloat16" if on_gpu else None))
+    janus = RandomJanus(model, settings.plan_tokens, EngineOptions(dtype="bfloat16" if on_gpu else None))
     module = GRPO(
         janus,
         SelfCertainty(),
         partial(torch.optim.AdamW, lr=1e-6),
-        group_size=args.group,
+        group_size=settings.group,
         micro_batch_size=4 if SIZES[size][0] > 1000 else 16,
         gradient_checkpointing=on_gpu,
     )
-    prompts = [(number, Prompt(str(number), f"thing {number} beside thing {number + 1}")) for number in range(args.prompts)]  # fmt: skip
+    texts = [f"thing {number} beside thing {number + 1}" for number in range(settings.prompts)]
+    prompts = [(number, Prompt(str(number), text)) for number, text in enumerate(texts)]
+    measured: list[dict] = []
     trainer = L.Trainer(
-        accelerator="gpu" if on_gpu else "cpu", devices=1, max_steps=2, precision="bf16-mixed" if on_gpu else "32-true",
-        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    started = time.perf_counter()
-    trainer.fit(module, torch.utils.data.DataLoader([prompts, prompts], batch_size=None, collate_fn=list))
-    logged = {name: float(value) for name, value in trainer.logged_metrics.items()}
-    phases = {name: logged[f"time/{name}"] for name in ("rollout", "score", "reward", "update")}
-    return {
-        "rows": args.prompts * args.group,
-        "seconds": sum(phases.values()),
-        "phases": phases,
-        "peak_gib": peak_memory_gib(),
-        "both_steps": time.perf_counter() - started,
-    }
+        accelerator="gpu" if on_gpu else "cpu",
+        devices=1,
+        max_steps=steps,
+        precision="bf16-mixed" if on_gpu else "32-true",
+        callbacks=[Watch(measured, keep)],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader([prompts] * steps, batch_size=None, collate_fn=list))
+    return {"rows": settings.prompts * settings.group, "steps": measured, **measured[-1]}

@@ -1,6 +1,8 @@
-"""The baselines: transformers' own image generation, and the plain loop that Janus's script and T2I-R1 are built on, written anew.
+"""The baselines: transformers' own image generation, and the plain loop that Janus's script and T2I-R1 are built on,
+written anew.
 
-The plain loop feeds one token at a time to the language model with its growing cache, the batch doubled for guidance, a chunk of images at a time.
+The plain loop feeds one token at a time to the language model with its growing cache, the batch doubled for guidance, a
+chunk of images at a time.
 It has no other fault: padding is masked, positions count real tokens, sampling is over the whole softmax.
 """
 

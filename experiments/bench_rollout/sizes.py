@@ -1,10 +1,13 @@
-"""Random Janus models of given sizes: the shipped tiny one, one in the middle, and the exact shapes of Janus-Pro-1B and 7B."""
+"""Random Janus models of four sizes.
+
+They are the shipped tiny one, one in the middle, and the exact shapes of Janus-Pro-1B and 7B.
+"""
 
 import torch
 from transformers import JanusConfig, JanusForConditionalGeneration, LlamaConfig
 from transformers.models.janus.configuration_janus import JanusVisionConfig, JanusVQVAEConfig
 
-# width, layers, heads, MLP width, vocabulary, codes, image tokens; Pro's are those of deepseek-community/Janus-Pro-1B|7B
+# width, layers, heads, MLP width, vocabulary, codes, image tokens; Pro's are deepseek-community/Janus-Pro-1B's and 7B's
 SIZES = {
     "tiny": (192, 6, 6, 576, 128, 512, 64),
     "mid": (512, 12, 8, 1376, 8192, 4096, 256),
@@ -15,7 +18,11 @@ SPECIAL = {"bos": 0, "eos": 1, "pad": 2, "boi": 3}
 
 
 def build(size: str, dtype: torch.dtype, device: torch.device) -> JanusForConditionalGeneration:
-    """A model with random weights; only what a rollout and an update touch has its real size (the vision tower and the VQ decoder do not)."""
+    """A model with random weights, made on `device`.
+
+    Only what a rollout and an update touch has its real size; the vision tower and the VQ decoder
+    have not.
+    """
     width, layers, heads, mlp, vocabulary, codes, tokens = SIZES[size]
     config = JanusConfig(
         text_config=LlamaConfig(
@@ -31,16 +38,27 @@ def build(size: str, dtype: torch.dtype, device: torch.device) -> JanusForCondit
             pad_token_id=SPECIAL["pad"],
         ),
         vision_config=JanusVisionConfig(
-            hidden_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=16 * int(tokens**0.5), patch_size=16,
-            projection_dim=width, num_image_tokens=tokens,
+            hidden_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16 * int(tokens**0.5),
+            patch_size=16,
+            projection_dim=width,
+            num_image_tokens=tokens,
         ),
         vq_config=JanusVQVAEConfig(
-            embed_dim=8, num_embeddings=codes, latent_channels=64, base_channels=32, channel_multiplier=[1, 2],
-            num_res_blocks=1, projection_dim=width, image_token_embed_dim=width,
+            embed_dim=8,
+            num_embeddings=codes,
+            latent_channels=64,
+            base_channels=32,
+            channel_multiplier=[1, 2],
+            num_res_blocks=1,
+            projection_dim=width,
+            image_token_embed_dim=width,
         ),
         image_token_id=4,
         tie_word_embeddings=False,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
