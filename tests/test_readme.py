@@ -12,8 +12,6 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-
-
 ADDING = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
 
 
@@ -54,7 +52,7 @@ def test_the_reward_that_the_readme_adds_runs_as_printed(tmp_path):
 
 @pytest.mark.slow
 def test_the_method_the_benchmark_and_the_model_that_the_docs_add_run_as_printed(tmp_path):
-    assert write_files(ADDING, tmp_path) == 8
+    assert write_files(ADDING, tmp_path) == 10
     paired, trained, blind = run_as_printed(ADDING, tmp_path)
     assert (paired["method"], paired["steps"]) == ("pseudo_huber", 2)
     assert trained["method"] == "best_of_group" and trained["headline"]["tasks"] == ["color"]
@@ -68,7 +66,7 @@ def test_every_command_composes():
     from hydra import compose, initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
 
-    from t2i_rl.command.cli import CONF
+    from t2i_rl.core.places import CONF
 
     pages = [README, *(page.read_text(encoding="utf-8") for page in sorted((ROOT / "docs").glob("*.md")))]
     lines = [line for page in pages for line in page.splitlines() if line.startswith("python run.py")]

@@ -23,7 +23,10 @@ from tests.support.tiny import load_tiny_janus, save_tiny_janus
 
 
 class Module(L.LightningModule):
-    """Two optimizer steps a batch by manual optimisation; `draws` takes one number from each generator at every batch."""
+    """Two optimizer steps a batch by manual optimisation.
+
+    `draws` takes one number from each generator at every batch.
+    """
 
     def __init__(self, terminate_at: int | None = None):
         super().__init__()
@@ -134,10 +137,11 @@ def test_sample_grids_show_the_model_as_it_is(tmp_path):
     module = GRPO(
         load_tiny_janus(save_tiny_janus(tmp_path / "janus")), Random(), optimizer=torch.optim.SGD, kl_coef=0.0
     )
-    grid = SampleGrid(str(tmp_path), prompts=["a red circle", "three blue squares"])
+    grid = SampleGrid(str(tmp_path), every_n_steps=1, prompts=["a red circle", "three blue squares"])
     pictures = []
     for step in range(3):
-        grid._draw(SimpleNamespace(global_step=step, is_global_zero=True, loggers=[]), module)
+        trainer = SimpleNamespace(global_step=step, is_global_zero=True, loggers=[])
+        grid.on_train_batch_end(trainer, module, None, None, step)
         pictures.append((tmp_path / "samples" / f"step_{step:06d}.png").read_bytes())
         if step == 1:
             with torch.no_grad():

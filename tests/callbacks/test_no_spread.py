@@ -87,8 +87,13 @@ class Constant(Reward):
 def test_a_training_with_a_constant_reward_says_it(tmp_path, capsys):
     module = build(save_tiny_janus(tmp_path), reward=Constant(), kl_coef=0.0, plan=False)
     trainer = L.Trainer(
-        accelerator="cpu", max_steps=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[NoSpread(after_steps=3)],
-    )  # fmt: skip
+        accelerator="cpu",
+        max_steps=3,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[NoSpread(after_steps=3)],
+    )
     trainer.fit(module, torch.utils.data.DataLoader(PromptBatches(PROMPTS, 2, seed=0), batch_size=None))
     assert "in 3 steps in a row the rewards of every group were equal" in capsys.readouterr().out

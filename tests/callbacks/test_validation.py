@@ -1,6 +1,11 @@
-"""Validation while training: what it logs, which checkpoint it keeps, what it says of a task that falls; and the Frechet distance."""
+"""Validation while training, and the Frechet distance.
+
+Of validation: what it logs, which checkpoint it keeps, what it says of a task that falls.
+"""
 
 import csv
+import os
+import signal
 from functools import partial
 
 import lightning as L
@@ -38,7 +43,10 @@ def folder(tmp_path_factory):
 
 
 class Painter:
-    """Draws with tokens as told for the step, without them `base`: right renders for a share of the prompts of each task, blank otherwise."""
+    """Draws right renders for a share of the prompts of each task, and blank images for the others.
+
+    The shares are the step's with tokens, and `base` without them.
+    """
 
     def __init__(self, benchmark, shares: list[dict], base: dict, method):
         self.benchmark, self.shares, self.base, self.method, self.calls = benchmark, shares, base, method, 0
@@ -47,11 +55,8 @@ class Painter:
         assert mode == "direct" and len(set(seeds)) == len(seeds)
         share = self.shares[self.calls] if self.method.model.attached.enabled else self.base
         self.calls += self.method.model.attached.enabled
-        by_text, rng, images = (
-            {prompt.text: prompt for prompt in self.benchmark.prompts()},
-            np.random.default_rng(0),
-            [],
-        )
+        by_text = {prompt.text: prompt for prompt in self.benchmark.prompts()}
+        rng, images = np.random.default_rng(0), []
         done = dict.fromkeys(TASKS, 0)
         for text in prompts:
             prompt = by_text[text]
@@ -71,8 +76,19 @@ def share(single: float, counting: float) -> dict:
     return {"single_object": single, "counting": counting}
 
 
-def fit(folder, out, shares, steps: int, ckpt=None, every: int | None = None, **options):
-    """`every`: checkpoints every so many steps, as a run has them."""
+class StopAt(L.Callback):
+    """Has the run stopped while a step is under way."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fit(folder, out, shares, steps: int, ckpt=None, every: int | None = None, stop_at: int | None = None, **options):
+    """`every`: checkpoints every so many steps, as a run has them; `stop_at`: SIGTERM in that step."""
     method = SoftREPA(
         SD3(folder, max_sequence_length=2), partial(torch.optim.SGD, lr=1.0), temperature=1.0, pairs_per_pass=4
     )
@@ -81,13 +97,30 @@ def fit(folder, out, shares, steps: int, ckpt=None, every: int | None = None, **
         str(out / "checkpoints"), benchmark, {"bright": Brightness()}, every_n_steps=2, batch_size=100, **options
     )
     method.model.generate = Painter(benchmark, shares, share(1.0, 0.5), method)
-    saves = [CheckpointEvery(str(out / "checkpoints"), every)] if every else []
-    trainer = L.Trainer(
-        accelerator="cpu", max_steps=steps, callbacks=[callback, *saves], logger=CSVLogger(out, name="", version=""), enable_checkpointing=bool(saves),
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=out, log_every_n_steps=1,
-    )  # fmt: skip
+    others = [CheckpointEvery(str(out / "checkpoints"), every)] if every else []
+    others += [StopAt(stop_at)] if stop_at else []
+    trainer = trainer_with([callback, *others], out, steps)
     trainer.fit(method, FourPairs(), ckpt_path=ckpt, weights_only=True)
     return method, callback, trainer
+
+
+def trainer_with(callbacks: list, out, steps: int) -> L.Trainer:
+    return L.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        callbacks=callbacks,
+        logger=CSVLogger(out, name="", version=""),
+        enable_checkpointing=any(isinstance(callback, CheckpointEvery) for callback in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=out,
+        log_every_n_steps=1,
+    )
+
+
+def rows_of(out) -> list[dict]:
+    with (out / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
 
 
 def test_the_run_ends_with_the_checkpoint_that_judged_best(folder, tmp_path, capsys):
@@ -100,8 +133,7 @@ def test_the_run_ends_with_the_checkpoint_that_judged_best(folder, tmp_path, cap
     said = capsys.readouterr().out
     assert "best val/overall 0.900 at step 2" in said
     assert said.count("val/counting fell from 0.50 (untouched model) to 0.20") == 1
-    with (tmp_path / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
+    rows = rows_of(tmp_path)
     measured = [row for row in rows if row["val/overall"]]
     assert [int(row["step"]) for row in measured] == [2, 4, 5]
     assert [float(row["val/counting"]) for row in measured] == pytest.approx([0.8, 0.2, 0.5])
@@ -112,6 +144,15 @@ def test_the_run_ends_with_the_checkpoint_that_judged_best(folder, tmp_path, cap
     tokens = method.bank.tokens.detach().clone()
     last, _, _ = fit(folder, tmp_path / "last", shares, steps=5, best=None)
     assert not torch.equal(last.bank.tokens, tokens)
+
+
+def test_where_less_is_better_the_smallest_is_the_best(folder, tmp_path):
+    shares = [share(1.0, 0.2), share(1.0, 0.8), share(1.0, 0.5)]
+    _, callback, _ = fit(folder, tmp_path, shares, steps=5, best="val/under_counted")
+    assert (callback.best_step, callback.best_value) == (4, pytest.approx(0.2))
+    _, callback, _ = fit(folder, tmp_path / "fid", shares, steps=5, best="val/fid")
+    distances = {int(row["step"]): float(row["val/fid"]) for row in rows_of(tmp_path / "fid") if row["val/fid"]}
+    assert callback.best_value == min(distances.values()) and callback.best_step == min(distances, key=distances.get)
 
 
 def test_a_resumed_run_remembers_the_best_and_the_base(folder, tmp_path):
@@ -136,11 +177,9 @@ def test_a_finished_run_that_is_resumed_still_ends_with_its_best_and_last_is_the
     assert torch.equal(SoftTokens.load(tmp_path / "soft_tokens.safetensors").tokens, best["bank.tokens"])
 
 
-def test_a_run_that_is_stopped_in_its_last_step_has_judged_that_step_too(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(CheckpointEvery, "_asked_to_stop", lambda _, trainer: trainer.global_step == 3)
+def test_a_run_that_is_stopped_in_its_last_step_has_judged_that_step_too(folder, tmp_path):
     with pytest.raises(SIGTERMException):
-        fit(folder, tmp_path, [share(1.0, 0.3), share(1.0, 0.8)], steps=3, every=1)
-    monkeypatch.undo()
+        fit(folder, tmp_path, [share(1.0, 0.3), share(1.0, 0.8)], steps=3, every=1, stop_at=3)
     _, callback, _ = fit(folder, tmp_path, [], steps=3, every=1, ckpt=tmp_path / "checkpoints" / "last.ckpt")
     assert (callback.best_step, callback.best_value) == (3, pytest.approx(0.9))
 
@@ -210,25 +249,58 @@ def test_inceptions_features_are_of_the_folders_pictures_scaled_and_cropped(tmp_
         InceptionFeatures(str(tmp_path), size=32, device="cpu").reference_features()
 
 
-def test_pictures_without_a_benchmark_have_a_frechet_distance_too(tmp_path, folder):
-    class Features:
-        def features(self, images):
-            return images.reshape(len(images), -1)[:, :3].astype(float)
+class HeldOut(FourPairs):
+    validation = tuple(Prompt(str(i), "a red circle") for i in range(4))
 
-        def reference_features(self):
-            return np.random.default_rng(0).normal(size=(50, 3))
 
-    callback = Validate(str(tmp_path), None, {"bright": Brightness()}, fid=Features())
-    prompts = [Prompt(str(i), "a red circle", "", {}) for i in range(4)]
+class Corners:
+    """Features and real pictures from elsewhere, such as Inception's."""
+
+    def features(self, images):
+        return images.reshape(len(images), -1)[:, :3].astype(float)
+
+    def reference_features(self):
+        return np.random.default_rng(0).normal(size=(50, 3))
+
+
+@pytest.mark.parametrize(("fid", "measured"), [(Corners(), {"val/bright", "val/fid"}), (None, {"val/bright"})])
+def test_pictures_without_a_benchmark_are_those_held_back_from_training(tmp_path, folder, fid, measured):
     images = np.random.default_rng(1).integers(0, 255, (4, 8, 8, 3)).astype(np.uint8)
-    rows = callback._judge(list(range(4)), prompts, [0] * 4, images)
-    found = callback._summary([row for _, row, _ in rows], [features for *_, features in rows])
-    assert set(found) == {"val/bright", "val/fid"}
-    expected = frechet_distance(Features().features(images), Features().reference_features())
-    assert found["val/fid"] == pytest.approx(expected)
-    plain = Validate(str(tmp_path), None, {"bright": Brightness()})
-    rows = plain._judge(list(range(4)), prompts, [0] * 4, images)
-    assert set(plain._summary([row for _, row, _ in rows], [None] * 4)) == {"val/bright"}
+    method = SoftREPA(
+        SD3(folder, max_sequence_length=2), partial(torch.optim.SGD, lr=1.0), temperature=1.0, pairs_per_pass=4
+    )
+    method.model.generate = lambda prompts, seeds, mode, fresh: Generation(images)
+    callback = Validate(str(tmp_path), None, {"bright": Brightness()}, fid=fid, best=None)
+    trainer_with([callback], tmp_path, 1).fit(method, HeldOut())
+    last = next(row for row in rows_of(tmp_path) if row.get("val/bright"))
+    assert {name for name in last if name.startswith("val/")} == measured
+    assert float(last["val/bright"]) == pytest.approx(np.mean([image.mean() for image in images]), rel=1e-6)
+    if fid is not None:
+        expected = frechet_distance(fid.features(images), fid.reference_features())
+        assert float(last["val/fid"]) == pytest.approx(expected)
+
+
+class Plain(Shapes):
+    """With nothing beside its verdicts, and no right pictures to compare with."""
+
+    columns = ()
+
+    def reference_features(self):
+        return None
+
+
+def test_a_frechet_distance_is_taken_where_there_are_references_and_refused_where_it_is_demanded_without(tmp_path):
+    plain = Plain(tasks=TASKS, prompts_per_task=1)
+    with pytest.raises(UserError, match="x.fid=true compares with reference_features.*Plain has none: set x.fid=false"):
+        Validate(str(tmp_path), plain, fid=True).check("x")
+    with pytest.raises(UserError, match="x.fid=true .* there is no benchmark"):
+        Validate(str(tmp_path), None, fid=True, best=None).check("x")
+    Validate(str(tmp_path), plain).check("x")
+    with pytest.raises(UserError, match="choose from val/overall, val/score, val/counting, val/single_object, or null"):
+        Validate(str(tmp_path), plain, best="val/fid").check("x")
+    Validate(str(tmp_path), Shapes(tasks=TASKS, prompts_per_task=1), best="val/fid").check("x")
+    with pytest.raises(UserError, match="val/fid is not measured"):
+        Validate(str(tmp_path), Shapes(tasks=TASKS, prompts_per_task=1), fid=False, best="val/fid").check("x")
 
 
 def test_what_inception_needs_is_said_before_anything_is_drawn(tmp_path, monkeypatch):
@@ -245,7 +317,10 @@ def test_what_inception_needs_is_said_before_anything_is_drawn(tmp_path, monkeyp
 
 
 def test_a_resume_keeps_what_was_validated_at_its_checkpoint(tmp_path):
-    """With two optimizer steps a batch: the checkpoint is of batch 2 and step 4, and the row of step 4 was there before it."""
+    """With two optimizer steps a batch the checkpoint is of batch 2 and step 4.
+
+    The row of step 4 was there before it.
+    """
     loops = {"fit_loop": {"epoch_loop.batch_progress": {"total": {"processed": 2}}}}
     torch.save({"loops": loops, "global_step": 4}, tmp_path / "last.ckpt")
     rows = ["loss,step,val/right", "1.0,0,", ",2,0.5", "0.9,1,", ",4,0.6", "0.8,2,", ",6,0.7"]

@@ -1,4 +1,7 @@
-"""The command line as a user meets it: one-line errors, the manual page, a whole run, a sweep, a kill and a resume."""
+"""The command line works as a user meets it.
+
+It gives one-line errors, a manual page, a whole run, a sweep, a kill and a resume.
+"""
 
 import csv
 import json
@@ -128,7 +131,10 @@ def test_a_run_leaves_everything_behind_and_no_secret(tmp_path):
 
 @pytest.mark.slow
 def test_a_sweep_is_its_single_runs_and_ends_with_one_table(tmp_path):
-    """Nothing leaks from job to job: the second job of a sweep gives the very numbers of a run on its own."""
+    """Nothing leaks from job to job.
+
+    The second job of a sweep gives the very numbers of a run on its own.
+    """
     arguments = [*QUICK, "method.kl_coef=0"]
     alone = run(*arguments, "reward=random", "hydra.run.dir=alone", cwd=tmp_path)
     sweep = run("-m", *arguments, "reward=nsc,random", "hydra.sweep.dir=sweep", cwd=tmp_path)
@@ -155,7 +161,10 @@ def test_a_failing_job_does_not_stop_the_sweep(tmp_path):
 
 @pytest.mark.parametrize("how", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_killed_run_resumes_bit_for_bit(tmp_path, how):
-    """Killed at some moment after the third step, resumed with ckpt_path=last: the same metrics and the same verdicts as one never stopped."""
+    """A run that is killed and resumed gives the metrics and verdicts of one that never stopped.
+
+    It is killed at some moment after the third step, and resumed with ckpt_path=last.
+    """
     settings = [*QUICK, "trainer.max_steps=7", "callbacks.checkpoint.every_n_steps=2", "method.updates_per_rollout=1"]
     whole = run(*settings, "hydra.run.dir=whole", cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr

@@ -4,10 +4,9 @@ import pytest
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 
-from t2i_rl.command.checks import check as check_config
-from t2i_rl.command.kinds import check_kinds
-from t2i_rl.command.messages import choices
-from t2i_rl.command.settings import check_root, check_settings
+from t2i_rl.command.checks import check_classes, check_config
+from t2i_rl.command.settings import check_kinds, check_root, check_settings
+from t2i_rl.core.choices import choices
 from t2i_rl.core.errors import UserError
 from tests.support.commands import composed
 
@@ -163,6 +162,7 @@ def test_the_path_of_a_checkpoint_is_read_by_the_model_without_one_of_its_own():
     with pytest.raises(UserError, match="somewhere"):  # looked for, and not refused as a setting that nobody reads
         get_class(config.model._target_).image_size(config.model)
     check_config(config)
+    check_classes(config)
 
 
 @pytest.mark.parametrize(
@@ -179,12 +179,14 @@ def test_the_path_of_a_checkpoint_is_read_by_the_model_without_one_of_its_own():
     ],
 )
 def test_parts_that_are_made_pass_every_check(overrides):
-    check_config(changed(composed("trainer=cpu", *overrides)))
+    config = changed(composed("trainer=cpu", *overrides))
+    check_config(config)
+    check_classes(config)
 
 
 def test_adafactor_has_two_numbers_for_eps():
     optimizer = "{_target_: torch.optim.Adafactor, _partial_: true, lr: 1e-3, eps: [null, 1e-3]}"
-    check_config(changed(composed("trainer=cpu", "~method.optimizer", f"+method.optimizer={optimizer}")))
+    check_classes(changed(composed("trainer=cpu", "~method.optimizer", f"+method.optimizer={optimizer}")))
 
 
 def test_every_part_that_may_be_left_out_has_a_config_of_its_name():

@@ -3,21 +3,23 @@
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from transformers import CLIPImageProcessorPil
 
 from t2i_rl.benchmarks.shapes import Shapes
-from t2i_rl.command import cli, manual
-from t2i_rl.command import messages as complaints
+from t2i_rl.command import manual
 from t2i_rl.command.folder_names import LONGEST, folder_name
+from t2i_rl.command.messages import one_line
+from t2i_rl.core.choices import choices, near_choice, nearest_keys
 from t2i_rl.core.contracts import Reward
 from t2i_rl.core.errors import UserError
-from t2i_rl.evaluation.optimized import check_optimized, check_optimized_noise
+from t2i_rl.core.places import CONF
+from t2i_rl.evaluation.optimized import check_optimized
+from t2i_rl.methods.noise.results import check_optimized as check_optimized_noise
 from t2i_rl.rewards.processors import image_processors
-from t2i_rl.tasks.named_parts import named_parts
+from t2i_rl.tasks.examine import named_parts
 from tests.support.commands import call, composed
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +54,7 @@ KEYS = [
     ],
 )
 def test_a_setting_is_known_by_its_last_part(typed, meant):
-    assert complaints.nearest_keys(typed, KEYS) == meant
+    assert nearest_keys(typed, KEYS) == meant
 
 
 @pytest.mark.parametrize(
@@ -73,13 +75,13 @@ def test_a_setting_is_known_by_its_last_part(typed, meant):
     ],
 )
 def test_a_choice_is_known_by_its_words_and_by_its_class(group, typed, meant):
-    assert f"did you mean {meant}" in complaints.near_choice(group, typed)
+    assert f"did you mean {meant}" in near_choice(group, typed)
 
 
 def test_a_choice_of_another_group_is_pointed_at():
-    said = complaints.one_line(Exception("Could not find 'method/reno'\n\nAvailable options in 'method':\n\tiris"))
+    said = one_line(Exception("Could not find 'method/reno'\n\nAvailable options in 'method':\n\tiris"))
     assert "regularizer=reno or reward=reno" in said
-    assert complaints.near_choice("benchmark", "geneval") == ""
+    assert near_choice("benchmark", "geneval") == ""
 
 
 @pytest.mark.parametrize(
@@ -109,22 +111,48 @@ def test_a_wrong_command_ends_in_one_line(tmp_path, monkeypatch, capfd, argument
 def test_what_is_composed_can_be_shown(tmp_path, monkeypatch, capsys, what):
     assert call(monkeypatch, tmp_path, *what, "prompt=it's (shown)") == 0
     shown = capsys.readouterr().out
-    assert len(shown.splitlines()) > 40 and ("trained_plan" in shown) == ("--resolve" in what)
+    resolved = "- trained_plan\n  batch_size: 64" in shown  # of evaluation
+    assert len(shown.splitlines()) > 40 and resolved == ("--resolve" in what)
 
 
-def test_the_manual_page_needs_no_hydra_and_comes_at_once(tmp_path):
-    """Hydra, torch and lightning take seconds; what the page needs is read from files."""
-    program = "import sys; from t2i_rl.command.start import main; sys.argv = ['run.py', '--help']; main();"
-    program += "print(sorted({'torch', 'hydra', 'lightning', 'omegaconf'} & set(sys.modules)))"
-    start = time.process_time()
+SLOW = "print(sorted({'torch', 'lightning', 'transformers', 'diffusers', 'peft'} & set(sys.modules)))"  # takes seconds
+
+
+def test_the_manual_page_comes_at_once():
+    program = f"import sys; from t2i_rl.command.cli import main; sys.argv = ['run.py', '--help']; main(); {SLOW}"
     page = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert page.splitlines()[-1] == "[]" and "method=diffusion_dpo" in page and time.process_time() - start < 1
-    assert page.startswith(manual.manual(cli.CONF))
+    assert page.splitlines()[-1] == "[]" and "method=diffusion_dpo" in page
+    assert page.startswith(manual.manual(CONF))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["reward=nsq"],
+        ["method.lr=1"],
+        ["method=irg", "model=sd_tiny"],
+        ["evaluation.stages=[trained]"],
+        ["method=iris", "variant=paper"],
+        ["data=prompts"],
+    ],
+)
+def test_what_the_config_alone_tells_is_refused_at_once(tmp_path, arguments):
+    program = f"""
+import atexit, sys
+atexit.register(lambda: {SLOW})
+from t2i_rl.command.cli import main
+sys.argv = ['run.py', *{arguments}]
+main()
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stdout == "[]\n", done.stderr
 
 
 def test_the_manual_page_parts_each_name_from_what_it_is():
-    first_words = {line.split()[0] for line in manual.manual(cli.CONF).splitlines() if line.startswith("  ")}
-    assert {path.stem for group in manual.GROUPS for path in (cli.CONF / group).glob("*.yaml")} <= first_words
+    first_words = {line.split()[0] for line in manual.manual(CONF).splitlines() if line.startswith("  ")}
+    assert {path.stem for group in manual.GROUPS for path in (CONF / group).glob("*.yaml")} <= first_words
 
 
 def test_a_reader_may_leave(tmp_path):
@@ -139,7 +167,7 @@ def test_a_reader_may_leave(tmp_path):
 
 
 def test_callbacks_that_are_left_out_may_have_settings_left():
-    for debug in complaints.choices("debug"):
+    for debug in choices("debug"):
         assert named_parts(composed("callbacks=none", f"debug={debug}"), "callbacks") == {}
     config = composed("callbacks.checkpoint=null", "debug=fdr", "logger=none", "+logger.wandb.project=mine")
     assert named_parts(config, "logger") == {}
@@ -189,7 +217,6 @@ def test_what_a_sweeper_optimises_is_known_before_weights_load():
         ("task/counting", ["base_direct"], True),
         ("plan_length", ["base_plan", "trained_plan"], True),
         ("plan_length", ["base_direct", "trained_direct"], False),
-        ("mends", ["base_plan", "trained_turns"], True),
         ("diversity", ["trained_plan"], True),
         ("accuracy", ["trained_plan"], False),
         (5, ["trained_plan"], False),
@@ -204,6 +231,18 @@ def test_what_a_sweeper_optimises_is_known_before_weights_load():
     config.evaluation.stages = []
     with pytest.raises(UserError, match="nothing is measured"):
         check_optimized(config, benchmark, optimizes=True)
+    config = composed("method=irg")
+    config.evaluation.stages = ["base_plan", "trained_turns"]
+    for name in ("mends", "over_counted", "plan_length"):
+        config.optimized_metric = name
+        check_optimized(config, benchmark, optimizes=False)
+    config.evaluation.stages = ["base_turns"]
+    config.optimized_metric = "breaks"
+    check_optimized(config, benchmark, optimizes=False)
+
+
+def test_what_a_sweeper_optimises_of_a_search_over_noise_is_known_before_weights_load():
+    config, benchmark = composed("method=noise_opt"), Shapes(prompts_per_task=1)
     for name in ("target", "watch/oracle", "health/kurtosis"):
         config.optimized_metric = name
         check_optimized_noise(config, None)
@@ -234,7 +273,7 @@ def test_a_torchvision_that_does_not_fit_torch_is_one_line(tmp_path, monkeypatch
 def test_which_image_processor_a_reward_reads_through_is_told():
     class Judge(Reward):
         def __init__(self, pictures=None, parts=None):
-            self.pictures, self.parts = pictures, parts
+            self.pictures, self.parts = pictures, parts or {}
 
     seeing = Judge(CLIPImageProcessorPil())
     judges = {"reward": Judge(parts={"clip": seeing, "length": Judge()}), "watch.clip": seeing, "watch.none": Judge()}
@@ -244,13 +283,13 @@ def test_which_image_processor_a_reward_reads_through_is_told():
 def test_what_is_null_already_is_not_left_out():
     with pytest.raises(Exception) as error:
         composed("~method.scheduler")
-    assert cli.one_line(error.value) == "method.scheduler is null already: there is nothing to leave out"
+    assert one_line(error.value) == "method.scheduler is null already: there is nothing to leave out"
 
 
 def test_a_dict_is_refused_by_the_key_that_is_not_there():
     with pytest.raises(Exception) as error:
         composed("callbacks.checkpoint={every: 1}")
-    line = cli.one_line(error.value)
+    line = one_line(error.value)
     assert (
         line.startswith("there is no setting callbacks.checkpoint.every: did you mean ")
         and "keep_every_n_steps" in line

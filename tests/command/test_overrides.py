@@ -1,11 +1,14 @@
-"""What is typed is what is meant: texts as they stand, null for an empty group, dashes told from settings."""
+"""What is typed is what is meant.
+
+Texts stay as they stand, null is an empty group, and dashes are told from settings.
+"""
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from t2i_rl.command.messages import choices
 from t2i_rl.command.overrides import LISTS, SENTENCES, TEXTS, readable
+from t2i_rl.core.choices import choices
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.places import CONF
 from tests.support.commands import composed
@@ -92,7 +95,10 @@ def test_a_path_out_of_a_sweep_stays_one_path_in_a_sweep(tmp_path):
 
 
 def test_every_setting_of_a_text_is_among_the_texts():
-    """A setting that conf/ gives as a text is taken as one, or is a word out of a list that its class refuses others by."""
+    """A setting that conf/ gives as a text is taken as one, or is one of a list of words.
+
+    The class of such a setting refuses every word that is not in its list.
+    """
     words = {
         *("accelerator", "precision", "strategy", "dtype", "device", "mode", "variant", "method.logprob", "policy"),
         *("loss_reduction", "reward_on", "aggregation", "divergence", "distribution", "compat", "kind", "normalize"),
@@ -111,6 +117,7 @@ def test_every_setting_of_a_text_is_among_the_texts():
             "bins",
         ),
         *("about", "permutation", "stat", "profiler", "times", "_convert_", "guidance_scale", "line_search_fn"),
+        *("family", "constant"),
     }
     known = {*SENTENCES, *TEXTS, *words}
 

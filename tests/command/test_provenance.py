@@ -1,22 +1,25 @@
-"""Records of a run: written whatever the machine's state, they say how it ended, also where it was killed."""
+"""A run's records are written whatever the machine's state.
+
+They say how the run ended, also where it was killed.
+"""
 
 import json
 import subprocess
 
 import pytest
-from omegaconf import OmegaConf
 
-from t2i_rl.command import cli, provenance
+from t2i_rl.command import provenance
 from t2i_rl.command.provenance import finish, outcome, record
 from t2i_rl.command.resume import continue_in_place
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.folders import Lock
+from t2i_rl.core.places import CONF
 from tests.command.test_sweeps_and_runs import FAKE_TASK, finished_run
 from tests.support.commands import call
 
 
 def recorded(folder) -> dict:
-    return record(OmegaConf.create({"seed": 0}), folder, ["run.py"], [])
+    return record(folder, ["run.py"], [])
 
 
 def test_a_diff_that_is_not_utf8_is_kept_byte_for_byte(tmp_path, monkeypatch):
@@ -100,7 +103,7 @@ def test_a_folder_that_cannot_be_read_hides_no_run(tmp_path, monkeypatch, conten
         (strange / "config.yaml").write_bytes(content)
     monkeypatch.chdir(tmp_path)
     quoted = str(run).replace("'", "\\'")
-    assert f"hydra.run.dir='{quoted}'" in continue_in_place(["reward=oracle", "ckpt_path=last"], cli.CONF)
+    assert f"hydra.run.dir='{quoted}'" in continue_in_place(["reward=oracle", "ckpt_path=last"], CONF)
 
 
 def test_what_could_not_be_read_is_named_where_nothing_else_fits(tmp_path, monkeypatch):
@@ -108,4 +111,4 @@ def test_what_could_not_be_read_is_named_where_nothing_else_fits(tmp_path, monke
     (tmp_path / run / "config.yaml").write_text("a: [")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="1 could not be read, first it's a run"):
-        continue_in_place(["reward=oracle", "ckpt_path=last"], cli.CONF)
+        continue_in_place(["reward=oracle", "ckpt_path=last"], CONF)

@@ -1,4 +1,7 @@
-"""Ranks of a run end together: each says which one is gone, the record says it, nobody waits for ever."""
+"""The ranks of a run end together.
+
+Each says which one is gone, the record says it too, and no rank waits for ever.
+"""
 
 import json
 import os
@@ -47,7 +50,10 @@ def rank(out: Path, what: str, **environment: str) -> subprocess.Popen:
 
 
 def ending(process: subprocess.Popen, out: Path) -> str:
-    """What a rank says when it ends, which it does soon, with exit code 1, and with a record that says the same."""
+    """Gives what a rank says when it ends.
+
+    The rank ends soon, with exit code 1, and with a record that says the same.
+    """
     said = process.communicate(timeout=30)[1]
     assert process.returncode == 1, said
     record = read_record(out)

@@ -1,4 +1,7 @@
-"""What could only end a run after hours is refused before any weight loads: what chooses, what learns, what is drawn, how a model is asked."""
+"""What could only end a run after hours is refused before any weight loads.
+
+This covers what chooses, what learns, what is drawn, and how a model is asked.
+"""
 
 import pytest
 
@@ -6,17 +9,17 @@ from t2i_rl.benchmarks.shapes import Shapes
 from t2i_rl.callbacks.sample_grid import SampleGrid
 from t2i_rl.callbacks.validation import Validate
 from t2i_rl.core.errors import UserError
-from t2i_rl.core.written_texts import fault_of_text
+from t2i_rl.core.texts import fault_of_text
 from t2i_rl.methods.irg.watch import WatchTurns
 from t2i_rl.methods.trainable import check_trainable
 from t2i_rl.models.autoregressive.chat import Chat
-from t2i_rl.tasks.part_checks import check_validation
+from t2i_rl.tasks.examine import check_validation
 from tests.support.commands import composed
 
 
 @pytest.mark.parametrize("best", ["val/overall", "val/score", "val/counting", "val/over_counted", "val/fid", None])
 def test_a_metric_that_validation_measures_may_choose(tmp_path, best):
-    Validate(tmp_path, Shapes(prompts_per_task=1), best=best).check_best("callbacks.validation")
+    Validate(tmp_path, Shapes(prompts_per_task=1), best=best).check("callbacks.validation")
 
 
 def test_a_metric_that_validation_does_not_measure_is_refused_before_training(tmp_path):

@@ -1,4 +1,7 @@
-"""Numbers that mean nothing are refused in one line, by one rule for each kind, whatever class or task they are given to."""
+"""Numbers that mean nothing are refused in one line.
+
+There is one rule for each kind of number, whatever class or task it is given to.
+"""
 
 from functools import cache
 
@@ -11,8 +14,8 @@ from t2i_rl.core.errors import UserError
 from t2i_rl.core.numbers import Count, Decay, Guidances, Positive, Temperature, check_arguments, check_value
 from t2i_rl.data.pairs import ShapesPairs
 from t2i_rl.data.prompts import PromptData
-from t2i_rl.methods.irg.rounds import Interleave
-from t2i_rl.methods.trainable import check_optimizer
+from t2i_rl.methods.irg.rounds import Rounds
+from t2i_rl.methods.step import check_optimizer
 from t2i_rl.models.autoregressive.engine.engine import EngineOptions
 from t2i_rl.rewards.weighted_sum import WeightedSum
 from tests.support.commands import composed
@@ -104,7 +107,13 @@ NOTHING = {
     "search": {"method.cosine": [1, -0.1], "method.evaluations": [0]},
     "gdino": {"reward.box_threshold": [1.0, -0.1], "reward.near_pixels": [0], "reward.batch_size": [0]},
     "reno": {"reward.weights.clip": ["abc", True], "reward.parts.clip.batch_size": [0]},
-    "edit": {"task.steps": [0], "task.start": [-1], "task.target_guidance": [-1], "task.cases": [0], "task.average": [0]},
+    "edit": {
+        "task.steps": [0],
+        "task.start": [-1],
+        "task.target_guidance": [-1],
+        "task.cases": [0],
+        "task.average": [0],
+    },
     "pretrain": {
         "task.recipes.janus_tiny.vq.steps": [0],
         "task.recipes.janus_tiny.lm.optimizer.lr": [0],
@@ -113,7 +122,7 @@ NOTHING = {
     "recognizer": {"task.lr": [0, 1e20], "task.width": [0]},
     "prompts": {"task.counts.colors": [-1, 2.5]},
     "chat": {"task.words": [[0, 5], 5, [1, 2, 3]], "task.teacher.writer.timeout": [0], "task.right_share": [1.5]},
-}  # fmt: skip
+}
 SOMETHING = {
     "grpo": {
         "method.kl_coef": [0, 0.0],
@@ -250,8 +259,8 @@ def test_a_module_of_the_users_own_that_cannot_be_imported_says_why(tmp_path, mo
         lambda: PromptData(batch_size=0),
         lambda: PromptData(tasks="colors"),
         lambda: ShapesPairs(batch_size=2.0),
-        lambda: Interleave(rounds=0),
-        lambda: Interleave(prompt_scale=[]),
+        lambda: Rounds(rounds=0),
+        lambda: Rounds(prompt_scale=[]),
         lambda: EngineOptions(max_rows=0),
         lambda: WeightedSum({}, {"a": True}),
     ],

@@ -1,4 +1,7 @@
-"""A sweep's jobs by their own records: whichever process they ran in, failures are counted, named and shown."""
+"""A sweep's jobs are known by their own records.
+
+Whichever process they ran in, failures are counted, named and shown.
+"""
 
 import csv
 import json
@@ -62,7 +65,10 @@ def test_a_sweep_of_failures_alone_has_a_page_too(tmp_path):
 
 
 def test_a_worker_that_never_ran_main_records_the_command_of_the_sweep(tmp_path, monkeypatch):
-    """As a launcher does it: another process imports the task function, and nothing of this one's state is there."""
+    """Runs the job as a launcher does.
+
+    Another process imports the task function, and nothing of this one's state is there.
+    """
     monkeypatch.setattr(cli, "command", [])
     launch = Launch("x", ["run.py", "-m", "--config-dir", "mine", "seed=0,1"], True, [])
     (tmp_path / sweep.LAUNCH).write_text(json.dumps(launch._asdict()))

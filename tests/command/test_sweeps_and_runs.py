@@ -1,4 +1,4 @@
-"""The command line from within: folder names of sweeps, what `last` stands for, one-line errors, classes read from source."""
+"""The command line from within: folder names of sweeps, what `last` stands for, one-line errors."""
 
 import sys
 from pathlib import Path
@@ -7,17 +7,17 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from t2i_rl.command import cli
-from t2i_rl.command.class_attributes import class_attribute
+from t2i_rl.command.compose import name_jobs_by_what_differs
+from t2i_rl.command.folder_names import folder_name
 from t2i_rl.command.provenance import record
 from t2i_rl.command.resume import COMPARED, continue_in_place
+from t2i_rl.command.sweep import optimized
 from t2i_rl.core.errors import UserError
-from t2i_rl.evaluation.optimized import optimized
+from t2i_rl.core.places import CONF
 from t2i_rl.methods.identity import own_part
-from t2i_rl.methods.policy.tokens import GRPO
-from t2i_rl.models.autoregressive.janus import Janus
 from tests.support.commands import call
 
+NEEDED = ("paths", "variant", "kind", "family", "presets", "tables")  # by what a resume compares
 FAKE_TASK = "task._target_=tests.command.test_sweeps_and_runs.fake_task"
 seen: list[tuple[str, float, str]] = []
 
@@ -57,7 +57,8 @@ def test_a_bug_keeps_its_traceback(tmp_path, monkeypatch):
 
 
 def test_a_sweep_optimises_what_the_headline_is_about():
-    stages = {name: {"metrics": {"overall": {"mean": value}}} for name, value in (("base_plan", 1), ("trained_turn2", 2), ("trained_stopped", 3))}  # fmt: skip
+    means = {"base_plan": 1, "trained_turn2": 2, "trained_stopped": 3}
+    stages = {name: {"metrics": {"overall": {"mean": mean}}} for name, mean in means.items()}
     headline = {"a": "base_plan", "b": "trained_turn2"}
     assert optimized({"stages": stages, "headline": headline}, "headline") == 2
     assert optimized({"stages": stages, "headline": None}, "overall") == 3
@@ -66,8 +67,12 @@ def test_a_sweep_optimises_what_the_headline_is_about():
 
 @pytest.mark.parametrize(
     ("kind", "checkpoint", "said"),
-    [("grpo", {"irg": {}}, "take method=irg"), ("irg", {"grpo": {}}, "take method=iris"), ("pairs", {}, "give one of this method's")],
-)  # fmt: skip
+    [
+        ("grpo", {"irg": {}}, "take method=irg"),
+        ("irg", {"grpo": {}}, "take method=iris"),
+        ("pairs", {}, "give one of this method's"),
+    ],
+)
 def test_a_checkpoint_of_another_method_is_named(kind, checkpoint, said):
     with pytest.raises(UserError, match=said):
         own_part(checkpoint, kind)
@@ -207,27 +212,27 @@ def test_the_accelerator_is_cuda_or_the_cpu(monkeypatch, available, name):
 
 def test_options_may_stand_anywhere():
     excluded = "hydra.job.config.override_dirname.exclude_keys=['model']"
-    arranged = cli.name_jobs_by_what_differs(["seed=0,1", "model=janus_tiny", "-m", "--config-dir", "mine"])
+    arranged = name_jobs_by_what_differs(["seed=0,1", "model=janus_tiny", "-m", "--config-dir", "mine"])
     assert arranged == ["-m", "--config-dir", "mine", "--", "seed=0,1", "model=janus_tiny", excluded]
-    assert cli.name_jobs_by_what_differs(arranged)[:-2] == arranged[:-1]  # a process that DDP launches does so again
+    assert name_jobs_by_what_differs(arranged)[:-2] == arranged[:-1]  # a process that DDP launches does so again
 
 
 def test_a_long_folder_name_is_cut_and_stays_its_own():
-    first, second = (cli.folder_name(f"experiment=a/b,x={'y' * 300}{tail}") for tail in "12")
-    assert len(first) < 200 and first != second and "/" not in first and cli.folder_name("") == "job"
+    first, second = (folder_name(f"experiment=a/b,x={'y' * 300}{tail}") for tail in "12")
+    assert len(first) < 200 and first != second and "/" not in first and folder_name("") == "job"
 
 
 def finished_run(folder: Path) -> Path:
     """A run folder as task=train leaves it, as far as a resume reads it."""
     from hydra import compose, initialize_config_dir
 
-    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", overrides=["reward=oracle"])
     run = folder / "outputs" / "train" / "it's a run"
     (run / "checkpoints").mkdir(parents=True)
     torch.save({"state_dict": {}, "global_step": 1}, run / "checkpoints" / "last.ckpt")
-    kept = {key: OmegaConf.to_container(cfg, resolve=False)[key] for key in ("paths", "seed", "variant", *COMPARED)}
-    kept["paths"].pop("output_dir")
+    kept = {key: OmegaConf.to_container(cfg, resolve=False)[key] for key in (*NEEDED, *COMPARED)}
+    kept["paths"].pop("output_dir"), kept["presets"].pop("iris_janus_pro")
     OmegaConf.save(OmegaConf.create(kept), run / "config.yaml", resolve=True)
     return run.relative_to(folder)
 
@@ -236,21 +241,16 @@ def test_last_goes_on_in_the_run_and_evaluates_it_elsewhere(tmp_path, monkeypatc
     run = finished_run(tmp_path)
     monkeypatch.chdir(tmp_path)
     quoted = str(run).replace("'", "\\'")
-    train = continue_in_place(["reward=oracle", "ckpt_path=last", "trainer.max_steps=9"], cli.CONF)
+    train = continue_in_place(["reward=oracle", "ckpt_path=last", "trainer.max_steps=9"], CONF)
     assert train == ["reward=oracle", f"hydra.run.dir='{quoted}'", "ckpt_path=last", "trainer.max_steps=9"]
-    evaluated = continue_in_place(["task=evaluate", "reward=oracle", "ckpt_path=last"], cli.CONF)
+    evaluated = continue_in_place(["task=evaluate", "reward=oracle", "ckpt_path=last"], CONF)
     assert evaluated == ["task=evaluate", "reward=oracle", f"ckpt_path='{quoted}/checkpoints/last.ckpt'"]
     for other in (["reward=nsc"], ["reward=oracle", "seed=5"], ["-m", "reward=oracle"]):
         with pytest.raises(UserError):
-            continue_in_place([*other, "ckpt_path=last"], cli.CONF)
+            continue_in_place([*other, "ckpt_path=last"], CONF)
 
 
 def test_a_folder_run_in_again_keeps_where_it_came_from(tmp_path):
     for number in range(3):
-        facts = record(OmegaConf.create({"seed": 0}), tmp_path, ["run.py", f"seed={number}"], [])
+        facts = record(tmp_path, ["run.py", f"seed={number}"], [])
     assert [entry["command"][-6:] for entry in facts["earlier"]] == ["seed=0", "seed=1"]
-
-
-def test_class_attributes_are_read_as_python_reads_them():
-    assert class_attribute("t2i_rl.methods.policy.tokens.GRPO", "trains") == GRPO.trains
-    assert class_attribute("t2i_rl.models.autoregressive.janus.Janus", "family") == Janus.family

@@ -1,13 +1,16 @@
-"""Trouble of the machine is one line that names the fix: no memory, a full disk, a closed folder, a taken port."""
+"""Trouble of the machine is one line that names the fix.
+
+The troubles are no memory, a full disk, a closed folder and a taken port.
+"""
 
 import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from t2i_rl.command import cli
 from t2i_rl.command.rank_watch import RankWatch
 from t2i_rl.command.troubles import as_one_line
+from t2i_rl.core.places import CONF
 from tests.support.commands import call
 
 ERRORS = {
@@ -21,7 +24,7 @@ ERRORS = {
     "closed": PermissionError(13, "Permission denied", "out/checkpoints"),
     "read-only": OSError(30, "Read-only file system", "out"),
     "port": RuntimeError("The server socket has failed to listen. port: 1, code: -98, name: EADDRINUSE"),
-}  # fmt: skip
+}
 
 
 def raising(kind: str):
@@ -49,9 +52,9 @@ task = raising("gpu")
         ("read-only", [], ("cannot be written (Read-only file system)",)),
         ("port", [], ("MASTER_PORT", "taken")),
     ],
-)  # fmt: skip
+)
 def test_trouble_names_its_fix(tmp_path, monkeypatch, kind, settings, named):
-    with initialize_config_dir(str(cli.CONF), version_base="1.3"):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("config", settings)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out" / "checkpoints").mkdir(parents=True)

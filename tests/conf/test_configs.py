@@ -1,22 +1,28 @@
-"""Every shipped YAML: it opens by saying what it is and how to use it, composes, resolves, and names classes that exist."""
+"""Every shipped YAML says what it is and how to use it.
+
+It composes, resolves, and names classes that exist.
+"""
 
 import re
 from pathlib import Path
 
 import pytest
-from hydra.utils import get_object
+from hydra.utils import get_class, get_object
 from omegaconf import OmegaConf
 
-from t2i_rl.command.cli import CONF, one_line
+from t2i_rl.command.checks import check_config
 from t2i_rl.command.manual import GROUPS, summary
+from t2i_rl.command.messages import one_line
 from t2i_rl.command.settings import check_root, check_settings
 from t2i_rl.core.errors import UserError
+from t2i_rl.core.places import CONF
+from t2i_rl.core.stated import STATED
+from t2i_rl.core.used_settings import TABLES, written_out
 from t2i_rl.tasks import export
-from t2i_rl.tasks.part_checks import made_judge
+from t2i_rl.tasks.examine import made_judge
 from tests.support.commands import composed
 
-TABLES = CONF / "method" / "variant"  # of presets, which the configs of methods read
-FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml" and path.parent != TABLES)
+FILES = sorted(path for path in CONF.rglob("*.yaml") if path.name != "config.yaml")
 GIVEN = {  # what has no default
     "data/prompts": ["data.path=prompts.jsonl"],
     "data/t2i_r1": ["data.path=prompts.jsonl"],
@@ -24,6 +30,7 @@ GIVEN = {  # what has no default
     "reward/t2i_r1": ["reward.parts.orm.path=orm"],
     "experiment/t2i_r1_janus_pro_7b": ["data.path=prompts.jsonl", "reward.parts.orm.path=orm"],
     "model/janus": ["path=somewhere"],
+    "variant/paper": ["method=agsm", "model=sd_tiny"],
     "data/coco": ["data.path=coco"],
     "data/preferences": ["data.path=preferences"],
     "method/diffusion_dpo": ["data.path=preferences"],
@@ -125,15 +132,88 @@ def test_unknown_keys_and_choices_fail_in_one_line(override):
     assert "\n" not in one_line(error.value)
 
 
-@pytest.mark.parametrize(
-    ("overrides", "setting", "choices"),
-    [([], "reward.aggregation", "ours, released"), (["method=agsm", "model=sd_tiny"], "method.tokens", "ours, paper")],
-)
-def test_a_variant_that_is_none_is_refused_in_plain_words(overrides, setting, choices):
-    config = composed(*overrides, "variant=published")
+def own_settings(*overrides: str):
+    """A config as a job gets it, without Hydra's part."""
+    config = composed("trainer=cpu", *overrides)
+    return OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+
+
+def test_a_variant_that_is_none_is_refused_in_plain_words():
     with pytest.raises(Exception) as error:
-        OmegaConf.select(config, setting)
-    assert one_line(error.value).startswith(f"variant must be one of {choices}")
+        composed("variant=published")
+    assert one_line(error.value) == "there is no variant=published; choose from ours, paper, released"
+    with pytest.raises(
+        UserError, match="^variant must be one of ours, released with this method and reward, not 'paper'"
+    ):
+        check_config(own_settings("variant=paper"))
+
+
+def test_a_variant_is_a_choice_and_no_value():
+    config = own_settings("method=agsm", "model=sd_tiny")
+    check_config(config)
+    config.variant = "released"
+    with pytest.raises(UserError, match="variant=released is a choice of a group.*`- override /variant: released`"):
+        check_config(config)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "numbers"),
+    [
+        (["method=softrepa", "model=sd_tiny"], {"method.temperature": 0.07, "method.times": "per_image"}),
+        (["method=softrepa", "model=sd_tiny", "variant=released"], {"method.denoising_weight": 10.0}),
+        (["method=softrepa", "model=sdxl", "variant=released", "data=coco", "data.path=x"], {"method.buckets": 0}),
+        (["method=agsm", "model=sd_tiny"], {"method.gamma_negative": 1.0, "method.temperature": 0.1}),
+        (["method=agsm", "model=sd3_tiny", "variant=paper"], {"method.position": "start", "method.reduction": "sum"}),
+        (["method=agsm", "model=flux_tiny", "variant=released"], {"method.average_init": "independent"}),
+        (["method=agsm", "model=sd_tiny", "method.temperature=0.2"], {"method.temperature": 0.2}),
+        (["method=iris_lora", "variant=released"], {"method.loss_reduction": "prompt", "reward.constant": "kept"}),
+        ([], {"trainer.max_steps": 40, "mode": "plan", "model.chat.final_stop": "strip"}),
+        (["model=sd_tiny"], {"trainer.max_steps": 200, "mode": "direct"}),
+        (["method=irg"], {"trainer.max_steps": 1200, "mode": "turns"}),
+        (["method=irg_grpo", "trainer.max_steps=3"], {"trainer.max_steps": 3, "mode": "turns"}),
+    ],
+)
+def test_a_config_that_is_written_down_holds_its_numbers_and_no_table(overrides, numbers, tmp_path):
+    config = OmegaConf.create(written_out(own_settings(*overrides)))
+    assert {key: OmegaConf.select(config, key) for key in numbers} == numbers
+    assert not set(TABLES) & set(config) and "${" not in OmegaConf.to_yaml(config)
+
+
+@pytest.mark.parametrize("group", STATED)
+def test_what_a_config_says_of_its_class_the_class_says_too(group):
+    for path in (CONF / group).glob("*.yaml"):
+        given = GIVEN.get(f"{group}/{path.stem}", [])
+        config = own_settings(f"{group}={path.stem}", *given)
+        kind = get_class(config[group]._target_)
+        for name in STATED[group]:
+            own = getattr(kind, name)
+            own = sorted(own) if isinstance(own, (frozenset, tuple)) else own or None
+            said = config[group].get(name)
+            assert (sorted(said) if OmegaConf.is_list(said) else said) == own, f"{path}: {name}"
+
+
+class Mine:
+    """Stands for classes of a user's own, whose configs say nothing of them."""
+
+    family, mode, steps, stages, trains = "autoregressive", "turns", 7, ("base_turns",), frozenset({"diffusion"})
+
+
+def test_a_class_of_the_users_own_speaks_for_itself():
+    config = composed(f"model._target_={__name__}.Mine", "~model.family", f"method._target_={__name__}.Mine")
+    assert (config.family, config.mode, config.trainer.max_steps) == ("autoregressive", "turns", 7)
+    assert list(config.evaluation.stages) == ["base_turns"]
+    config = composed("model=sd_tiny", "model._target_=nowhere.Mine", "~model.family", "~model.kind", "method=agsm")
+    assert config.family == "autoregressive" and config.method.gamma_negative == 0.1  # refused where classes are
+
+
+def test_the_oracle_is_watched_where_the_benchmark_is_its_own(tmp_path):
+    assert composed().watch == {"oracle": {"_target_": "t2i_rl.rewards.oracle.Oracle", "kind": "strict"}}
+    assert composed("~watch.oracle").watch == {}
+    assert set(composed("~watch.oracle", "+reward@watch.nsc=nsc").watch) == {"nsc"}
+    assert set(composed("+reward@watch.nsc=nsc").watch) == {"oracle", "nsc"}
+    (tmp_path / "benchmark").mkdir()
+    (tmp_path / "benchmark" / "mine.yaml").write_text("_target_: mine.Benchmark\n")
+    assert composed(f"hydra.searchpath=[file://{tmp_path}]", "benchmark=mine").watch == {}
 
 
 def test_removing_and_adding_works_as_typed():
@@ -167,4 +247,4 @@ def test_an_adapter_on_other_weights_than_the_models_is_not_exported_alone(tmp_p
         f"task.out={tmp_path / 'out'}",
     )
     with pytest.raises(UserError, match="sits on the weights of method.start_from"):
-        export.run(cfg)
+        export.check(cfg)

@@ -1,4 +1,5 @@
-"""A checkpoint is whole or not there: while it is written, upon a full disk, after a kill, and where the file given is something else."""
+"""A checkpoint is whole or not there: while it is written, upon a full disk, after a kill, and
+where the file given is something else."""
 
 import os
 import pickle
@@ -16,13 +17,13 @@ from hydra.utils import instantiate
 from safetensors.torch import save_file
 
 from t2i_rl.callbacks.checkpoint import CheckpointEvery
-from t2i_rl.command import cli
 from t2i_rl.command.resume import continue_in_place
 from t2i_rl.core import checkpoints
 from t2i_rl.core.checkpoint_io import WholeCheckpoints
 from t2i_rl.core.checkpoints import newest_whole, read_checkpoint, write_checkpoint
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.files import replacing_folder
+from t2i_rl.core.places import CONF, PACKAGE
 from t2i_rl.models.diffusion.soft_tokens import SoftTokens, TokenSpec
 from t2i_rl.models.diffusion.stable_diffusion import StableDiffusion
 from t2i_rl.pretrain.fit import fit
@@ -72,7 +73,7 @@ def test_a_kill_while_writing_leaves_the_checkpoint_of_before_and_the_next_save_
     write_checkpoint(of_step(1), tmp_path / "last.ckpt")
     child = os.fork()
     if child == 0:
-        checkpoints.torch.save = lambda checkpoint, file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), 9))
+        torch.save = lambda checkpoint, file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), 9))
         write_checkpoint(of_step(2), tmp_path / "last.ckpt")
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert step_of(tmp_path / "last.ckpt") == 1 and len(list(tmp_path.iterdir())) == 2
@@ -111,7 +112,7 @@ def test_training_writes_nothing_into_the_temporary_folder(tmp_path, monkeypatch
     assert step_of(tmp_path / "last.ckpt") == 8
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (cli.CONF / "trainer").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "trainer").glob("*.yaml")))
 def test_every_trainer_writes_checkpoints_so(name):
     cfg = composed(f"trainer={name}", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.default_root_dir=x")
     trainer = instantiate(cfg.trainer, logger=False)
@@ -147,7 +148,7 @@ def test_last_falls_back_to_the_previous_checkpoint_with_a_line(tmp_path, monkey
     folder = finished_run(tmp_path) / "checkpoints"
     write_checkpoint(of_step(1), folder / "previous.ckpt")
     (folder / "last.ckpt").unlink() if broken is None else (folder / "last.ckpt").write_bytes(broken)
-    evaluated = continue_in_place(["task=evaluate", "reward=oracle", "ckpt_path=last"], cli.CONF)
+    evaluated = continue_in_place(["task=evaluate", "reward=oracle", "ckpt_path=last"], CONF)
     assert evaluated[-1].endswith("/checkpoints/previous.ckpt'") and "last.ckpt" in capsys.readouterr().out
     assert newest_whole(folder).name == "previous.ckpt"
     (folder / "previous.ckpt").write_bytes(b"broken too")
@@ -161,18 +162,27 @@ def foreign_files(folder: Path) -> dict[str, Path]:
     whole = (folder / "whole").read_bytes()
     save_file({"weight": torch.zeros(2)}, folder / "weights.safetensors")
     contents = {
-        "the file is empty": b"", "cut short or damaged": whole[: len(whole) // 2], "not those of torch.save": b"a red circle\n", "damaged": b"PK\x03\x04rest",
-        "cut short": pickle.dumps({"state_dict": os.system}), "bytes": bytes(range(200)),
-    }  # fmt: skip
+        "the file is empty": b"",
+        "cut short or damaged": whole[: len(whole) // 2],
+        "not those of torch.save": b"a red circle\n",
+        "damaged": b"PK\x03\x04rest",
+        "cut short": pickle.dumps({"state_dict": os.system}),
+        "bytes": bytes(range(200)),
+    }
     for number, content in enumerate(contents.values()):
         (folder / f"{number}.ckpt").write_bytes(content)
     files = {words: folder / f"{number}.ckpt" for number, words in enumerate(contents)}
-    for words, held in (("another program", {"state_dict": {"a": 5}, "global_step": 1}), ("weights alone", {"weight": torch.zeros(2)})):  # fmt: skip
+    for words, held in (
+        ("another program", {"state_dict": {"a": 5}, "global_step": 1}),
+        ("weights alone", {"weight": torch.zeros(2)}),
+    ):
         torch.save(held, folder / words)
         files[words] = folder / words
     return files | {
-        "is a safetensors file": folder / "weights.safetensors", "is a folder": folder, "no such file": folder / "none.ckpt",
-    }  # fmt: skip
+        "is a safetensors file": folder / "weights.safetensors",
+        "is a folder": folder,
+        "no such file": folder / "none.ckpt",
+    }
 
 
 def test_anything_else_given_as_a_checkpoint_is_named_in_one_line(tmp_path):
@@ -182,8 +192,12 @@ def test_anything_else_given_as_a_checkpoint_is_named_in_one_line(tmp_path):
         assert str(refusal.value).startswith(f"method.start_from={path}") and "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("arguments", [["task=evaluate"], ["task=generate", "prompt=a red circle"], ["task=train"], ["task=export"]])  # fmt: skip
-def test_a_foreign_checkpoint_is_refused_on_the_command_line_before_any_weight_loads(tmp_path, monkeypatch, capfd, arguments):  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments", [["task=evaluate"], ["task=generate", "prompt=a red circle"], ["task=train"], ["task=export"]]
+)
+def test_a_foreign_checkpoint_is_refused_on_the_command_line_before_any_weight_loads(
+    tmp_path, monkeypatch, capfd, arguments
+):
     monkeypatch.setattr("t2i_rl.models.autoregressive.janus.load_pretrained", None)
     (tmp_path / "half.ckpt").write_bytes(b"PK half")
     assert call(monkeypatch, tmp_path, *arguments, "ckpt_path=half.ckpt") == 2
@@ -197,10 +211,10 @@ def test_foreign_soft_tokens_are_refused_in_one_line_before_any_weight_loads(tmp
     files["of another model"] = SoftTokens(replace(spec, architecture="SD3")).save(tmp_path / "sd3.safetensors")
     header = files["of another shape"].read_bytes().replace(b'\\"tokens\\": 4', b'\\"tokens\\": 9')
     files["of another shape"].write_bytes(header)
-    settings = {"path": str(cli.PACKAGE / "weights" / "sd_tiny")}
+    settings = {"path": str(PACKAGE / "weights" / "sd_tiny")}
     for path in files.values():
         with pytest.raises(UserError, match=r"soft.tokens") as refusal:
-            StableDiffusion.check_soft_tokens({**settings, "soft_tokens": path})
+            StableDiffusion.check({**settings, "soft_tokens": path})
         assert str(path) in str(refusal.value) and "\n" not in str(refusal.value)
     drawing = [
         "task=generate",

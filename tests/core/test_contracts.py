@@ -1,5 +1,7 @@
-"""What a reward, a benchmark and a data module of a user's own must give is asked in one line that names the class."""
+"""What a reward, a benchmark and a data module of a user's own must give is asked in one line that
+names the class."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,9 +9,15 @@ import pytest
 import torch
 
 from t2i_rl.benchmarks.shapes import Shapes
-from t2i_rl.command.checks import _check_method
-from t2i_rl.core.contract_checks import check_benchmark, check_reward, checked, features_of, verdicts_of
-from t2i_rl.core.contracts import Benchmark, Reward, RewardOutput, Verdict
+from t2i_rl.core.contract_checks import (
+    check_benchmark,
+    check_reward,
+    checked,
+    features_of,
+    measured_of,
+    verdicts_of,
+)
+from t2i_rl.core.contracts import Benchmark, Column, Reward, RewardOutput, Verdict
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.prompts import Prompt
 from t2i_rl.data.base import Data, check_data
@@ -20,6 +28,7 @@ from t2i_rl.rewards.oracle import Oracle
 from t2i_rl.rewards.random import Random
 from t2i_rl.rewards.self_certainty import SelfCertainty
 from t2i_rl.rewards.weighted_sum import WeightedSum
+from t2i_rl.tasks.examine import check_method
 from t2i_rl.tasks.optimize_noise import judging
 from tests.support.commands import composed
 
@@ -103,13 +112,13 @@ def test_what_is_known_of_the_class_is_asked_before_anything_is_made(arguments, 
     node = cfg.reward if key == "reward" else cfg.watch.oracle
     node._target_ = f"{__name__}.Silent"
     with pytest.raises(UserError, match="Silent must derive from t2i_rl.Reward"):
-        _check_method(cfg)
+        check_method(cfg, training=True)
 
 
 @pytest.mark.parametrize("arguments", [("method=irg_grpo",), ("method=noise_search",)])
 def test_a_watched_reward_of_tokens_is_refused_where_pictures_alone_are_judged(arguments):
     with pytest.raises(UserError, match="watch.nsc"):
-        _check_method(composed(*arguments, "+reward@watch.nsc=nsc", "trainer.accelerator=cpu"))
+        check_method(composed(*arguments, "+reward@watch.nsc=nsc", "trainer.accelerator=cpu"), training=True)
 
 
 class Board(Benchmark):
@@ -181,13 +190,51 @@ def test_what_a_judge_gives_is_a_verdict_a_picture(verdicts, named):
         verdicts_of(board(judge=lambda self, images, prompts: verdicts), IMAGES, PROMPTS)
 
 
-@pytest.mark.parametrize(
-    "features", [None, np.zeros(2), np.zeros((1, 3)), np.full((2, 3), np.nan), np.array([["a"]] * 2)]
-)
-def test_features_are_a_row_of_finite_numbers_a_picture(features):
+@pytest.mark.parametrize("features", [np.zeros(2), np.zeros((1, 3)), np.full((2, 3), np.nan), np.array([["a"]] * 2)])
+def test_features_are_a_row_of_finite_numbers_a_picture_or_none_at_all(features):
     assert features_of(Board(), IMAGES).shape == (2, 48)
+    assert features_of(board(features=lambda self, images: None), IMAGES) is None
     with pytest.raises(UserError, match="Board.features must give"):
         features_of(board(features=lambda self, images: features), IMAGES)
+
+
+DARK, COUNTED = Column("dark", "dark pictures"), Column("counted", tasks=("counting",))
+
+
+@pytest.mark.parametrize(
+    ("columns", "named"),
+    [
+        (("dark",), r"several t2i_rl.Column, like \(Column"),
+        (Column("dark"), "several t2i_rl.Column"),
+        ((DARK, Column("dark")), "'dark' is none"),
+        ((Column("overall"),), "'overall' is none"),
+        ((Column("task/color"),), "'task/color' is none"),
+        ((Column("dark", tasks="color"),), "tasks of its column dark as several names"),
+    ],
+)
+def test_columns_have_names_of_their_own(columns, named):
+    check_benchmark(board(columns=(DARK, COUNTED)))
+    with pytest.raises(UserError, match=f"Board.*{named}"):
+        check_benchmark(board(columns=columns))
+
+
+@pytest.mark.parametrize(
+    ("values", "named"),
+    [
+        ({"light": 1.0}, r"a dict by the names of its columns \(dark, counted\)"),
+        ([1.0], "a dict by the names"),
+        ({"dark": float("nan")}, "finite numbers: dark is nan"),
+        ({"dark": "yes"}, "finite numbers: dark is 'yes'"),
+    ],
+)
+def test_what_is_measured_is_a_number_by_the_name_of_a_column_on_its_tasks(values, named):
+    verdict, both = Verdict(True, True, 1.0), {"dark": True, "counted": 2}
+    mine = board(columns=(DARK, COUNTED), measured=lambda self, prompt, verdict: both)
+    assert measured_of(mine, PROMPTS[0], verdict) == {"dark": 1.0}  # a prompt of another task than counting
+    assert measured_of(mine, replace(PROMPTS[0], tag="counting"), verdict) == {"dark": 1.0, "counted": 2.0}
+    broken = board(columns=(DARK, COUNTED), measured=lambda self, prompt, verdict: values)
+    with pytest.raises(UserError, match=f"Board.measured must give {named}"):
+        measured_of(broken, PROMPTS[0], verdict)
 
 
 class Endless(Data):

@@ -1,4 +1,5 @@
-"""Nothing that is not finite goes further, on any path: it stops in one line, before it is a picture, a token, a shard or a file."""
+"""Nothing that is not finite goes further, on any path: it stops in one line, before it is a
+picture, a token, a shard or a file."""
 
 import json
 from functools import partial
@@ -17,7 +18,7 @@ from t2i_rl.core.pixels import to_bytes
 from t2i_rl.core.prompts import Prompt
 from t2i_rl.data.encodings import KINDS, Encodings, finished, write_shard
 from t2i_rl.gaussianity.regularizer import Regularizer
-from t2i_rl.methods.irg.rounds import Interleave
+from t2i_rl.methods.irg.rounds import Rounds
 from t2i_rl.methods.irg.training import IRG
 from t2i_rl.methods.noise.base import Case
 from t2i_rl.methods.noise.climb import NoiseOptimization
@@ -47,8 +48,8 @@ SGD = partial(torch.optim.SGD, lr=0.1)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    made = {kind: str(pipeline(kind, root / kind)) for kind in ("sd15", "sd3", "flux")}
-    return made | {"janus": save_tiny_janus(root / "janus")}
+    folders = {kind: str(pipeline(kind, root / kind)) for kind in ("sd15", "sd3", "flux")}
+    return folders | {"janus": save_tiny_janus(root / "janus")}
 
 
 def load(kind: str, folders):
@@ -117,13 +118,16 @@ def test_a_broken_encoder_gives_no_latents_to_train_or_edit(folders):
         model.encode_images(torch.zeros(1, 3, 32, 32), torch.zeros(1, *model.latent_shape))
 
 
-@pytest.mark.parametrize("part, mode, words", [
-    ("lm_head", "plan", "logits of the text"),
-    ("model.language_model", "plan", "logits of the text"),
-    ("model.language_model", "direct", "logits of the image"),
-    ("model.generation_head", "direct", "logits of the image"),
-    ("model.vqmodel.decoder", "direct", "pixels that the model drew"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "part, mode, words",
+    [
+        ("lm_head", "plan", "logits of the text"),
+        ("model.language_model", "plan", "logits of the text"),
+        ("model.language_model", "direct", "logits of the image"),
+        ("model.generation_head", "direct", "logits of the image"),
+        ("model.vqmodel.decoder", "direct", "pixels that the model drew"),
+    ],
+)
 def test_a_nan_in_the_weights_of_an_autoregressive_model_becomes_no_token(part, mode, words, folders):
     model = load("janus", folders)
     spoil(model.model.get_submodule(part))
@@ -176,24 +180,24 @@ def test_large_finite_weights_are_let_through():
 
 
 def test_a_recogniser_whose_weights_are_not_finite_does_not_load(tmp_path):
-    made = Recognizer(width=16)
-    spoil(made)
+    recognizer = Recognizer(width=16)
+    spoil(recognizer)
     (tmp_path / "config.json").write_text(json.dumps({"width": 16}))
-    (tmp_path / "model.safetensors").write_bytes(save(made.state_dict()))
+    (tmp_path / "model.safetensors").write_bytes(save(recognizer.state_dict()))
     with pytest.raises(UserError, match="not finite"):
         Recognizer.load(tmp_path)
 
 
 def methods(folders) -> list[L.LightningModule]:
     """One of each kind that keeps checkpoints, with the average of those that keep one."""
-    made = [
+    methods = [
         AGSM(load("sd3", folders), SGD),
         GRPO(load("janus", folders), SelfCertainty(), SGD, max_grad_norm=None),
-        IRG(load("janus", folders), Interleave(), SGD),
+        IRG(load("janus", folders), Rounds(), SGD),
     ]
-    for method in made:
+    for method in methods:
         method._trainer = SimpleNamespace(is_global_zero=True, global_step=0)
-    return made
+    return methods
 
 
 def saved(method) -> dict:

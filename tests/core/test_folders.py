@@ -1,4 +1,5 @@
-"""Folders of runs: a name of its own for each, one for all its ranks, and a lock that a kill does not leave shut."""
+"""Folders of runs: a name of its own for each, one for all its ranks, and a lock that a kill does
+not leave shut."""
 
 import json
 import os
@@ -85,7 +86,8 @@ def test_a_sweep_in_use_is_refused_as_well(tmp_path, monkeypatch, capfd):
 
 
 def left_by(host: str, folder) -> Lock:
-    """The lock as a process of another machine leaves it when it is killed; this machine's kernel sees none."""
+    """The lock as a process of another machine leaves it when it is killed; this machine's kernel
+    sees none."""
     folder.mkdir()
     lock = Lock(folder)
     lock.path.write_text(json.dumps({"host": host, "pid": 4711}))

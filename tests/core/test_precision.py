@@ -1,4 +1,5 @@
-"""bfloat16 where the processor has instructions for it, float32 where it has none; what was chosen is said, what is given is obeyed."""
+"""bfloat16 where the processor has instructions for it, float32 where it has none; what was chosen
+is said, what is given is obeyed."""
 
 import pytest
 import torch
@@ -45,9 +46,9 @@ def composed(*overrides: str):
 def test_whatever_is_made_here_asks_the_processor_first(cpuinfo, chosen, monkeypatch, tmp_path):
     on(cpuinfo, monkeypatch, tmp_path)
     recipes = composed("task=pretrain").task.recipes
-    found = {node[key] for recipe in recipes.values() for node in recipe.values() if OmegaConf.is_dict(node)
-             for key in node if key == "precision"}  # fmt: skip
-    assert found == {chosen}
+    stages = [stage for recipe in recipes.values() for stage in recipe.values() if OmegaConf.is_dict(stage)]
+    precisions = {stage["precision"] for stage in stages if "precision" in stage}
+    assert precisions == {chosen}
     assert composed("task=make_recognizer").task.precision == chosen
     experiment = composed("experiment=alignment_shapes")
     assert experiment.trainer.precision == chosen

@@ -1,4 +1,5 @@
-"""Whoever looks at a log sees how far a run is: a line of steps, of how many, what is measured, time spent and time left."""
+"""Whoever looks at a log sees how far a run is: a line of steps, of how many, what is measured,
+time spent and time left."""
 
 import re
 
@@ -7,9 +8,9 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from t2i_rl.callbacks.progress import Progress as StepProgress
+from t2i_rl.callbacks.progress import Progress
 from t2i_rl.core import progress
-from t2i_rl.core.progress import Lines, Progress, duration, tracked
+from t2i_rl.core.progress import Lines, ProgressCounter, duration, tracked
 
 
 class Line(L.LightningModule):
@@ -40,7 +41,7 @@ def trainer(tmp_path, max_steps: int, every_seconds: float) -> L.Trainer:
         enable_model_summary=False,
         max_steps=max_steps,
         default_root_dir=tmp_path,
-        callbacks=[StepProgress(every_seconds)],
+        callbacks=[Progress(every_seconds)],
         enable_checkpointing=False,
     )
 
@@ -93,7 +94,7 @@ def test_a_duration_reads_as_people_say_it(seconds, text):
 
 def test_other_long_work_says_how_far_it_is_too(capsys):
     assert list(tracked("abc", "drawing", "batch")) == ["a", "b", "c"]
-    with Progress("making", 10, "prompt", done=4) as making:
+    with ProgressCounter("making", 10, "prompt", done=4) as making:
         making.advance(6, "4 left out")
     said = capsys.readouterr().out
     assert "drawing: batch 1 of 3" in said and "drawing: batch 3 of 3" in said

@@ -1,4 +1,5 @@
-"""Files of prompts: what belongs to a row, which files are JSON, and rows that are refused with their place."""
+"""Files of prompts: what belongs to a row, which files are JSON, and rows that are refused with
+their place."""
 
 import json
 from types import SimpleNamespace

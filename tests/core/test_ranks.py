@@ -34,7 +34,7 @@ def _nothing_set(monkeypatch):
         ({"LOCAL_RANK": "1", ranks.LAUNCHED_BY: "1", "NODE_RANK": "0", "WORLD_SIZE": "2"}, "lightning", 1, 1),
         ({"NODE_RANK": "1", "WORLD_SIZE": "4"}, "hand", 1 << 16, 0),
     ],
-)  # fmt: skip
+)
 def test_every_launcher_numbers_its_processes(monkeypatch, environment, started_by, number, on_its_machine):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
@@ -54,7 +54,7 @@ def test_every_launcher_numbers_its_processes(monkeypatch, environment, started_
         ({**SRUN, "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}, 4, 4, "cuda:3"),
         ({**SRUN, "SLURM_PROCID": "3", "SLURM_LOCALID": "3"}, 1, 4, "cuda:0"),
     ],
-)  # fmt: skip
+)
 def test_a_process_loads_onto_the_gpu_that_its_trainer_takes(monkeypatch, environment, seen, devices, gpu):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)

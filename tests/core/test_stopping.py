@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: exit codes, what is said and kept; a second one ends at once; sweeps say what was not run."""
+"""Ctrl-C and SIGTERM: exit codes, what is said and kept; a second one ends at once; sweeps say what
+was not run."""
 
 import json
 import os
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from t2i_rl.command.cli import CONF
 from t2i_rl.core import stopping
+from t2i_rl.core.places import CONF
 from tests.support.commands import call
 
 STOPPED = "task._target_=tests.core.test_stopping.stopped_task"

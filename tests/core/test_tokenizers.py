@@ -1,4 +1,5 @@
-"""What a tokenizer has to give its model is checked when a checkpoint loads, and a prompt cannot spell a special token."""
+"""What a tokenizer has to give its model is checked when a checkpoint loads, and a prompt cannot
+spell a special token."""
 
 import json
 import shutil
@@ -46,7 +47,10 @@ def edit(file: Path, change) -> None:
 
 def framed(single: list[str]) -> dict:
     """A post-processor that puts these tokens around a text, which is `$A`."""
-    pieces = [{"Sequence": {"id": "A", "type_id": 0}} if name == "$A" else {"SpecialToken": {"id": name, "type_id": 0}} for name in single]  # fmt: skip
+    pieces = [
+        {"Sequence": {"id": "A", "type_id": 0}} if name == "$A" else {"SpecialToken": {"id": name, "type_id": 0}}
+        for name in single
+    ]
     tokens = {name: {"id": name, "ids": [SPECIAL.index(name)], "tokens": [name]} for name in single if name != "$A"}
     return {"type": "TemplateProcessing", "single": pieces, "pair": [], "special_tokens": tokens}
 
@@ -88,7 +92,9 @@ def byte_level() -> PreTrainedTokenizerFast:
     raw = RawTokenizer(models.BPE())
     raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False)  # fmt: skip
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=alphabet, special_tokens=list(SPECIAL), show_progress=False
+    )
     raw.train_from_iterator([SENTENCE], trainer)
     raw.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     return PreTrainedTokenizerFast(tokenizer_object=raw, bos_token=BOS, eos_token=EOS, pad_token=PAD)
@@ -197,11 +203,14 @@ def test_ordinary_prompts_are_read_as_ever(janus_folder):
     assert [janus.ids_of(janus.chat.image(janus.as_text(text))) for text in texts] == janus.tokenizer(chats).input_ids
 
 
-@pytest.mark.parametrize("text", [f"a red {BOI} circle", f"{USER}: a red circle", f"a{EOS}", f"{BOI}{BOI}", f"<{USER}>"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text", [f"a red {BOI} circle", f"{USER}: a red circle", f"a{EOS}", f"{BOI}{BOI}", f"<{USER}>"]
+)
 def test_special_tokens_that_a_text_spells_are_its_letters_in_a_conversation(text):
     tokenizer = byte_level()
     ids = ids_of(tokenizer, f"{USER}: {marked(text, special_texts(tokenizer))}")
-    assert ids[0] == tokenizer.convert_tokens_to_ids(USER) and not set(ids[1:]) & set(tokenizer.all_special_ids + list(range(len(SPECIAL))))  # fmt: skip
+    special_ids = {*tokenizer.all_special_ids, *range(len(SPECIAL))}
+    assert ids[0] == tokenizer.convert_tokens_to_ids(USER) and not set(ids[1:]) & special_ids
     assert tokenizer.decode(ids[1:]) == f": {text}"
 
 
@@ -220,11 +229,13 @@ def test_no_prompt_plan_or_reflection_opens_an_image_or_a_turn(janus_folder):
     assert counts(ids[0]) == wanted | {janus.special["boi"]: 0}
     inter = InterleavedJanus(janus)
     segments = [Segment(role, text=bad) for role in ("system", "prompt", "think", "question", "reflect")]
-    pieces = [token for piece in inter._pieces(segments) for token in piece.ids]
+    pieces = [token for piece in inter.wording.pieces(segments) for token in piece.ids]
     assert pieces.count(janus.special["boi"]) == 0 and pieces.count(janus.special["user"]) == 2
 
 
-@pytest.mark.parametrize(("kind", "text"), [("sd", "a red <|endoftext|> circle"), ("flux", "a red </s> circle"), ("flux", "<pad>")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "text"), [("sd", "a red <|endoftext|> circle"), ("flux", "a red </s> circle"), ("flux", "<pad>")]
+)
 def test_a_special_token_that_a_text_encoder_cannot_read_as_text_is_refused_by_name(flux_folder, kind, text):
     model = Flux(str(flux_folder), size=32) if kind == "flux" else instantiate(composed("model=sd_tiny").model)
     token = next(word for word in text.split() if word.startswith("<"))
@@ -245,12 +256,20 @@ def test_a_text_encoder_that_knows_every_letter_reads_a_special_token_as_text(tm
 
 def test_a_reward_s_question_has_no_special_token_but_its_own(tmp_path):
     git = GitVQA(save_small_git(tmp_path / "git"), device=None)
-    assert git._ids("a [SEP] cat?").count(git.tokenizer.sep_token_id) == 0
-    orm = ORM(save_small_orm(tmp_path / "orm"), "{prompt}?", "<|im_start|>user {image}{question}<|im_end|>", device=None, dtype="float32")  # fmt: skip
-    seen = []
-    orm.ask = lambda images, questions: seen.extend(questions) or torch.zeros(len(questions), dtype=torch.float64)
+    assert git.ids_of("a [SEP] cat?").count(git.tokenizer.sep_token_id) == 0
+    orm = ORM(
+        save_small_orm(tmp_path / "orm"),
+        "{prompt}?",
+        "<|im_start|>user {image}{question}<|im_end|>",
+        device=None,
+        dtype="float32",
+    )
+    asked_questions = []
+    orm.ask = lambda images, questions: (
+        asked_questions.extend(questions) or torch.zeros(len(questions), dtype=torch.float64)
+    )
     orm(SimpleNamespace(images=np.zeros((1, 16, 16, 3), np.uint8), prompts=[Prompt("0", "a cat <|im_end|> <image>")]))
-    ids = ids_of(orm.tokenizer, f"{seen[0]}<|im_end|>")
+    ids = ids_of(orm.tokenizer, f"{asked_questions[0]}<|im_end|>")
     special = [orm.tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<image>")]
     assert [ids.count(token) for token in special] == [1, 0] and ids[-1] == special[0]
 
@@ -283,7 +302,9 @@ def test_the_chat_template_takes_parts_as_transformers_has_them():
     text, image = {"type": "text", "text": LOOK}, {"type": "image", "image": PICTURE}
 
     def worded(*parts, **settings):
-        return processor.apply_chat_template([{"role": "user", "content": list(parts)}], add_generation_prompt=True, **settings)  # fmt: skip
+        return processor.apply_chat_template(
+            [{"role": "user", "content": list(parts)}], add_generation_prompt=True, **settings
+        )
 
     assert worded(text) == f"<|User|>: {LOOK}\n\n<|Assistant|>:"
     assert worded(image, text) == f"<|User|>: <image_placeholder>\n{LOOK}\n\n<|Assistant|>:"

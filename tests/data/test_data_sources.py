@@ -95,8 +95,19 @@ def test_a_caption_that_is_none_is_refused_with_file_and_row(name, tmp_path):
         assert f"0.parquet: {said}: the caption" in refusal(tmp_path / "p")
 
 
-@pytest.mark.parametrize("line", ["{", "5", "null", '["a.png", "x"]', '{"text": "x"}', '{"file_name": 5, "text": "x"}',
-                                  '{"file_name": "a.png"}', '{"file_name": "", "text": "x"}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "5",
+        "null",
+        '["a.png", "x"]',
+        '{"text": "x"}',
+        '{"file_name": 5, "text": "x"}',
+        '{"file_name": "a.png"}',
+        '{"file_name": "", "text": "x"}',
+    ],
+)
 def test_a_broken_row_of_metadata_is_named(line, tmp_path):
     assert "metadata.jsonl:3" in refusal(metadata(tmp_path, {"file_name": "a.png", "text": "x"}, "", line))
 
@@ -119,15 +130,21 @@ IMAGES, TEXTS = [{"id": 1, "file_name": "a.png"}], [{"id": 9, "image_id": 1, "ca
         ({"images": IMAGES}, "no list 'annotations'"),
         ({"images": IMAGES, "annotations": None}, "no list 'annotations'"),
         ({"images": IMAGES, "annotations": [{"id": 9, "image_id": 1}]}, "annotations: id 9: there is no caption"),
-        ({"images": IMAGES, "annotations": [{"image_id": 1, "caption": "x"}]}, "annotations: row 0: not an object with an id"),
+        (
+            {"images": IMAGES, "annotations": [{"image_id": 1, "caption": "x"}]},
+            "annotations: row 0: not an object with an id",
+        ),
         ({"images": IMAGES, "annotations": [5]}, "annotations: row 0: not an object with an id"),
         ({"images": IMAGES, "annotations": TEXTS * 2}, "annotations: row 1: the id 9 stands twice"),
         ({"images": IMAGES * 2, "annotations": TEXTS}, "images: row 1: the id 1 stands twice"),
-        ({"images": [*IMAGES, {"id": 2, "file_name": "a.png"}], "annotations": TEXTS}, "images: id 2 has the file of id 1"),
+        (
+            {"images": [*IMAGES, {"id": 2, "file_name": "a.png"}], "annotations": TEXTS},
+            "images: id 2 has the file of id 1",
+        ),
         ({"images": [{"id": 1}], "annotations": TEXTS}, "images: id 1: file_name is no text"),
         ({"images": IMAGES, "annotations": [{"id": 9, "image_id": 7, "caption": "x"}]}, "no images with captions"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_table_of_coco_is_named(table, said, tmp_path):
     assert said in refusal(coco(tmp_path, table))
 
@@ -145,14 +162,24 @@ def test_what_a_table_does_not_name_is_counted(tmp_path, capsys):
 @pytest.mark.parametrize("layout", ["folder", "webdataset"])
 def test_names_may_have_dots_and_endings_capitals(layout, tmp_path, capsys):
     members = {
-        "22.05.jpg": picture(kind="JPEG"), "22.05.txt": "\ufeffone\u2028half\r\n\r\ntwo\r",
-        "22.06.PNG": picture(), "22.06.TXT": "three",
-        "b.tif": picture(kind="TIFF"), "b.json": '{"caption": ["four", "five"]}',
-        "c.GIF": picture(kind="GIF"), "c.caption.txt": "six",
-        "d.image.jpg": picture(kind="JPEG"), "d.caption.txt": "seven",
-        "sub/e.png": picture(), "sub/e.txt": "eight", "sub/e.json": '{"caption": null}', "sub/e.mask.png": picture(),
-        "._e.png": b"of an operating system", "f.mp4": b"", "g.txt": "no picture",
-    }  # fmt: skip
+        "22.05.jpg": picture(kind="JPEG"),
+        "22.05.txt": "\ufeffone\u2028half\r\n\r\ntwo\r",
+        "22.06.PNG": picture(),
+        "22.06.TXT": "three",
+        "b.tif": picture(kind="TIFF"),
+        "b.json": '{"caption": ["four", "five"]}',
+        "c.GIF": picture(kind="GIF"),
+        "c.caption.txt": "six",
+        "d.image.jpg": picture(kind="JPEG"),
+        "d.caption.txt": "seven",
+        "sub/e.png": picture(),
+        "sub/e.txt": "eight",
+        "sub/e.json": '{"caption": null}',
+        "sub/e.mask.png": picture(),
+        "._e.png": b"of an operating system",
+        "f.mp4": b"",
+        "g.txt": "no picture",
+    }
     if layout == "webdataset":
         tar(tmp_path / "0.tar", members)
     for name, content in members.items() if layout == "folder" else ():
@@ -254,8 +281,18 @@ def test_a_picture_that_went_away_is_one_line(tmp_path):
 GOOD = {"prompt": "a dot", "preferred": "a.png", "other": "a.png"}
 
 
-@pytest.mark.parametrize("line", ["{", "5", '{"preferred": "a.png", "other": "a.png"}', *(
-    json.dumps(GOOD | fault) for fault in ({"prompt": None}, {"prompt": " "}, {"preferred": 5}, {"other": "none.png"}))])  # fmt: skip
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "5",
+        '{"preferred": "a.png", "other": "a.png"}',
+        *(
+            json.dumps(GOOD | fault)
+            for fault in ({"prompt": None}, {"prompt": " "}, {"preferred": 5}, {"other": "none.png"})
+        ),
+    ],
+)
 def test_a_broken_row_of_preferences_is_named(line, tmp_path):
     (tmp_path / "a.png").write_bytes(picture())
     (tmp_path / "preferences.jsonl").write_text(f"{json.dumps(GOOD)}\n\n{line}\n")
@@ -309,6 +346,13 @@ def test_results_of_a_wrong_shape_are_named(tmp_path):
         ({"comparisons": [{"a": 1, "b": 2, "metrics": 5}]}, "comparisons.0.metrics: expected an object"),
         ({"stages": {"x": {"metrics": []}}}, "stages.x.metrics: expected an object"),
         ({"seed": float("inf")}, "seed is not finite"),
+        ({"columns": []}, "columns: expected an object"),
+        ({"columns": {"dark": {"name": "dark"}}}, "columns.dark: the key 'label' is missing"),
+        ({"tables": 5}, "tables: expected a list"),
+        (
+            {"tables": [{"title": "", "note": "", "columns": 5, "stages": [], "pairs": []}]},
+            "tables.0.columns: expected",
+        ),
     ):
         path.write_text(json.dumps(good | fault))
         with pytest.raises(UserError, match=said):

@@ -1,4 +1,5 @@
-"""Pairs from a disk in every layout, the order they come in, and encodings that are what encoding on the fly gives."""
+"""Pairs from a disk in every layout, the order they come in, and encodings that are what encoding
+on the fly gives."""
 
 import io
 import json
@@ -17,7 +18,7 @@ from PIL import Image
 
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.pixels import square
-from t2i_rl.data.encodings import Encodings
+from t2i_rl.data.encodings import EncodedPairs, Encodings
 from t2i_rl.data.image_text import ImageText, ImageTextStream
 from t2i_rl.data.pairs import PixelPairs
 from t2i_rl.data.preferences import Preferred
@@ -150,8 +151,8 @@ def test_an_image_comes_once_an_epoch_and_no_caption_twice_in_a_batch(tmp_path):
     stream = ImageTextStream(data.source, data.items, 4, 16, 3, 0, None)
     batches = [stream.batch(k) for k in range(6)]
     for epoch in range(3):
-        seen = [item for batch in batches[2 * epoch : 2 * epoch + 2] for item, _ in batch]
-        assert sorted(seen) == data.items and not held & set(seen)
+        items = [item for batch in batches[2 * epoch : 2 * epoch + 2] for item, _ in batch]
+        assert sorted(items) == data.items and not held & set(items)
     assert batches[0] != batches[2]
     counts = Counter(text for k in range(100) for item, text in stream.batch(k) if item == 7 or item == 5)
     assert len(counts) >= 2 and min(counts.values()) > 10  # both captions take their turns
@@ -167,21 +168,23 @@ def test_an_image_comes_once_an_epoch_and_no_caption_twice_in_a_batch(tmp_path):
 
 
 MODELS = {
-    "sd15": StableDiffusion, "sdxl": StableDiffusionXL,
-    "sd3": partial(SD3, max_sequence_length=4), "sd3_t5": partial(SD3, max_sequence_length=4),
-}  # fmt: skip
+    "sd15": StableDiffusion,
+    "sdxl": StableDiffusionXL,
+    "sd3": partial(SD3, max_sequence_length=4),
+    "sd3_t5": partial(SD3, max_sequence_length=4),
+}
 
 
 @pytest.mark.parametrize("kind", MODELS)
 def test_texts_survive_being_kept_without_their_padding(kind, tmp_path):
     model = MODELS[kind](str(pipeline(kind, tmp_path / kind)))
     text = model.encode_prompts(["a red circle", "two squares"])
-    kept = model.compact(text)
-    back = model.expand(kept)
+    parts = model.compact(text)
+    back = model.expand(parts)
     assert torch.equal(back.embeds, text.embeds)
     assert (text.pooled is None and back.pooled is None) or torch.equal(back.pooled, text.pooled)
-    assert all(len(part) == 2 for part in kept.values())
-    stored = sum(part.numel() for part in kept.values())
+    assert all(len(part) == 2 for part in parts.values())
+    stored = sum(part.numel() for part in parts.values())
     full = text.embeds.numel() + (0 if text.pooled is None else text.pooled.numel())
     assert stored < full if kind == "sd3" else stored <= full
 
@@ -228,10 +231,10 @@ def test_encoded_pairs_are_those_of_the_fly_and_train_the_same(small, tmp_path):
         data.trainer = type("Trainer", (), {"lightning_module": method})
         data.setup("fit")
         grids.append(method.grid(next(iter(data.train_dataloader()))))
-    fly, kept = grids
-    torch.testing.assert_close(kept.x_t, fly.x_t, atol=0.03, rtol=0.02)  # bfloat16
-    torch.testing.assert_close(kept.text.embeds, fly.text.embeds, atol=0.02, rtol=0.01)
-    assert kept.text.embeds.shape == fly.text.embeds.shape and torch.equal(kept.t, fly.t)
+    fly, from_shards = grids
+    torch.testing.assert_close(from_shards.x_t, fly.x_t, atol=0.03, rtol=0.02)  # bfloat16
+    torch.testing.assert_close(from_shards.text.embeds, fly.text.embeds, atol=0.02, rtol=0.01)
+    assert from_shards.text.embeds.shape == fly.text.embeds.shape and torch.equal(from_shards.t, fly.t)
 
 
 def test_pixels_of_another_size_than_is_drawn_are_encoded_at_their_own(small):
@@ -281,6 +284,12 @@ def test_several_lines_of_one_image_are_captions_of_one_item(tmp_path):
     assert sorted(map(len, source.captions)) == sorted(len(texts(n)) for n in range(COUNT))
 
 
+def first_pair(encodings: Encodings) -> EncodedPairs:
+    """Of the first image and the first caption."""
+    name, caption = (next(iter(encodings.places[kind])) for kind in ("images", "texts"))
+    return encodings.pairs([0], [name], [caption])
+
+
 def test_encoding_goes_on_after_a_kill_and_says_what_is_wrong(small, tmp_path):
     model, folder = small
     for part in (1, 0):
@@ -293,7 +302,7 @@ def test_encoding_goes_on_after_a_kill_and_says_what_is_wrong(small, tmp_path):
     (tmp_path / "enc/texts-00000.safetensors").write_bytes(b"half")
     encode.run(encoding(tmp_path, model, folder, part=1, parts=2))  # mends its own part alone
     with pytest.raises(UserError, match="has changed"):
-        Encodings.open(str(tmp_path / "enc"))._shard("texts-00000")
+        first_pair(Encodings.open(str(tmp_path / "enc")))
     encode.run(encoding(tmp_path, model, folder))
     after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "enc").glob("*.safetensors")}
     assert {name for name in before if before[name] != after[name]} == {
@@ -301,7 +310,7 @@ def test_encoding_goes_on_after_a_kill_and_says_what_is_wrong(small, tmp_path):
         "texts-00000.safetensors",
     }
     opened = Encodings.open(str(tmp_path / "enc"))
-    opened._shard("texts-00000")
+    first_pair(opened)
     with pytest.raises(UserError, match="not among its texts"):
         opened.pairs([0], [next(iter(opened.places["images"]))], ["something else"])
     with pytest.raises(UserError, match="size=32"):

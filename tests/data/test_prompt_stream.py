@@ -1,4 +1,5 @@
-"""The stream of prompts: every epoch a permutation, ranks without repeats, a resumed stream the same as an uninterrupted one."""
+"""The stream of prompts: every epoch a permutation, ranks without repeats, a resumed stream the
+same as an uninterrupted one."""
 
 from itertools import islice
 

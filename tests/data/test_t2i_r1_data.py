@@ -17,14 +17,23 @@ from t2i_rl.rewards.git_vqa import phrases_of
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FILE = SHARED / "t2i_r1" / "geneval_and_t2i_data_final.jsonl"
 GENEVAL = SHARED / "geneval" / "evaluation_metadata.jsonl"
-needs_file = pytest.mark.skipif(not FILE.exists(), reason="../shared/data is not beside this checkout")
+needs_file = pytest.mark.skipif(not FILE.exists(), reason="T2I-R1's file is not beside this checkout")
 
 
 @needs_file
 def test_t2i_r1s_own_file_loads_whole():
     data = T2IR1Data(str(FILE))
     counts = Counter(prompt.tag for prompt in data.prompts)
-    assert counts == {"spatial": 2195, "numeracy": 1172, "color": 879, "complex": 700, "non": 700, "texture": 695, "shape": 682, "object": 200}  # fmt: skip
+    assert counts == {
+        "spatial": 2195,
+        "numeracy": 1172,
+        "color": 879,
+        "complex": 700,
+        "non": 700,
+        "texture": 695,
+        "shape": 682,
+        "object": 200,
+    }
     assert len({prompt.text for prompt in data.prompts}) == 7223 and data.left_out == 0
     assert all(prompt.meta["task_type"] == prompt.tag and nouns_of(prompt.meta) for prompt in data.prompts)
 
@@ -40,13 +49,14 @@ def test_its_prompts_are_not_geneval_s_and_can_be_left_out(tmp_path):
 
 @needs_file
 def test_made_prompts_can_keep_off_a_benchmark():
-    """In whatever words: the same pair in the other order, the same relation told from the other side, GenEval's own plurals."""
+    """In whatever words: the same pair in the other order, the same relation told from the other
+    side, GenEval's own plurals."""
     barred = [{"prompt": prompt.text, **prompt.meta} for prompt in read_prompts(GENEVAL)]
     counts = {"two_object": 2000, "position": 2000, "counting": 150, "colors": 300, "single_object": 20}
     meant = {meaning(row) for row in barred}
-    made, clean = make_prompts(counts, 0), make_prompts(counts, 0, barred)
+    rows_of_all, clean = make_prompts(counts, 0), make_prompts(counts, 0, barred)
     for kind in counts:
-        assert meant & {meaning(row) for row in made if row["tag"] == kind}, kind
+        assert meant & {meaning(row) for row in rows_of_all if row["tag"] == kind}, kind
     assert not meant & set(map(meaning, clean)) and len(clean) == sum(counts.values())
     texts = {plain(row["prompt"]) for row in barred}
     assert not texts & {plain(row["prompt"]) for row in clean}
@@ -90,15 +100,38 @@ def test_what_is_made_is_annotated_unique_and_loads(tmp_path):
 @pytest.mark.parametrize("noun", [*OBJECTS, *MORE_OBJECTS])
 def test_articles_are_right(noun):
     article = with_article(noun).removesuffix(noun)
-    assert article == {"scissors": "", "umbrella": "an ", "airplane": "an ", "elephant": "an ", "apple": "an ", "orange": "an ", "oven": "an ", "envelope": "an "}.get(noun, "a ")  # fmt: skip
+    assert article == {
+        "scissors": "",
+        "umbrella": "an ",
+        "airplane": "an ",
+        "elephant": "an ",
+        "apple": "an ",
+        "orange": "an ",
+        "oven": "an ",
+        "envelope": "an ",
+    }.get(noun, "a ")
 
 
 def test_plurals_are_right():
     expected = {
-        "bus": "buses", "bench": "benches", "toothbrush": "toothbrushes", "knife": "knives", "wine glass": "wine glasses", "person": "people",
-        "sheep": "sheep", "cell phone": "cell phones", "couch": "couches", "sandwich": "sandwiches", "computer mouse": "computer mice",
-        "leaf": "leaves", "shelf": "shelves", "toy": "toys", "berry": "berries", "kite": "kites", "watch": "watches",
-    }  # fmt: skip
+        "bus": "buses",
+        "bench": "benches",
+        "toothbrush": "toothbrushes",
+        "knife": "knives",
+        "wine glass": "wine glasses",
+        "person": "people",
+        "sheep": "sheep",
+        "cell phone": "cell phones",
+        "couch": "couches",
+        "sandwich": "sandwiches",
+        "computer mouse": "computer mice",
+        "leaf": "leaves",
+        "shelf": "shelves",
+        "toy": "toys",
+        "berry": "berries",
+        "kite": "kites",
+        "watch": "watches",
+    }
     assert {noun: plural(noun) for noun in expected} == expected
 
 
@@ -138,7 +171,12 @@ def test_twice_the_same_prompt_an_unknown_kind_and_too_many_are_refused(tmp_path
         T2IR1Data(str(tmp_path / "broken.jsonl"), task_types="object")
     with pytest.raises(UserError, match="choose from"):
         T2IR1Data(str(tmp_path / "twice.jsonl"), task_types=("sizes",))
-    for counts, named in (({"sizes": 1}, "choose from"), ({"single_object": 1000}, "only"), ({"counting": "many"}, "whole number"), ({"counting": -1}, "0 or more")):  # fmt: skip
+    for counts, named in (
+        ({"sizes": 1}, "choose from"),
+        ({"single_object": 1000}, "only"),
+        ({"counting": "many"}, "whole number"),
+        ({"counting": -1}, "0 or more"),
+    ):
         with pytest.raises(UserError, match=named):
             make_prompts(counts, 0)
     assert make_prompts({"single_object": 0}, 0) == []
@@ -146,7 +184,8 @@ def test_twice_the_same_prompt_an_unknown_kind_and_too_many_are_refused(tmp_path
 
 def test_a_kind_can_be_used_up():
     for seed in range(5):
-        assert len(make_prompts({"single_object": len(OBJECTS) + len(MORE_OBJECTS)}, seed)) == len({*OBJECTS, *MORE_OBJECTS})  # fmt: skip
+        rows = make_prompts({"single_object": len(OBJECTS) + len(MORE_OBJECTS)}, seed)
+        assert len(rows) == len({*OBJECTS, *MORE_OBJECTS})
 
 
 def test_a_file_that_is_not_text_and_odd_rows_are_one_line(tmp_path):
@@ -157,8 +196,14 @@ def test_a_file_that_is_not_text_and_odd_rows_are_one_line(tmp_path):
     row = {"prompt": "a dog\u2028and a cat", "nouns": ["dog"], "task_type": "object"}
     file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_t2i_r1(str(file))[0].text == row["prompt"] == read_prompts(file)[0].text
-    for fault in ({"task_type": ["object"]}, {"prompt": " "}, {"numeracy_info": 5}, {"spatial_info": None},
-                  {"numeracy_info": [{"obj_name": "cat", "num": 1}]}, {"spatial_info": {"obj1": "dog", "obj2": "cat", "locality": "near"}}):  # fmt: skip
+    for fault in (
+        {"task_type": ["object"]},
+        {"prompt": " "},
+        {"numeracy_info": 5},
+        {"spatial_info": None},
+        {"numeracy_info": [{"obj_name": "cat", "num": 1}]},
+        {"spatial_info": {"obj1": "dog", "obj2": "cat", "locality": "near"}},
+    ):
         file.write_text(json.dumps({**row, **fault}) + "\n")
         with pytest.raises(UserError, match="prompts.jsonl:1"):
             read_t2i_r1(str(file))

@@ -9,6 +9,7 @@ import pytest
 from PIL import ImageFont
 from rich.console import Console
 
+from t2i_rl.core.contracts import Column
 from t2i_rl.core.errors import UserError
 from t2i_rl.evaluation.records import read_job, read_records, read_results, write_records, write_results
 from t2i_rl.evaluation.report.curves import chart, group_columns, read_metrics
@@ -16,6 +17,8 @@ from t2i_rl.evaluation.report.grid import caption_grid, grid_png, wrap
 from t2i_rl.evaluation.report.html import write_report, write_sweep_report
 from t2i_rl.evaluation.tables import Table, before_after_table, headline, sweep_tables, with_interval
 from tests.support.made_up_run import make_records, make_run
+
+OVERALL = Column("overall", "overall (strict)")
 
 
 @pytest.fixture
@@ -100,7 +103,7 @@ def test_headline_says_what_the_interval_says(run, low, high, difference, words)
 def test_only_an_interval_with_a_width_that_leaves_zero_out_is_marked():
     for low, high, marked in ((0.05, 0.15, True), (-0.01, 0.2, False), (0.1, 0.1, False), (None, None, False)):
         cell = {"difference": 0.1, "low": low, "high": high}
-        assert with_interval("overall", cell, "difference").endswith("*") == marked
+        assert with_interval(OVERALL, cell, "difference").endswith("*") == marked
 
 
 def test_sweep_tables_group_by_seed(tmp_path):
@@ -156,7 +159,7 @@ def test_a_sweep_of_evaluations_shows_every_stage_that_was_measured(tmp_path):
     all_jobs, over_seeds = sweep_tables(jobs)
     assert all_jobs.columns == ["seed", "base_direct", "base_plan"] and over_seeds.columns[2:] == all_jobs.columns[1:]
     cell = jobs[0].results["stages"]["base_plan"]["metrics"]["overall"]
-    assert all_jobs.rows[0][-1] == with_interval("overall", cell, "mean")
+    assert all_jobs.rows[0][-1] == with_interval(OVERALL, cell, "mean")
     assert over_seeds.rows[0][1] == "3"
 
 
@@ -168,7 +171,7 @@ def test_a_job_without_a_comparison_shows_what_it_measured_beside_those_with_one
     write_results(tmp_path / "1" / "results.json", results)
     rows = sweep_tables([read_job(tmp_path / seed) for seed in "01"])[0].rows
     cell = results["stages"]["base_plan"]["metrics"]["overall"]
-    assert rows[1] == ["1", with_interval("overall", cell, "mean"), "-", "-"]
+    assert rows[1] == ["1", with_interval(OVERALL, cell, "mean"), "-", "-"]
 
 
 def test_a_narrow_terminal_gets_every_number_of_a_wide_table():
@@ -201,7 +204,7 @@ def test_report_escapes_every_text_and_takes_no_network(tmp_path):
     (run / "metrics.csv").write_text(f"step,reward/{attack},train/kl\n0,0.1,\n1,0.2,0.0\n2,0.3,0.1\n")
     text = write_report(run).read_text()
     assert "<script" not in text and "&lt;script&gt;" in text
-    assert not re.search(r'(?:src|href)=(?!"data:)|@import|url\(', text)
+    assert not re.search(r'src=(?!"data:)|href="(?:[a-z]+:|/)|@import|url\(', text)
     assert text.count("<polyline") == 2 and "reward/&lt;script" in text
     assert text.count('<div class="set">') >= 18
 

@@ -14,10 +14,15 @@ from t2i_rl.evaluation.stats import (
     bracket,
     compare,
     compare_over_seeds,
+    compare_values,
+    compare_values_over_seeds,
     percentile_interval,
+    seed_difference,
     seed_interval,
     t_quantile,
+    two_level_interval,
     two_sided_p,
+    wilson,
 )
 from t2i_rl.evaluation.tables import excludes_zero
 from t2i_rl.shapes.text import GENEVAL_TASKS
@@ -39,7 +44,7 @@ def test_bootstrap_equals_plain_loops():
             images = [float(r["strict"]) for pick in picks for r in records if r["prompt_id"] == names[pick]]
             draws[number] += sum(images) / len(images) / 2
     low, high = np.percentile(draws, 2.5), np.percentile(draws, 97.5)
-    cell = aggregate(records, resamples=resamples, seed=7)["overall"]
+    cell = aggregate(records, ("counting", "colors"), resamples=resamples, seed=7)["overall"]
     assert cell["low"] == pytest.approx(low, abs=1e-12) and cell["high"] == pytest.approx(high, abs=1e-12)
     assert cell["tasks"] == ["counting", "colors"] and cell["n_prompts"] == 10 and cell["n_images"] == 19
 
@@ -110,7 +115,7 @@ def test_unmatched_keys_are_refused(damage):
 
 def test_every_metric_is_what_it_says():
     records = make_records(0.5, 3, tasks=(*GENEVAL_TASKS, "texture"))
-    metrics = aggregate(records)
+    metrics = aggregate(records, GENEVAL_TASKS)
 
     def mean_of_tasks(name, keep=lambda record: True, tasks=GENEVAL_TASKS):
         return np.mean([np.mean([float(r[name]) for r in records if r["tag"] == tag and keep(r)]) for tag in tasks])
@@ -128,7 +133,7 @@ def test_every_metric_is_what_it_says():
 
 def test_what_is_absent_is_left_out():
     records = [{**r, "seen": None, "plan_length": None} for r in make_records(0.5, 3, tasks=("texture",))]
-    assert set(aggregate(records)) == {"task/texture", "malformed"}
+    assert set(aggregate(records, GENEVAL_TASKS)) == {"task/texture", "malformed"}
     with pytest.raises(UserError, match="no records"):
         aggregate([])
 
@@ -207,6 +212,92 @@ def test_two_levels_are_wider_than_prompts_alone():
     assert compare_over_seeds(pairs[:1])["overall"]["low"] is None
     with pytest.raises(UserError, match="same images"):
         compare_over_seeds([pairs[0], (pairs[1][0][:40], pairs[1][1][:40])])
+
+
+def test_the_two_level_bootstrap_equals_plain_loops():
+    """Seeds are drawn first, then the prompts of each task, and one draw of prompts serves all seeds."""
+    pairs = [
+        (
+            make_records(0.5, 0, 5, tasks=("colors", "counting")),
+            make_records(rate, seed, 5, tasks=("colors", "counting")),
+        )
+        for seed, rate in enumerate((0.4, 0.6, 0.9), start=1)
+    ]
+    resamples = 40
+    picks = np.random.default_rng(7).integers(0, 3, (resamples, 3))
+    rng, of_tasks = np.random.default_rng(8), {}
+    for tag in ("colors", "counting"):
+        names = sorted({row["prompt_id"] for row in pairs[0][0] if row["tag"] == tag})
+        of_tasks[tag] = [[names[pick] for pick in row] for row in rng.integers(0, len(names), (resamples, len(names)))]
+    draws = np.zeros(resamples)
+    for number in range(resamples):
+        for pick in picks[number]:
+            before, after = ({(row["prompt_id"], row["sample_index"]): row for row in side} for side in pairs[pick])
+            for names in (of_tasks[tag][number] for tag in of_tasks):
+                changes = [float(after[n, i]["strict"]) - float(before[n, i]["strict"]) for n in names for i in (0, 1)]
+                draws[number] += sum(changes) / len(changes) / 2 / 3
+    cell = compare_over_seeds(pairs, resamples=resamples, seed=7)["overall"]
+    low, high = np.percentile(draws, [2.5, 97.5])
+    assert (cell["low"], cell["high"]) == pytest.approx((low, high), abs=1e-12)
+
+
+def test_changes_of_any_figure_are_compared_as_records_are():
+    tasks = ("colors", "counting", "position")
+    a, b = make_records(0.4, 1, 8, tasks=tasks), make_records(0.6, 2, 8, tasks=tasks)
+    changes = np.array([float(after["strict"]) - float(before["strict"]) for before, after in zip(a, b, strict=True)])
+    prompts, tags = np.array([row["prompt_id"] for row in a]), np.array([row["tag"] for row in a])
+    wanted = compare(a, b)["overall"]
+    assert compare_values(changes, prompts, tags) == {name: wanted[name] for name in wanted if name != "tasks"}
+
+
+@pytest.mark.parametrize("strata", [None, np.repeat([0, 1], 12)], ids=["one lot", "by task"])
+def test_changes_over_seeds_equal_plain_loops(strata):
+    rng, resamples = np.random.default_rng(3), 30
+    changes, prompts = rng.normal(size=(3, 24)), np.repeat(np.arange(12), 2)
+    generator, lots = np.random.default_rng(5), [range(12)] if strata is None else [range(6), range(6, 12)]
+    drawn = [generator.integers(0, len(lot), (resamples, len(lot))) + lot[0] for lot in lots]
+    picks, draws = generator.integers(0, 3, (resamples, 3)), np.zeros(resamples)
+    for number in range(resamples):
+        for seed in picks[number]:
+            for lot in drawn:
+                values = [changes[seed, 2 * prompt + sample] for prompt in lot[number] for sample in (0, 1)]
+                draws[number] += sum(values) / len(values) / len(lots) / 3
+    cell = compare_values_over_seeds(changes, prompts, strata, resamples, seed=5)
+    assert (cell["low"], cell["high"]) == pytest.approx(tuple(np.percentile(draws, [2.5, 97.5])), abs=1e-12)
+    assert cell["difference"] == pytest.approx(changes.mean(), abs=1e-12) and cell["n_prompts"] == 12
+
+
+def test_tasks_that_differ_widen_the_interval_of_one_lot_and_not_that_by_task():
+    rng = np.random.default_rng(0)
+    tags, prompts = np.repeat([0, 1], 100), np.arange(200)
+    changes = rng.normal(size=(3, 200)) + np.where(tags, 5.0, -5.0)
+    one_lot, by_task = (compare_values_over_seeds(changes, prompts, strata) for strata in (None, tags))
+    assert width(one_lot) > 3 * width(by_task)
+    assert one_lot["difference"] == pytest.approx(by_task["difference"])
+
+
+def test_changes_that_cancel_over_seeds_make_zero_and_not_nearly_zero():
+    changes = 100.0 * np.array([[-1, -1, -1], [1, 0, 0], [1, 0, 1]])
+    assert changes.mean(axis=1).mean() != 0  # but for rounding it is
+    assert compare_values_over_seeds(changes, np.arange(3))["difference"] == 0
+
+
+def test_two_rows_of_draws_have_no_two_level_interval():
+    draws = np.random.default_rng(0).normal(size=(2, 50))
+    interval = two_level_interval(draws, np.random.default_rng(0))
+    assert interval == {"low": None, "high": None, "no_interval": "too few seeds", "p_value": None}
+
+
+def test_the_interval_of_a_difference_per_seed_is_students():
+    values = [0.1, 0.4, 0.2]
+    assert seed_difference(values) == {"difference": pytest.approx(0.7 / 3), **seed_interval(values)}
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (120, 400), (400, 400)])
+def test_wilsons_interval_ends_where_the_share_is_1_96_of_its_own_errors_away(hits, n):
+    cell, z = wilson(hits, n), 1.959964
+    roots = np.sort(np.roots([1 + z**2 / n, -(2 * hits / n + z**2 / n), (hits / n) ** 2]).real)
+    assert (cell["low"], cell["high"]) == pytest.approx(tuple(roots), abs=1e-9) and cell["mean"] == hits / n
 
 
 def test_equal_runs_have_the_interval_of_one():

@@ -1,4 +1,5 @@
-"""Regularisers, constraints and health figures against closed forms, finite differences and the figures of spec gaussianity section 8 (a) to (i)."""
+"""Regularisers, constraints and health figures against closed forms, finite differences and figures
+of Gaussian noise."""
 
 import math
 
@@ -163,20 +164,21 @@ def test_published_form_uses_all_bins_and_its_own_mean():
 def test_more_shuffles_inject_less_noise():
     """The gradient's part across the radius falls as one over the root of their number."""
     x = noise()
-    found = {}
+    norms = {}
     for count in (1, 4, 16):
         leaf = x.clone().requires_grad_()
         term = Spectrum(bins="full", permutation="fresh", shuffles=count, weight=25.0)
         (gradient,) = torch.autograd.grad(25 * term(leaf, generators()).sum(), leaf)
         direction = (x / x.norm()).flatten()
         across = gradient.flatten() - (gradient.flatten() @ direction) * direction
-        found[count] = across.norm().item()
-    assert found[1] == pytest.approx(0.0905, rel=0.02)
-    assert found[1] / found[4] == pytest.approx(2, rel=0.03) and found[4] / found[16] == pytest.approx(2, rel=0.03)
+        norms[count] = across.norm().item()
+    assert norms[1] == pytest.approx(0.0905, rel=0.02)
+    assert norms[1] / norms[4] == pytest.approx(2, rel=0.03) and norms[4] / norms[16] == pytest.approx(2, rel=0.03)
 
 
 def test_fresh_shuffles_turn_a_latent_as_white_noise_would():
-    """cos(x_T, x_0) = prod 1 / sqrt(1 + r_t^2) under normalised steps of rms r_t with the radius held."""
+    """cos(x_T, x_0) = prod 1 / sqrt(1 + r_t^2) under normalised steps of rms r_t with the radius
+    held."""
     start = checkerboard()
     x, rms, term, own = start.clone(), 0.1, Spectrum(bins="full", permutation="fresh"), generators()
     for _ in range(40):
@@ -209,7 +211,8 @@ def test_norm_kl_and_kurtosis_are_moments_near_the_gaussian():
 
 
 def test_a_flat_spectrum_is_an_identity_covariance():
-    """Circular autocovariance, its circulant matrix, and the spectrum: PRNO and MPGR measure the same thing."""
+    """Circular autocovariance, its circulant matrix, and the spectrum: PRNO and MPGR measure the
+    same thing."""
     count = 256
     x = noise(1, (count,), dtype=torch.float64)[0]
     power = torch.fft.fft(x, norm="ortho").abs().square()
@@ -291,9 +294,17 @@ def test_autocorrelation_sees_structure():
 
 
 def test_noise_is_within_its_bands_and_structure_is_not():
-    """Bands as measured in the specification; Kolmogorov's own quantiles for KS (the specification's are of a standardised sample)."""
+    """Bands as measured on other draws of noise; for KS they are Kolmogorov's own quantiles."""
     limits = bands(SHAPE)
-    expected = {"mean": (-0.0095, 0.0095), "std": (0.9933, 1.0067), "kurtosis": (2.952, 3.051), "ks": (0.4224, 1.7308), "lag1_x": (-0.0105, 0.0105), "max_power": (8.9, 17.1), "spectrum": (2.22, 2.41)}  # fmt: skip
+    expected = {
+        "mean": (-0.0095, 0.0095),
+        "std": (0.9933, 1.0067),
+        "kurtosis": (2.952, 3.051),
+        "ks": (0.4224, 1.7308),
+        "lag1_x": (-0.0105, 0.0105),
+        "max_power": (8.9, 17.1),
+        "spectrum": (2.22, 2.41),
+    }
     for name, (low, high) in expected.items():
         width = high - low
         assert limits[name][0] == pytest.approx(low, abs=0.25 * width) and limits[name][1] == pytest.approx(
@@ -321,8 +332,8 @@ def test_kolmogorov_smirnov_against_its_definition():
 
 def test_a_regularizer_is_the_weighted_sum_of_its_terms():
     x = 1.1 * noise(2, (2, 4, 8))
-    made = Regularizer({"a": Moment(1, weight=2.0), "b": Spectrum(group=4, weight=25.0), "c": None})
-    total, parts = made(x, generators(2))
+    regularizer = Regularizer({"a": Moment(1, weight=2.0), "b": Spectrum(group=4, weight=25.0), "c": None})
+    total, parts = regularizer(x, generators(2))
     assert set(parts) == {"a", "b"}
     torch.testing.assert_close(total, 2 * parts["a"] + 25 * parts["b"])
     nothing, none = Regularizer()(x, generators(2))

@@ -1,4 +1,5 @@
-"""A checkpoint says what wrote it: commands take method and model from it, and whatever does not fit exactly is refused, not half loaded."""
+"""A checkpoint says what wrote it: commands take method and model from it, and whatever does not fit exactly is
+refused, not half loaded."""
 
 import json
 from functools import partial
@@ -12,11 +13,11 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
-from t2i_rl.command import cli
 from t2i_rl.command.checkpoint_choice import check_checkpoint, in_words_of_hydra, with_choices_of_checkpoint
 from t2i_rl.core.checkpoints import read_checkpoint, write_checkpoint
 from t2i_rl.core.errors import UserError
-from t2i_rl.core.recipes import recipe_of, settings_used
+from t2i_rl.core.places import CONF
+from t2i_rl.core.used_settings import recipe_of, settings_used
 from t2i_rl.methods.identity import ABOUT
 from t2i_rl.methods.policy.tokens import GRPO
 from t2i_rl.rewards.random import Random
@@ -26,10 +27,14 @@ from tests.support.tiny import load_tiny_janus, save_tiny_janus
 
 LORA8 = ["method=iris_lora", "method.lora.r=8"]
 RUNS = {
-    "iris": ["method=iris"], "lora8": LORA8, "irg": ["method=irg"], "irg_grpo": ["method=irg_grpo"], "softrepa": ["method=softrepa", "model=sd_tiny"],
+    "iris": ["method=iris"],
+    "lora8": LORA8,
+    "irg": ["method=irg"],
+    "irg_grpo": ["method=irg_grpo"],
+    "softrepa": ["method=softrepa", "model=sd_tiny"],
     "agsm": ["method=agsm", "model=sd3_tiny", "variant=paper"],
     "adapters": ["method=denoising", "model=sd_tiny", "method.tokens=0", "method.lora={r: 4, target_modules: [to_q]}"],
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +188,12 @@ def test_adapters_older_than_the_record_of_their_strength_are_loaded_with_a_line
 
 def test_lightning_resumes_under_the_same_rule(folder, tmp_path):
     """Its own strict_loading is off, since a checkpoint lacks what is frozen."""
-    held = {"state_dict": grpo(folder).state_dict(), "global_step": 0, "epoch": 0, "pytorch-lightning_version": L.__version__}  # fmt: skip
+    held = {
+        "state_dict": grpo(folder).state_dict(),
+        "global_step": 0,
+        "epoch": 0,
+        "pytorch-lightning_version": L.__version__,
+    }
     grpo(folder).on_save_checkpoint(held)
     held["state_dict"].popitem()
     write_checkpoint(held, tmp_path / "short.ckpt")
@@ -200,8 +210,15 @@ def test_lightning_resumes_under_the_same_rule(folder, tmp_path):
 
 
 def test_a_run_with_adapters_is_evaluated_drawn_and_exported_by_the_printed_commands(folder, tmp_path, monkeypatch):
-    small = ["debug=fdr", "benchmark.samples_per_prompt=1", "benchmark.prompts_per_task=1", "data.batch_size=1", "trainer=cpu", "~callbacks.progress",
-             "~callbacks.sample_grid"]  # fmt: skip
+    small = [
+        "debug=fdr",
+        "benchmark.samples_per_prompt=1",
+        "benchmark.prompts_per_task=1",
+        "data.batch_size=1",
+        "trainer=cpu",
+        "~callbacks.progress",
+        "~callbacks.sample_grid",
+    ]
     model = ["model=janus", f"path={folder}", "model.max_plan_tokens=8"]
     train = [
         *small,
@@ -238,9 +255,24 @@ def test_a_run_with_adapters_is_evaluated_drawn_and_exported_by_the_printed_comm
 
 @pytest.mark.parametrize(
     "value",
-    [None, True, 1, 1e-5, "a", "it's", "a\\", "a\\'b", r"model\.language_model\.", "a,b (c) [d] {e} =:é", "", "1e3", "null", [r"lm_head\."],
-     {"r": 8, "lora_alpha": 8.5, "target_modules": ["to_q", "to_out.0"]}],
-)  # fmt: skip
+    [
+        None,
+        True,
+        1,
+        1e-5,
+        "a",
+        "it's",
+        "a\\",
+        "a\\'b",
+        r"model\.language_model\.",
+        "a,b (c) [d] {e} =:é",
+        "",
+        "1e3",
+        "null",
+        [r"lm_head\."],
+        {"r": 8, "lora_alpha": 8.5, "target_modules": ["to_q", "to_out.0"]},
+    ],
+)
 def test_any_setting_comes_through_the_command_line_as_it_was(value):
     parsed = OverridesParser.create().parse_override(f"method.lora={in_words_of_hydra(value)}")
     assert OmegaConf.create({"value": parsed.value()}).value == (OmegaConf.create({"value": value}).value)
@@ -263,9 +295,14 @@ def test_results_and_checkpoints_name_every_setting_also_those_of_signatures(fol
     assert build_method(cfg, instantiate(cfg.model), reward=Random()).resolved_settings()["clip_range"] == 0.2
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (cli.CONF / "method").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
 def test_the_settings_of_every_method_are_numbers_and_not_left_to_the_code(name):
-    cfg = composed(f"method={name}", "variant=released", *(["model=sd_tiny"] if name in ("agsm", "softrepa", "denoising") else []), *(["data.path=x"] if name == "diffusion_dpo" else []))  # fmt: skip
+    cfg = composed(
+        f"method={name}",
+        "variant=released",
+        *(["model=sd_tiny"] if name in ("agsm", "softrepa", "denoising") else []),
+        *(["data.path=x"] if name == "diffusion_dpo" else []),
+    )
     settings = json.loads(json.dumps(settings_used(cfg)))["method"]
     assert "${" not in json.dumps(settings)
     if name in ("agsm", "softrepa"):

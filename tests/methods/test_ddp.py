@@ -1,4 +1,4 @@
-"""Two processes give what one gives: same rollouts, same gradients, same weights after training, on the same global batch."""
+"""Two processes give what one gives on the same global batch: rollouts, gradients, weights after training."""
 
 from functools import partial
 
@@ -11,6 +11,7 @@ from t2i_rl.data.prompts import PromptData
 from t2i_rl.methods.policy.tokens import GRPO
 from t2i_rl.rewards.self_certainty import SelfCertainty
 from tests.support.tiny import PROMPTS, load_tiny_janus, save_tiny_janus
+from tests.support.training import quiet_trainer
 
 
 class ThreePrompts(PromptData):
@@ -20,7 +21,7 @@ class ThreePrompts(PromptData):
 
 
 def train(folder: str, ranks: int, loss_reduction: str) -> dict[str, torch.Tensor]:
-    """Plain SGD, so that the change of a weight is its gradient; plans differ in length, so token counts differ over ranks."""
+    """Plain SGD: the change of a weight is its gradient. Plans differ in length, so ranks differ in tokens."""
     optimizer = partial(torch.optim.SGD, lr=1.0)
     module = GRPO(
         load_tiny_janus(folder),
@@ -32,12 +33,7 @@ def train(folder: str, ranks: int, loss_reduction: str) -> dict[str, torch.Tenso
         max_grad_norm=1e9,
         loss_reduction=loss_reduction,
     )
-    strategy = "ddp_spawn" if ranks > 1 else "auto"
-    trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy=strategy, max_steps=2, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module, ThreePrompts())
+    quiet_trainer(2, ranks).fit(module, ThreePrompts())
     return module.state_dict()
 
 

@@ -1,4 +1,5 @@
-"""FSDP2 with two processes (gloo) through the command line: the curves of one process, and checkpoints that either goes on from."""
+"""FSDP2 with two processes (gloo) through the command line: the curves of one process, and checkpoints that either goes
+on from."""
 
 import csv
 import os
@@ -12,9 +13,17 @@ import torch
 ROOT = Path(__file__).parents[2]
 CURVES = ("reward/total", "train/loss", "train/kl", "train/grad_norm", "image/self_certainty", "text/self_certainty")
 COMMON = [
-    "reward=nsc", "debug=fdr", "method.group_size=2", "method.image_loss_weight=1", "method.optimizer.lr=1e-5", "evaluation.stages=[trained_plan]",
-    "benchmark.prompts_per_task=1", "benchmark.samples_per_prompt=1", "method.micro_batch_size=2", "~callbacks.progress",
-]  # fmt: skip
+    "reward=nsc",
+    "debug=fdr",
+    "method.group_size=2",
+    "method.image_loss_weight=1",
+    "method.optimizer.lr=1e-5",
+    "evaluation.stages=[trained_plan]",
+    "benchmark.prompts_per_task=1",
+    "benchmark.samples_per_prompt=1",
+    "method.micro_batch_size=2",
+    "~callbacks.progress",
+]
 
 
 def run(folder: Path, *arguments: str) -> Path:

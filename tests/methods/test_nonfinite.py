@@ -1,4 +1,5 @@
-"""What becomes of a step whose gradient is not finite: one line that names the way past, or a step left out and counted."""
+"""What becomes of a step whose gradient is not finite: one line that names the way past, or a step left out and
+counted."""
 
 from functools import partial
 
@@ -9,13 +10,13 @@ from omegaconf import OmegaConf
 
 from t2i_rl.command.resume import COMPARED, _newest_run
 from t2i_rl.core.errors import UserError
-from t2i_rl.methods.irg.rounds import Interleave
+from t2i_rl.methods.irg.rounds import Rounds
 from t2i_rl.methods.irg.training import IRG
 from t2i_rl.methods.pairs.base import PairMethod
-from t2i_rl.methods.trainable import NonFinite
+from t2i_rl.methods.step import NonFinite
 from tests.methods.policy.test_tokens import build, train
 from tests.support.commands import composed
-from tests.support.tiny import save_tiny_janus, tiny_rollout
+from tests.support.tiny import save_tiny_janus
 
 NAN, FINE = torch.tensor(float("nan")), torch.tensor(1.0)
 
@@ -63,13 +64,18 @@ def test_a_step_is_left_out_and_counted_and_training_goes_on(folder):
 def test_what_weighs_nothing_may_be_infinite(folder):
     """Image tokens that the reference would never draw, while plans alone are trained."""
     module = build(folder, image_loss_weight=0.0)
-    rollout = tiny_rollout(module)
-    reference = module.score(rollout)
-    reference[:, -rollout.image_tokens.shape[1] :] = float("-inf")
-    optimizer = torch.optim.SGD([value for value in module.parameters() if value.requires_grad], lr=0.1)
-    module.optimizers, module.manual_backward = lambda: optimizer, lambda loss: loss.backward()
-    update = module.update(rollout, reference, torch.ones(len(rollout)))
-    assert torch.isfinite(update["norm"]) and all(torch.isfinite(part[0]) for part in update["parts"])
+    score_reference = module.score_reference
+
+    def impossible(rollout, passes):
+        reference = score_reference(rollout, passes)
+        for logprobs in reference:
+            logprobs[:, -rollout.image_tokens.shape[1] :] = float("-inf")
+        return reference
+
+    module.score_reference = impossible
+    measured = train(module, steps=1).callback_metrics
+    assert torch.isfinite(measured["train/loss"]) and 0 < measured["train/grad_norm"] < float("inf")
+    assert all(torch.isfinite(value).all() for value in module.state_dict().values())
 
 
 def test_the_count_is_in_the_checkpoint(folder):
@@ -106,9 +112,12 @@ def test_one_broken_rank_decides_for_all(monkeypatch):
 @pytest.mark.parametrize("check", [IRG.check, PairMethod.check])
 def test_other_choices_are_refused(check):
     options = {
-        "text_loss_weight": 1.0, "image_loss_weight": 1.0, "interleave": Interleave(), "judge": None, "start_from": None, "lora": None, "trainable": ["lm_head"],
-        "optimizer": partial(torch.optim.SGD, lr=0.1), "scheduler": None,
-    }  # fmt: skip
+        **dict.fromkeys(("text_loss_weight", "image_loss_weight"), 1.0),
+        **dict.fromkeys(("judge", "start_from", "lora", "scheduler")),
+        "interleave": Rounds(),
+        "trainable": ["lm_head"],
+        "optimizer": partial(torch.optim.SGD, lr=0.1),
+    }
     check(options)
     with pytest.raises(UserError, match="method.on_nonfinite must be one of raise, skip, not 'ignore'"):
         check({**options, "on_nonfinite": "ignore"})

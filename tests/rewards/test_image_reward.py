@@ -1,4 +1,5 @@
-"""ImageReward against the released architecture, written out here in float64 under the released file's own names."""
+"""ImageReward against the released architecture, written out here in float64 under the released
+file's own names."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -71,7 +72,8 @@ def released_state(words: int) -> dict[str, torch.Tensor]:
 
 
 def released_score(state: dict[str, torch.Tensor], pixels: torch.Tensor, ids: torch.Tensor) -> float:
-    """One picture `(3, H, W)` and the tokens `(N,)` of its text, unpadded, through the released graph, in float64."""
+    """One picture `(3, H, W)` and the tokens `(N,)` of its text, unpadded, through the released
+    graph, in float64."""
     state = {name: value.double() for name, value in state.items()}
 
     def linear(name: str, x: torch.Tensor) -> torch.Tensor:
@@ -98,14 +100,17 @@ def released_score(state: dict[str, torch.Tensor], pixels: torch.Tensor, ids: to
         parts = linear(f"{block}.attn.qkv", norm(f"{block}.norm1", x, 1e-6)).chunk(3, -1)
         x = x + linear(f"{block}.attn.proj", attend(*parts, HEADS["vision_heads"]))
         x = x + linear(f"{block}.mlp.fc2", F.gelu(linear(f"{block}.mlp.fc1", norm(f"{block}.norm2", x, 1e-6))))
-    seen = norm(f"{eye}.norm", x, 1e-6)
+    image_states = norm(f"{eye}.norm", x, 1e-6)
     y = state[f"{ear}.embeddings.word_embeddings.weight"][ids]
-    y = norm(f"{ear}.embeddings.LayerNorm", y + state[f"{ear}.embeddings.position_embeddings.weight"][: len(ids)], 1e-12)  # fmt: skip
+    positions = state[f"{ear}.embeddings.position_embeddings.weight"][: len(ids)]
+    y = norm(f"{ear}.embeddings.LayerNorm", y + positions, 1e-12)
     for i in range(2):
         layer = f"{ear}.encoder.layer.{i}"
         for kind in ("attention", "crossattention"):
-            keys = y if kind == "attention" else seen
-            parts = [linear(f"{layer}.{kind}.self.{name}", z) for name, z in (("query", y), ("key", keys), ("value", keys))]  # fmt: skip
+            keys = y if kind == "attention" else image_states
+            parts = [
+                linear(f"{layer}.{kind}.self.{name}", z) for name, z in (("query", y), ("key", keys), ("value", keys))
+            ]
             mixed = linear(f"{layer}.{kind}.output.dense", attend(*parts, HEADS["text_heads"]))
             y = norm(f"{layer}.{kind}.output.LayerNorm", y + mixed, 1e-12)
         inner = linear(f"{layer}.output.dense", F.gelu(linear(f"{layer}.intermediate.dense", y)))
@@ -132,23 +137,27 @@ def load(folder: Path, words: Path | None = None, **settings) -> ImageReward:
 def test_the_score_is_the_released_graphs(folder):
     reward = load(folder, batch_size=2)
     state = torch.load(folder / "ImageReward.pt", weights_only=True)
-    pixels = reward.pictures(images=list(IMAGES), return_tensors="pt")["pixel_values"]
+    pixels = reward.image_processor(images=list(IMAGES), return_tensors="pt")["pixel_values"]
     assert pixels.shape == (3, 3, 16, 16)
     ids = [reward.tokenizer(text, truncation=True, max_length=35).input_ids for text in TEXTS]
     assert len(ids[2]) == 35 and len(ids[1]) < 10
     expected = [released_score(state, *row) for row in zip(pixels, map(torch.tensor, ids), strict=True)]
-    found = reward(ROLLOUT).total.tolist()
-    assert found == pytest.approx(expected, abs=1e-4)
+    totals = reward(ROLLOUT).total.tolist()
+    assert totals == pytest.approx(expected, abs=1e-4)
     assert np.ptp(expected) > 0.01
     swapped = SimpleNamespace(images=IMAGES[::-1].copy(), prompts=ROLLOUT.prompts)
-    assert reward(swapped).total.tolist() != pytest.approx(found, abs=1e-3)
+    assert reward(swapped).total.tolist() != pytest.approx(totals, abs=1e-3)
 
 
 def test_another_file_is_refused_in_one_line(folder, tmp_path):
     with pytest.raises(UserError, match=r"ImageReward\.pt"):
         load(tmp_path / "nowhere", folder)
     state = torch.load(folder / "ImageReward.pt", weights_only=True)
-    for missing in ("mlp.layers.4.weight", "blip.text_encoder.encoder.layer.1.output.dense.bias", "blip.visual_encoder.pos_embed"):  # fmt: skip
+    for missing in (
+        "mlp.layers.4.weight",
+        "blip.text_encoder.encoder.layer.1.output.dense.bias",
+        "blip.visual_encoder.pos_embed",
+    ):
         torch.save({name: value for name, value in state.items() if name != missing}, tmp_path / "ImageReward.pt")
         with pytest.raises(UserError, match="is no ImageReward") as error:
             load(tmp_path, folder)

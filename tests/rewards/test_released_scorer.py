@@ -1,4 +1,5 @@
-"""T2I-R1's released detection scorer, written anew in plain Python from its description, against `compat=released` on planted cases."""
+"""T2I-R1's released detection scorer, written anew in plain Python from its description, against
+`compat=released` on planted cases."""
 
 from types import SimpleNamespace
 
@@ -15,7 +16,18 @@ from tests.support.small_rewards import save_small_gdino, save_small_orm
 
 QUERIES, SIDE = 5, 32
 SINGLE, DOUBLE, TRIPLE = ["car", "dog", "cat", "bench", "cup"], ["teddy bear", "traffic light"], ["computer mouse pad"]
-RELATIONS = ["left of", "on the left of", "right of", "above", "on the top of", "on top of", "below", "on the bottom of", "near", "next to"]  # fmt: skip
+RELATIONS = [
+    "left of",
+    "on the left of",
+    "right of",
+    "above",
+    "on the top of",
+    "on top of",
+    "below",
+    "on the bottom of",
+    "near",
+    "next to",
+]
 CASES = 400
 
 
@@ -25,7 +37,8 @@ def folder(tmp_path_factory) -> str:
 
 
 class Planted:
-    """A detector whose answer was decided beforehand: `probabilities` `(queries, tokens)` and `boxes` `(queries, 4)` for one picture."""
+    """A detector whose answer was decided beforehand: `probabilities` `(queries, tokens)` and
+    `boxes` `(queries, 4)` for one picture."""
 
     device, dtype, config = torch.device("cpu"), torch.float32, SimpleNamespace(max_text_len=256)
 
@@ -68,35 +81,36 @@ def ours(folder: str, compat: str, meta: dict, probabilities: np.ndarray, boxes:
 
 
 def released(meta: dict, probabilities: np.ndarray, boxes: np.ndarray) -> float:
-    """The released scorer: every mention of a noun takes every box for which the mean over the noun's tokens is above 0.3."""
-    nouns, seen, place = meta["nouns"], [], 1  # [CLS] stands first, and a full stop follows each noun
+    """The released scorer: every mention of a noun takes every box for which the mean over the
+    noun's tokens is above 0.3."""
+    nouns, found_boxes, position = meta["nouns"], [], 1  # [CLS] stands first, and a full stop follows each noun
     if not nouns:
         return 1.0
     for noun in nouns:
         words = noun.split()
-        ends = {place, place + len(words) - 1}
+        ends = {position, position + len(words) - 1}
         name = noun if len(words) < 3 else f"{words[0]} {words[-1]}"
         for query in range(QUERIES):
             score = np.mean([probabilities[query, token] for token in ends])
             if score > 0.3:
-                seen.append((name, float(score), boxes[query].tolist()))
-        place += len(words) + 1
-    names = [name for name, _, _ in seen]
+                found_boxes.append((name, float(score), boxes[query].tolist()))
+        position += len(words) + 1
+    names = [name for name, _, _ in found_boxes]
     if meta["task_type"] == "spatial":
-        return spatial(seen, names, meta["spatial_info"])
+        return spatial(found_boxes, names, meta["spatial_info"])
     if meta["task_type"] == "numeracy":
-        return sum(counted(seen, item) for item in meta["numeracy_info"]) / len(meta["numeracy_info"])
+        return sum(counted(found_boxes, item) for item in meta["numeracy_info"]) / len(meta["numeracy_info"])
     return sum(noun in names for noun in nouns) / len(nouns)
 
 
-def spatial(seen: list, names: list[str], info: dict) -> float:
+def spatial(found_boxes: list, names: list[str], info: dict) -> float:
     if info["obj1"] == info["obj2"]:
         return 0.0
     present = [info[key] in names for key in ("obj1", "obj2")]
     if not all(present):
         return 0.2 * sum(present)
     one, two = (
-        max((row for row in seen if row[0] == info[key]), key=lambda row: row[1])[2] for key in ("obj1", "obj2")
+        max((row for row in found_boxes if row[0] == info[key]), key=lambda row: row[1])[2] for key in ("obj1", "obj2")
     )
     return 0.4 + 0.5 * position(one, two, info["locality"])
 
@@ -126,9 +140,9 @@ def overlap_of(one: list[float], two: list[float]) -> float:
     return float(shared / (areas[0] + areas[1] - shared))
 
 
-def counted(seen: list, item: dict) -> float:
+def counted(found_boxes: list, item: dict) -> float:
     """Suppression at 0.5 that reads centre and size as two corners."""
-    rows = sorted((row for row in seen if row[0] == item["obj_name"]), key=lambda row: -row[1])
+    rows = sorted((row for row in found_boxes if row[0] == item["obj_name"]), key=lambda row: -row[1])
     survivors: list = []
     for _, _, box in rows:
         if all(overlap_of(box, other) <= 0.5 for other in survivors):
@@ -140,8 +154,9 @@ def test_released_is_the_released_scorer_on_planted_cases(folder, monkeypatch):
     loaded = GroundingDino(folder, device=None)
     monkeypatch.setattr("t2i_rl.rewards.gdino.load_model", lambda *args, **settings: loaded.model)
     monkeypatch.setattr(
-        "t2i_rl.rewards.gdino.load_part", lambda kind, *args: loaded.pictures if "Image" in kind.__name__ else loaded.tokenizer
-    )  # fmt: skip
+        "t2i_rl.rewards.gdino.load_part",
+        lambda kind, *args: loaded.image_processor if "Image" in kind.__name__ else loaded.tokenizer,
+    )
     generator, differences, kinds = np.random.default_rng(0), 0, set()
     for number in range(CASES):
         planted = case(generator)
@@ -165,28 +180,31 @@ BOX = np.array([[0.5, 0.5, 0.1, 0.1]], dtype=np.float32)
     ],
 )
 def test_what_tells_released_from_paper(folder, nouns, probabilities, paper, by_released):
-    seen = np.full((1, 40), 0.01, dtype=np.float32)
+    scores_of_tokens = np.full((1, 40), 0.01, dtype=np.float32)
     for token, value in probabilities.items():
-        seen[0, token] = value
+        scores_of_tokens[0, token] = value
     meta = {"nouns": nouns, "task_type": "object"}
-    assert ours(folder, "paper", meta, seen, BOX) == pytest.approx(paper)
-    assert ours(folder, "released", meta, seen, BOX) == pytest.approx(by_released)
+    assert ours(folder, "paper", meta, scores_of_tokens, BOX) == pytest.approx(paper)
+    assert ours(folder, "released", meta, scores_of_tokens, BOX) == pytest.approx(by_released)
 
 
 @pytest.mark.parametrize(("kind", "score"), [("complex", 1.0), ("spatial", 0.4)])
 def test_the_task_type_decides_and_not_the_annotation(folder, kind, score):
-    seen = np.full((2, 40), 0.01, dtype=np.float32)
-    seen[0, 1], seen[1, 3] = 0.9, 0.8
+    scores_of_tokens = np.full((2, 40), 0.01, dtype=np.float32)
+    scores_of_tokens[0, 1], scores_of_tokens[1, 3] = 0.9, 0.8
     boxes = np.array([[0.8, 0.5, 0.1, 0.1], [0.2, 0.5, 0.1, 0.1]], dtype=np.float32)  # the cat on the wrong side
     info = {"obj1": "cat", "obj2": "dog", "locality": "left of"}
     meta = {"nouns": ["cat", "dog"], "task_type": kind, "spatial_info": info}
-    assert ours(folder, "released", meta, seen, boxes) == pytest.approx(score)
+    assert ours(folder, "released", meta, scores_of_tokens, boxes) == pytest.approx(score)
 
 
 def test_one_noun_twice_scores_nothing_as_a_relation_and_its_nouns_elsewhere(folder):
-    seen = np.full((1, 40), 0.9, dtype=np.float32)
+    scores_of_tokens = np.full((1, 40), 0.9, dtype=np.float32)
     info = {"obj1": "cat", "obj2": "cat", "locality": "near"}
-    scores = [ours(folder, "released", {"nouns": ["cat"], "task_type": kind, "spatial_info": info}, seen, BOX) for kind in ("spatial", "complex")]  # fmt: skip
+    scores = [
+        ours(folder, "released", {"nouns": ["cat"], "task_type": kind, "spatial_info": info}, scores_of_tokens, BOX)
+        for kind in ("spatial", "complex")
+    ]
     assert scores == [0.0, 1.0]
 
 
@@ -212,7 +230,10 @@ def test_a_task_type_without_its_annotation_is_refused_where_the_task_type_decid
 
 
 def test_both_of_t2i_r1s_scorers_that_go_by_the_kind_agree_on_it():
-    for meta in ({"nouns": ["cat"], "task_type": "complex", "spatial_info": {"obj1": "cat"}}, {"nouns": ["cat"], "numeracy_info": [1]}):  # fmt: skip
+    for meta in (
+        {"nouns": ["cat"], "task_type": "complex", "spatial_info": {"obj1": "cat"}},
+        {"nouns": ["cat"], "numeracy_info": [1]},
+    ):
         git = GitVQA.__new__(GitVQA)
         git.ask = lambda images, questions: torch.full((len(questions),), 0.25)
         git.batch_size = 4

@@ -1,4 +1,5 @@
-"""The detection reward on planted boxes: every relation, counting, words, and where the released scorer differs."""
+"""The detection reward on planted boxes: every relation, counting, words, and where the released
+scorer differs."""
 
 import json
 from collections import Counter
@@ -23,18 +24,24 @@ from t2i_rl.rewards.boxes import (
 SIZE = (384, 384)
 FILE = Path(__file__).parents[3] / "shared" / "data" / "t2i_r1" / "geneval_and_t2i_data_final.jsonl"
 PLACES = {  # relation -> centres of the first and the second object
-    "left of": ((0.2, 0.5), (0.8, 0.5)), "right of": ((0.8, 0.5), (0.2, 0.5)), "above": ((0.5, 0.2), (0.5, 0.8)),
-    "below": ((0.5, 0.8), (0.5, 0.2)), "on the left of": ((0.2, 0.5), (0.8, 0.5)), "on the right of": ((0.8, 0.5), (0.2, 0.5)),
-    "on top of": ((0.5, 0.2), (0.5, 0.8)), "on the top of": ((0.5, 0.2), (0.5, 0.8)), "on the bottom of": ((0.5, 0.8), (0.5, 0.2)),
+    "left of": ((0.2, 0.5), (0.8, 0.5)),
+    "right of": ((0.8, 0.5), (0.2, 0.5)),
+    "above": ((0.5, 0.2), (0.5, 0.8)),
+    "below": ((0.5, 0.8), (0.5, 0.2)),
+    "on the left of": ((0.2, 0.5), (0.8, 0.5)),
+    "on the right of": ((0.8, 0.5), (0.2, 0.5)),
+    "on top of": ((0.5, 0.2), (0.5, 0.8)),
+    "on the top of": ((0.5, 0.2), (0.5, 0.8)),
+    "on the bottom of": ((0.5, 0.8), (0.5, 0.2)),
     **{relation: ((0.4, 0.5), (0.6, 0.5)) for relation in NEAR},
-}  # fmt: skip
+}
 
 
 def box(x: float, y: float, width: float = 0.1, height: float = 0.1) -> torch.Tensor:
     return torch.tensor([x, y, width, height])
 
 
-def found(*boxes: tuple[int, torch.Tensor]) -> Detections:
+def detections(*boxes: tuple[int, torch.Tensor]) -> Detections:
     """Planted detections `(noun, box)`, best first."""
     rows = [row for _, row in boxes]
     return Detections(
@@ -59,11 +66,11 @@ def test_overlap_is_counted_as_pixels_would_be():
     filled = [{(x, y) for x in range(a, c) for y in range(b, d)} for a, b, c, d in boxes.tolist()]
     expected = [[len(p & q) / len(p | q) for q in filled] for p in filled]
     torch.testing.assert_close(iou(boxes.double(), boxes.double()), torch.tensor(expected, dtype=torch.float64))
-    kept: list[int] = []
+    remaining: list[int] = []
     for number in range(20):
-        if all(expected[number][other] <= 0.3 for other in kept):
-            kept.append(number)
-    assert suppress(boxes.double(), 0.3).tolist() == kept and 3 < len(kept) < 20
+        if all(expected[number][other] <= 0.3 for other in remaining):
+            remaining.append(number)
+    assert suppress(boxes.double(), 0.3).tolist() == remaining and 3 < len(remaining) < 20
 
 
 def test_centres_become_corners():
@@ -72,7 +79,7 @@ def test_centres_become_corners():
 
 @pytest.mark.parametrize("relation", sorted(SIDES))
 def test_a_side_is_right_wrong_or_not_the_main_one(relation):
-    first, second = (box(*place) for place in PLACES[relation])
+    first, second = (box(*centre) for centre in PLACES[relation])
     assert position(first, second, relation) == 1.0 and position(second, first, relation) == 0.0
     axis = SIDES[relation][0]
     aslant = first.clone()
@@ -95,9 +102,9 @@ def test_near_is_in_pixels_and_falls_off():
 
 def test_released_knows_neither_above_nor_on_top_of():
     for relation in ("above", "on top of"):
-        first, second = (box(*place) for place in PLACES[relation])
+        first, second = (box(*centre) for centre in PLACES[relation])
         assert position(first, second, relation, "released") == 0.0
-    first, second = (box(*place) for place in PLACES["on the top of"])
+    first, second = (box(*centre) for centre in PLACES["on the top of"])
     assert position(first, second, "on the top of", "released") == 1.0
 
 
@@ -118,55 +125,59 @@ def test_a_relation_without_a_rule_is_refused():
 )
 def test_spatial_scores(boxes, paper, released):
     meta = {"nouns": ["car", "dog"], "spatial_info": {"obj1": "car", "obj2": "dog", "locality": "left of"}}
-    assert score(found(*boxes), meta) == pytest.approx(paper)
-    assert score(found(*boxes), meta, "released") == pytest.approx(released)
+    assert score(detections(*boxes), meta) == pytest.approx(paper)
+    assert score(detections(*boxes), meta, "released") == pytest.approx(released)
 
 
 def test_counting_is_all_or_nothing_and_released_pays_for_any():
     meta = {"nouns": ["cup"], "numeracy_info": [{"obj_name": "cup", "num": 2}]}
-    two = found((0, box(0.2, 0.2)), (0, box(0.7, 0.7)))
-    three = found((0, box(0.2, 0.2)), (0, box(0.7, 0.7)), (0, box(0.7, 0.2)))
-    assert score(two, meta) == 1.0 and score(three, meta) == 0.0 and score(found(), meta) == 0.0
-    assert score(three, meta, "released") in (0.2, 1.0) and score(found(), meta, "released") == 0.0
+    two = detections((0, box(0.2, 0.2)), (0, box(0.7, 0.7)))
+    three = detections((0, box(0.2, 0.2)), (0, box(0.7, 0.7)), (0, box(0.7, 0.2)))
+    assert score(two, meta) == 1.0 and score(three, meta) == 0.0 and score(detections(), meta) == 0.0
+    assert score(three, meta, "released") in (0.2, 1.0) and score(detections(), meta, "released") == 0.0
 
 
 def test_duplicates_of_one_object_are_counted_once_but_not_by_the_released_scorer():
     meta = {"nouns": ["cup"], "numeracy_info": [{"obj_name": "cup", "num": 2}]}
-    doubled = found((0, box(0.3, 0.3, 0.2, 0.2)), (0, box(0.31, 0.3, 0.2, 0.2)), (0, box(0.7, 0.7, 0.2, 0.2)))
+    doubled = detections((0, box(0.3, 0.3, 0.2, 0.2)), (0, box(0.31, 0.3, 0.2, 0.2)), (0, box(0.7, 0.7, 0.2, 0.2)))
     assert score(doubled, meta) == 1.0
     assert score(doubled, meta, "released") == 0.2  # centre and size read as corners
 
 
 def test_counting_averages_over_what_is_counted():
     meta = {"nouns": ["cup", "dog"], "numeracy_info": [{"obj_name": "cup", "num": 1}, {"obj_name": "dog", "num": 2}]}
-    assert score(found((0, box(0.2, 0.2)), (1, box(0.7, 0.7))), meta) == 0.5
+    assert score(detections((0, box(0.2, 0.2)), (1, box(0.7, 0.7))), meta) == 0.5
 
 
 def test_the_same_noun_twice_needs_two_objects():
     meta = {"nouns": ["umbrella"], "spatial_info": {"obj1": "umbrella", "obj2": "umbrella", "locality": "above"}}
     high, low = box(0.5, 0.2, 0.2, 0.2), box(0.5, 0.8, 0.2, 0.2)
-    assert score(found((0, low), (0, high)), meta) == score(found((0, high), (0, low)), meta) == 1.0
-    assert score(found((0, high)), meta) == pytest.approx(0.4)
-    assert score(found((0, high), (0, box(0.5, 0.25, 0.2, 0.2))), meta) == pytest.approx(0.4)  # one object, boxed twice
-    assert score(found((0, high), (0, low)), meta, "released") == 0.0  # it fails inside, and the failure counts as 0
+    assert score(detections((0, low), (0, high)), meta) == score(detections((0, high), (0, low)), meta) == 1.0
+    assert score(detections((0, high)), meta) == pytest.approx(0.4)
+    assert score(detections((0, high), (0, box(0.5, 0.25, 0.2, 0.2))), meta) == pytest.approx(
+        0.4
+    )  # one object, boxed twice
+    assert (
+        score(detections((0, high), (0, low)), meta, "released") == 0.0
+    )  # it fails inside, and the failure counts as 0
 
 
 def test_what_only_a_relation_names_is_looked_for_too():
     meta = {"nouns": ["watch"], "spatial_info": {"obj1": "watch", "obj2": "jewelry box", "locality": "next to"}}
     assert nouns_of(meta) == ["watch", "jewelry box"]
-    assert score(found((0, box(0.4, 0.5)), (1, box(0.6, 0.5))), meta) == 1.0
+    assert score(detections((0, box(0.4, 0.5)), (1, box(0.6, 0.5))), meta) == 1.0
 
 
-@pytest.mark.skipif(not FILE.exists(), reason="../shared/data/t2i_r1 is not beside this checkout")
+@pytest.mark.skipif(not FILE.exists(), reason="T2I-R1's file is not beside this checkout")
 def test_a_perfect_picture_scores_one_on_every_row_of_t2i_r1():
     rows = [json.loads(line) for line in FILE.read_text().splitlines()]
     kinds = Counter()
     for meta in rows:
         nouns, planted = nouns_of(meta), []
         if meta.get("numeracy_info"):
-            for place, item in enumerate(meta["numeracy_info"]):
+            for number, item in enumerate(meta["numeracy_info"]):
                 noun = nouns.index(item["obj_name"])
-                planted += [(noun, box(0.02 + 0.04 * k, 0.05 + 0.1 * place, 0.02, 0.02)) for k in range(item["num"])]
+                planted += [(noun, box(0.02 + 0.04 * k, 0.05 + 0.1 * number, 0.02, 0.02)) for k in range(item["num"])]
         elif meta.get("spatial_info"):
             info = meta["spatial_info"]
             centres = zip(("obj1", "obj2"), PLACES[info["locality"]])
@@ -174,6 +185,6 @@ def test_a_perfect_picture_scores_one_on_every_row_of_t2i_r1():
             planted += [(number, box(0.9, 0.9)) for number in range(len(nouns))]
         else:
             planted = [(number, box(0.5, 0.5)) for number in range(len(nouns))]
-        assert score(found(*planted), meta) == pytest.approx(1.0), meta
+        assert score(detections(*planted), meta) == pytest.approx(1.0), meta
         kinds[meta["task_type"]] += 1
     assert sum(kinds.values()) == 7223 and kinds["spatial"] == 2195 and kinds["numeracy"] == 1172

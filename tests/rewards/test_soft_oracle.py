@@ -1,4 +1,5 @@
-"""The differentiable stand-in for the oracle: its arithmetic against brute force, its reading of renders, and that it can be fooled where the oracle cannot."""
+"""The differentiable stand-in for the oracle: its arithmetic against brute force, its reading of
+renders, and that it can be fooled where the oracle cannot."""
 
 import itertools
 
@@ -6,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from t2i_rl.command.cli import PACKAGE
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.pixels import to_bytes
+from t2i_rl.core.places import PACKAGE
 from t2i_rl.core.prompts import Prompt
 from t2i_rl.pretrain.recognizer import LabelledScenes, agreement
 from t2i_rl.rewards.pixels import to_unit
@@ -53,7 +54,12 @@ def test_relations_are_sums_over_pairs_of_cells(relation):
     total = 0.0
     for i, j in itertools.product(range(64), repeat=2):
         dx, dy = i % GRID - j % GRID, i // GRID - j // GRID
-        holds = {"left of": -dx >= abs(dy) and dx < 0, "right of": dx >= abs(dy) and dx > 0, "above": -dy >= abs(dx) and dy < 0, "below": dy >= abs(dx) and dy > 0}  # fmt: skip
+        holds = {
+            "left of": -dx >= abs(dy) and dx < 0,
+            "right of": dx >= abs(dy) and dx > 0,
+            "above": -dy >= abs(dx) and dy < 0,
+            "below": dy >= abs(dx) and dy > 0,
+        }
         total += float(a[i] * b[j]) * holds[relation]
     assert related(a, b, relation).item() == pytest.approx(total / float(a.sum() * b.sum()))
 
@@ -102,7 +108,8 @@ def test_a_batch_is_its_rows(oracle):
 
 
 def test_it_can_be_fooled_and_the_oracle_cannot(oracle):
-    """Climbing it in pixels: it grows sure of three red circles in what the oracle finds nothing of the kind."""
+    """Climbing it in pixels: it grows sure of three red circles in what the oracle finds nothing of
+    the kind."""
     prompt = Prompt(
         "x", "three red circles", "counting", {"include": [{"class": "circle", "count": 3, "color": "red"}]}
     )

@@ -1,4 +1,5 @@
-"""T2I-R1's rewards on small random checkpoints of the real classes, saved and loaded through the real path."""
+"""T2I-R1's rewards on small random checkpoints of the real classes, saved and loaded through the
+real path."""
 
 import shutil
 from pathlib import Path
@@ -26,9 +27,13 @@ IMAGES = np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3)).astype(np.uin
 METAS = [
     {"nouns": ["car", "dog"], "attr_nouns": ["red car", "blue dog"], "task_type": "color"},
     {"nouns": ["cup"], "numeracy_info": [{"obj_name": "cup", "num": 2}], "task_type": "numeracy"},
-    {"nouns": ["cat", "bench"], "spatial_info": {"obj1": "cat", "obj2": "bench", "locality": "left of"}, "task_type": "spatial"},
+    {
+        "nouns": ["cat", "bench"],
+        "spatial_info": {"obj1": "cat", "obj2": "bench", "locality": "left of"},
+        "task_type": "spatial",
+    },
     {"nouns": ["traffic light"], "task_type": "object"},
-]  # fmt: skip
+]
 TEXTS = ["a red car and a blue dog", "two cup", "a cat left of a bench", "a photo of a traffic light"]
 ROLLOUT = SimpleNamespace(
     images=IMAGES, prompts=[Prompt(str(i), text, "", meta) for i, (text, meta) in enumerate(zip(TEXTS, METAS))]
@@ -49,10 +54,17 @@ def load_git(path, **settings):
 
 
 def load_orm(path, **settings):
-    return ORM(str(path), **{"question": QUESTION, "template": TEMPLATE, "dtype": "float32", "device": None, **settings})  # fmt: skip
+    return ORM(
+        str(path), **{"question": QUESTION, "template": TEMPLATE, "dtype": "float32", "device": None, **settings}
+    )
 
 
-KINDS = {"hps": (save_small_hps, load_hps), "gdino": (save_small_gdino, load_gdino), "git": (save_small_git, load_git), "orm": (save_small_orm, load_orm)}  # fmt: skip
+KINDS = {
+    "hps": (save_small_hps, load_hps),
+    "gdino": (save_small_gdino, load_gdino),
+    "git": (save_small_git, load_git),
+    "orm": (save_small_orm, load_orm),
+}
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +120,11 @@ def test_gdino_refuses_what_it_cannot_look_for(folders):
     reward = load_gdino(folders["gdino"])
     assert [reward.refuses(Prompt("0", "x", "", meta)) for meta in METAS] == [None] * 4
     strange = {"nouns": ["car"], "spatial_info": {"obj1": "car", "obj2": "dog", "locality": "inside"}}
-    for meta, why in ((strange, "inside"), ({"nouns": []}, "no nouns"), ({"nouns": ["cat"] * 5 + list(map(str, range(90)))}, "tokens")):  # fmt: skip
+    for meta, why in (
+        (strange, "inside"),
+        ({"nouns": []}, "no nouns"),
+        ({"nouns": ["cat"] * 5 + list(map(str, range(90)))}, "tokens"),
+    ):
         assert why in reward.refuses(Prompt("0", "x", "", meta))
 
 
@@ -148,7 +164,7 @@ def test_hps_is_the_cosine_of_the_two_embeddings(folders):
     reward = load_hps(folders["hps"])
     model, expected = reward.model.double(), []
     for image, text in zip(IMAGES, TEXTS):
-        pixels = reward.pictures(images=[image], return_tensors="pt")["pixel_values"].double()
+        pixels = reward.image_processor(images=[image], return_tensors="pt")["pixel_values"].double()
         a = model.visual_projection(model.vision_model(pixels).pooler_output)[0]
         b = model.text_projection(model.text_model(**reward.tokenizer(text, return_tensors="pt")).pooler_output)[0]
         expected.append(float(a @ b / (a.norm() * b.norm())))
@@ -161,14 +177,18 @@ def test_an_open_clip_file_gives_what_its_own_architecture_gives(folders, tmp_pa
     plain = load_hps(folders["hps"])
     their = OpenClip(len(plain.tokenizer)).eval()
     state = {name: value.contiguous() for name, value in their.state_dict().items()}
-    save_file(state, tmp_path / file) if file.endswith("safetensors") else torch.save({"state_dict": state}, tmp_path / file)  # fmt: skip
+    if file.endswith("safetensors"):
+        save_file(state, tmp_path / file)
+    else:
+        torch.save({"state_dict": state}, tmp_path / file)
     reward = load_hps(tmp_path, file=file, processor=folders["hps"], text_heads=4, vision_heads=2)
-    pixels = plain.pictures(images=list(IMAGES), return_tensors="pt")["pixel_values"]
+    pixels = plain.image_processor(images=list(IMAGES), return_tensors="pt")["pixel_values"]
     ids = plain.tokenizer(TEXTS, padding=True, return_tensors="pt").input_ids
     with torch.no_grad():
         expected = their.cosine(pixels, ids, plain.tokenizer.eos_token_id)
     torch.testing.assert_close(reward(ROLLOUT).total, expected.double(), rtol=1e-4, atol=1e-5)
-    assert set(convert(state)) <= set(plain.model.state_dict()) | {f"text_model.encoder.layers.2.{rest}" for rest in names_of_a_layer(plain)}  # fmt: skip
+    third_layer = {f"text_model.encoder.layers.2.{name}" for name in names_of_a_layer(plain)}
+    assert set(convert(state)) <= set(plain.model.state_dict()) | third_layer
 
 
 def names_of_a_layer(reward: ClipScore) -> set[str]:
@@ -211,7 +231,10 @@ def test_nouns_are_found_by_their_tokens(folders):
     reward = load_gdino(folders["gdino"])
     nouns = ["car", "teddy bear", "computer mouse pad"]
     text = reward.tokenizer("car. teddy bear. computer mouse pad.", return_offsets_mapping=True, return_tensors="pt")
-    words = [reward.tokenizer.convert_ids_to_tokens(text.input_ids[0][part].tolist()) for part in spans(nouns, text.offset_mapping[0])]  # fmt: skip
+    words = [
+        reward.tokenizer.convert_ids_to_tokens(text.input_ids[0][part].tolist())
+        for part in spans(nouns, text.offset_mapping[0])
+    ]
     assert words == [["car"], ["teddy", "bear"], ["computer", "mouse", "pad"]]
 
 
@@ -224,10 +247,11 @@ def test_boxes_go_to_their_best_noun(folders):
     for image, row, mine in zip(IMAGES, nouns, ours):
         text = reward.tokenizer(". ".join(row) + ".", return_tensors="pt")
         words = reward.tokenizer.convert_ids_to_tokens(text.input_ids[0].tolist())
-        pictures = reward.pictures(images=[image], return_tensors="pt")
+        pictures = reward.image_processor(images=[image], return_tensors="pt")
         with torch.no_grad():
             output = model(pixel_values=pictures["pixel_values"].double(), pixel_mask=pictures["pixel_mask"], **text)
-        scores = torch.stack([output.logits[0][:, [words.index(word) for word in noun.split()]].sigmoid().amax(-1) for noun in row], 1)  # fmt: skip
+        tokens = [[words.index(word) for word in noun.split()] for noun in row]
+        scores = torch.stack([output.logits[0][:, indices].sigmoid().amax(-1) for indices in tokens], 1)
         best, label = scores.max(1)
         order = [number for number in best.argsort(descending=True).tolist() if best[number] > 0.6]
         assert 0 < len(order) < 12 and mine.labels.tolist() == label[order].tolist()
@@ -236,7 +260,8 @@ def test_boxes_go_to_their_best_noun(folders):
 
 def test_a_noun_of_three_words_is_never_found_by_the_released_scorer(folders):
     nouns = [["computer mouse pad", "car"]]
-    paper, released = (load_gdino(folders["gdino"], compat=compat).detect(IMAGES[:1], nouns)[0] for compat in ("paper", "released"))  # fmt: skip
+    scorers = [load_gdino(folders["gdino"], compat=compat) for compat in ("paper", "released")]
+    paper, released = (scorer.detect(IMAGES[:1], nouns)[0] for scorer in scorers)
     assert 0 in paper.labels.tolist() and 0 not in released.labels.tolist() and 1 in released.labels.tolist()
 
 
@@ -244,8 +269,8 @@ def test_git_is_asked_for_phrases_and_says_nothing_about_places_and_counts(folde
     assert [phrases_of(meta) for meta in METAS] == [["red car", "blue dog"], [], [], ["traffic light"]]
     reward = load_git(folders["git"])
     total = reward(ROLLOUT).total
-    each = reward.ask(IMAGES[[0, 0]], ["red car?", "blue dog?"])
-    assert total[0] == pytest.approx(float(each.mean())) and total[1] == total[2] == 0.0
+    shares = reward.ask(IMAGES[[0, 0]], ["red car?", "blue dog?"])
+    assert total[0] == pytest.approx(float(shares.mean())) and total[1] == total[2] == 0.0
     nothing = SimpleNamespace(images=IMAGES[:1], prompts=[Prompt("0", "x", "", {"nouns": [], "task_type": "non"})])
     assert reward(nothing).total.tolist() == [1.0]
 
@@ -255,8 +280,9 @@ def test_git_reads_the_word_after_the_question(folders):
     ours = reward.ask(IMAGES[:3], ["red car?", "a dog?", "traffic light?"])
     model = reward.model.double()
     for row, question in enumerate(["red car?", "a dog?", "traffic light?"]):
-        ids = torch.tensor([[reward.tokenizer.cls_token_id, *reward.tokenizer(question, add_special_tokens=False).input_ids]])  # fmt: skip
-        pixels = reward.pictures(images=[IMAGES[row]], return_tensors="pt")["pixel_values"].double()
+        words = reward.tokenizer(question, add_special_tokens=False).input_ids
+        ids = torch.tensor([[reward.tokenizer.cls_token_id, *words]])
+        pixels = reward.image_processor(images=[IMAGES[row]], return_tensors="pt")["pixel_values"].double()
         with torch.no_grad():
             p = model(input_ids=ids, pixel_values=pixels).logits[0, -1].softmax(-1)
         yes, no = (p[reward.tokenizer.convert_tokens_to_ids(word)] for word in ("yes", "no"))
@@ -264,11 +290,12 @@ def test_git_reads_the_word_after_the_question(folders):
 
 
 def test_the_orm_sees_what_transformers_own_forward_sees(folders):
-    """Image placeholders spelled out in the ids and pixels handed to the model, in place of embeddings put together by us."""
+    """Image placeholders spelled out in the ids and pixels handed to the model, in place of
+    embeddings put together by us."""
     reward = load_orm(folders["orm"])
     ours, model, words = reward(ROLLOUT).total, reward.model.double(), reward.tokenizer
     for row in range(4):
-        pictures = reward.pictures(images=[IMAGES[row]], return_tensors="pt")
+        pictures = reward.image_processor(images=[IMAGES[row]], return_tensors="pt")
         sizes = {"pixel_values": pictures["pixel_values"].double(), "image_sizes": pictures["image_sizes"]}
         count = len(model.get_image_features(**sizes, return_dict=True).pooler_output[0])
         text = TEMPLATE.format(image="<image>" * count, question=QUESTION.format(prompt=TEXTS[row]))

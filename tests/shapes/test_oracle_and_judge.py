@@ -1,4 +1,5 @@
-"""The oracle reads clean renders without error; the judge against GenEval's truth table and a brute-force strict rule."""
+"""The oracle reads clean renders without error; the judge against GenEval's truth table and a
+brute-force strict rule."""
 
 import itertools
 
@@ -32,12 +33,12 @@ def box(shape, x, y, color="red", score=1.0, r=5.0, **extra):
 def test_clean_renders_are_read_back_exactly(size):
     for tag in GENEVAL_TASKS:
         prompts, scenes, images = drawn(tag, 200, size)
-        for prompt, scene, found in zip(prompts, scenes, detect(images), strict=True):
-            verdict = judge(prompt.meta, found)
+        for prompt, scene, detections in zip(prompts, scenes, detect(images), strict=True):
+            verdict = judge(prompt.meta, detections)
             assert verdict.strict and verdict.lenient and verdict.score == 1 and not verdict.defects
-            assert sorted((d.shape, d.color) for d in found) == sorted((o.shape, o.color) for o in scene.objects)
+            assert sorted((d.shape, d.color) for d in detections) == sorted((o.shape, o.color) for o in scene.objects)
             for item in scene.objects:
-                assert min(np.hypot(d.center[0] - item.x, d.center[1] - item.y) for d in found) < 0.5
+                assert min(np.hypot(d.center[0] - item.x, d.center[1] - item.y) for d in detections) < 0.5
 
 
 @pytest.mark.parametrize(
@@ -45,7 +46,9 @@ def test_clean_renders_are_read_back_exactly(size):
 )
 def test_the_further_tasks_are_judged_exactly_too(tag, size):
     prompts, _, images = drawn(tag, 60, size)
-    assert all(judge(prompt.meta, found).strict for prompt, found in zip(prompts, detect(images), strict=True))
+    assert all(
+        judge(prompt.meta, detections).strict for prompt, detections in zip(prompts, detect(images), strict=True)
+    )
 
 
 def test_it_is_deterministic_and_batches_change_nothing():
@@ -68,17 +71,23 @@ def test_noise_and_a_crowded_canvas_fool_only_the_lenient_rule():
         prompts, _, _ = drawn(tag, 60, seed=3)
         for images in (noise, crowded):
             assert not any(
-                judge(prompt.meta, found).strict for prompt, found in zip(prompts, detect(images), strict=True)
+                judge(prompt.meta, detections).strict
+                for prompt, detections in zip(prompts, detect(images), strict=True)
             )
     single, _, _ = drawn("single_object", 60)
-    assert all(judge(prompt.meta, found).lenient for prompt, found in zip(single, detect(crowded), strict=True))
+    assert all(
+        judge(prompt.meta, detections).lenient for prompt, detections in zip(single, detect(crowded), strict=True)
+    )
 
 
 def test_light_gaussian_noise_is_survived():
     prompts, _, images = drawn("color_attr", 200)
     noisy = np.clip(images + np.random.default_rng(0).normal(0, 8, images.shape), 0, 255).astype(np.uint8)
     assert (
-        np.mean([judge(prompt.meta, found).strict for prompt, found in zip(prompts, detect(noisy), strict=True)]) > 0.97
+        np.mean(
+            [judge(prompt.meta, detections).strict for prompt, detections in zip(prompts, detect(noisy), strict=True)]
+        )
+        > 0.97
     )
 
 
@@ -86,9 +95,9 @@ def test_components_against_a_flood_fill():
     masks = np.random.default_rng(0).random((5, 16, 16)) < 0.4
     labels = components(masks)
     for mask, ours in zip(masks, labels, strict=True):
-        seen, groups = set(), []
+        labelled, groups = set(), []
         for start in map(tuple, np.argwhere(mask)):
-            if start in seen:
+            if start in labelled:
                 continue
             stack, group = [start], set()
             while stack:
@@ -97,7 +106,7 @@ def test_components_against_a_flood_fill():
                     continue
                 group.add((y, x))
                 stack += [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]
-            seen |= group
+            labelled |= group
             groups.append(group)
         assert {frozenset(map(tuple, np.argwhere(ours == value))) for value in np.unique(ours[ours > 0])} == {
             frozenset(g) for g in groups
@@ -119,16 +128,22 @@ def test_a_blob_that_is_no_shape_is_malformed():
 
 @pytest.mark.parametrize(
     ("a", "b", "expected"),
-    [((5, 16), (25, 16), {"left of"}), ((25, 16), (5, 16), {"right of"}), ((16, 5), (16, 25), {"above"}), ((16, 25), (16, 5), {"below"}),
-     ((5, 5), (25, 25), {"left of", "above"}), ((16, 16), (16.5, 16.5), set())],
-)  # fmt: skip
+    [
+        ((5, 16), (25, 16), {"left of"}),
+        ((25, 16), (5, 16), {"right of"}),
+        ((16, 5), (16, 25), {"above"}),
+        ((16, 25), (16, 5), {"below"}),
+        ((5, 5), (25, 25), {"left of", "above"}),
+        ((16, 16), (16.5, 16.5), set()),
+    ],
+)
 def test_relations_by_hand(a, b, expected):
     assert relations(box("circle", *a), box("square", *b)) == expected
 
 
 def test_genevals_truth_table():
-    def lenient(meta, *found):
-        return judge(meta, list(found)).lenient
+    def lenient(meta, *detections):
+        return judge(meta, list(detections)).lenient
 
     two = {"include": [{"class": "circle", "count": 1}, {"class": "cross", "count": 1}]}
     assert lenient(two, box("circle", 5, 5), box("cross", 20, 20)) and not lenient(two, box("circle", 5, 5))
@@ -153,12 +168,12 @@ def test_genevals_truth_table():
     assert not lenient(wrong_reference, box("square", 25, 16, "red"), box("circle", 5, 16))
 
 
-def brute_force_strict(meta, found) -> bool:
+def brute_force_strict(meta, detections) -> bool:
     """Every assignment of the objects to what is asked, written out without the judge's slots."""
     asked = [(index, clause) for index, clause in enumerate(meta["include"]) for _ in range(clause["count"])]
-    if len(asked) != len(found) or any(item.malformed for item in found):
+    if len(asked) != len(detections) or any(item.malformed for item in detections):
         return False
-    for order in itertools.permutations(found):
+    for order in itertools.permutations(detections):
         fits = True
         for (_, clause), item in zip(asked, order, strict=True):
             fits &= item.shape == clause["class"] and clause.get("color", item.color) == item.color
@@ -177,24 +192,24 @@ def test_strict_is_the_brute_force_rule_and_score_one_says_the_same():
     for tag in GENEVAL_TASKS:
         prompts, scenes, _ = drawn(tag, 60, seed=8)
         for prompt, scene in zip(prompts, scenes, strict=True):
-            found = [box(o.shape, o.x, o.y, o.color, r=o.r) for o in scene.objects]
+            detections = [box(o.shape, o.x, o.y, o.color, r=o.r) for o in scene.objects]
             change = rng.integers(4)
             if change == 1:
-                found = found[:-1]
+                detections = detections[:-1]
             elif change == 2:
-                found.append(box("circle", 30, 30, "cyan", malformed=bool(rng.integers(2))))
+                detections.append(box("circle", 30, 30, "cyan", malformed=bool(rng.integers(2))))
             elif change == 3:
-                first = found[0]
-                found[0] = ShapeDetection(
+                first = detections[0]
+                detections[0] = ShapeDetection(
                     BASE_SHAPES[rng.integers(4)],
                     first.box[2:] + first.box[:2] if rng.integers(2) else first.box,
                     1.0,
                     first.color,
                 )
-            verdict = judge(prompt.meta, found)
+            verdict = judge(prompt.meta, detections)
             assert (
                 verdict.strict
-                == brute_force_strict(prompt.meta, found)
+                == brute_force_strict(prompt.meta, detections)
                 == (verdict.score == 1)
                 == (not verdict.defects)
             )
@@ -217,19 +232,24 @@ def test_mending_a_defect_never_lowers_the_score():
         [box("square", 5, 16, "blue"), box("circle", 25, 16, "red")],
         [box("square", 25, 16, "blue"), box("circle", 5, 16, "red")],
     ]
-    scores = [judge(meta, found).score for found in ladder]
+    scores = [judge(meta, detections).score for detections in ladder]
     assert scores == sorted(set(scores)) and scores[0] == 0 and scores[-1] == 1
     perfect = ladder[-1]
     assert judge(meta, [*perfect, box("cross", 16, 28)]).score < 1
 
 
 @pytest.mark.parametrize(
-    ("found", "word"),
-    [([], "missing: a red circle"), ([box("circle", 9, 9, "blue")], "wrong color: the circle is blue, not red"), ([box("square", 9, 9)], "wrong shape: square, not circle"),
-     ([box("circle", 9, 9), box("cross", 20, 20, "black")], "extra: a black cross"), ([box("circle", 9, 9), box("cross", 20, 20, malformed=True)], "malformed: a red blob at (20, 20)")],
-)  # fmt: skip
-def test_defects_are_named(found, word):
-    defects = judge({"include": [{"class": "circle", "count": 1, "color": "red"}]}, found).defects
+    ("detections", "word"),
+    [
+        ([], "missing: a red circle"),
+        ([box("circle", 9, 9, "blue")], "wrong color: the circle is blue, not red"),
+        ([box("square", 9, 9)], "wrong shape: square, not circle"),
+        ([box("circle", 9, 9), box("cross", 20, 20, "black")], "extra: a black cross"),
+        ([box("circle", 9, 9), box("cross", 20, 20, malformed=True)], "malformed: a red blob at (20, 20)"),
+    ],
+)
+def test_defects_are_named(detections, word):
+    defects = judge({"include": [{"class": "circle", "count": 1, "color": "red"}]}, detections).defects
     assert Defect(word.partition(":")[0], word) in defects
 
 

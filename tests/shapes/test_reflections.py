@@ -1,4 +1,5 @@
-"""Reflections on pictures of the world: true, in its words, and mended by what keeps what was right."""
+"""Reflections on pictures of the world: true, in its words, and mended by what keeps what was
+right."""
 
 from dataclasses import replace
 
@@ -32,19 +33,20 @@ BLUE = Object("square", "blue", 23.0, 23.0, 5.0)
 def test_the_mended_scene_is_what_was_asked_and_every_word_is_known(seed):
     rng = np.random.default_rng(seed)
     prompt, scene = sample_example(rng)
-    found = looked_at(prompt, misremembered(scene, rng), seed)
-    assert judge(prompt.meta, detect(render(found.scene)[None])[0]).strict
-    assert named(found.text) == found.faults
-    assert TOKENIZER.unk_token_id not in TOKENIZER(found.text).input_ids
+    reflection = looked_at(prompt, misremembered(scene, rng), seed)
+    assert judge(prompt.meta, detect(render(reflection.scene)[None])[0]).strict
+    assert named(reflection.text) == reflection.faults
+    assert TOKENIZER.unk_token_id not in TOKENIZER(reflection.text).input_ids
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_is_right_is_left_alone(seed):
     rng = np.random.default_rng(seed)
     prompt, scene = sample_example(rng)
-    found = looked_at(prompt, scene, seed)
-    assert found.text == f"{plan(found.scene)} {NO_CHANGE}" and found.faults == () and found.kept == found.scene.objects
-    for item in found.scene.objects:
+    reflection = looked_at(prompt, scene, seed)
+    assert reflection.text == f"{plan(reflection.scene)} {NO_CHANGE}"
+    assert reflection.faults == () and reflection.unmoved == reflection.scene.objects
+    for item in reflection.scene.objects:
         nearest = min(scene.objects, key=lambda other: abs(other.x - item.x) + abs(other.y - item.y))
         assert (item.shape, item.color) == (nearest.shape, nearest.color) and abs(item.x - nearest.x) <= 1
 
@@ -57,29 +59,31 @@ def test_each_fault_is_told_and_mended():
         "a black cross at the top right": [RED, BLUE, Object("cross", "black", 24.0, 8.0, 5.0)],
     }
     for fault, objects in cases.items():
-        found = looked_at(pair, Scene(tuple(objects)))
-        assert found.faults == (fault,), fault
-        assert len(found.kept) == (2 if "cross" in fault else 1)
-        assert "two objects." in found.text
+        reflection = looked_at(pair, Scene(tuple(objects)))
+        assert reflection.faults == (fault,), fault
+        assert len(reflection.unmoved) == (2 if "cross" in fault else 1)
+        assert "two objects." in reflection.text
     assert ": draw a blue square." in looked_at(pair, Scene((RED, replace(BLUE, color="green")))).text
     assert ": clear." in looked_at(pair, Scene((RED, BLUE, Object("cross", "black", 24.0, 8.0, 5.0)))).text
 
 
 def test_a_reflection_begins_with_what_the_picture_shows():
     pair = prompt_of("color_attr", "a red circle and a blue square")
-    shown = "two objects. a red circle at the top left. a green square at the bottom right. a green square at the bottom right: "
+    objects = "two objects. a red circle at the top left. a green square at the bottom right. "
+    shown = f"{objects}a green square at the bottom right: "
     assert looked_at(pair, Scene((RED, replace(BLUE, color="green")))).text.startswith(shown)
     assert looked_at(pair, Scene(())).text.startswith("no objects. no red circle: ")
 
 
 def test_a_wrong_side_is_told_and_the_other_object_stays():
     pair = prompt_of("position", "a red circle right of a blue square")
-    found = looked_at(pair, Scene((RED, replace(BLUE, y=8.0))))
-    assert len(found.faults) == 1 and "draw at the" in found.text
-    assert judge(pair.meta, detect(render(found.scene)[None])[0]).strict
+    reflection = looked_at(pair, Scene((RED, replace(BLUE, y=8.0))))
+    assert len(reflection.faults) == 1 and "draw at the" in reflection.text
+    assert judge(pair.meta, detect(render(reflection.scene)[None])[0]).strict
 
 
 def test_a_wrong_count_is_told_object_by_object():
     three = prompt_of("counting", "three red circles")
-    found = looked_at(three, Scene((RED,)))
-    assert found.faults == ("no red circle", "no red circle") and len(found.kept) == 1 and len(found.scene.objects) == 3
+    reflection = looked_at(three, Scene((RED,)))
+    assert reflection.faults == ("no red circle", "no red circle")
+    assert len(reflection.unmoved) == 1 and len(reflection.scene.objects) == 3

@@ -24,7 +24,8 @@ def digest(prompts) -> str:
 
 
 def test_the_prompt_selections_are_pinned():
-    """A change of wording, hash or order is a new version of the benchmark: bump Shapes.version and these."""
+    """A change of wording, hash or order is a new version of the benchmark: bump Shapes.version and
+    these."""
     assert digest(select_prompts("test", 40)) == "e0edd1fbd5842a7e0fe303a4d88ca2db56922eff83d6c1ca393754db1d14ac7a"
     assert (
         digest(select_prompts("validation", 40)) == "39b9943a23a57a729c31206feab939bcb20a338efc9e6f5a1e1f89e5d87e3585"

@@ -5,8 +5,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from t2i_rl.core.contracts import Column
 from t2i_rl.evaluation.records import write_records, write_results
 from t2i_rl.evaluation.stats import aggregate, compare
+from t2i_rl.evaluation.tables import row_of
 from t2i_rl.shapes.text import GENEVAL_TASKS
 
 
@@ -21,6 +23,9 @@ def make_records(
             chance = np.clip(rate + effect * prompt_rng.uniform(-1, 1), 0, 1)
             for sample in range(samples):
                 strict = bool(rng.random() < chance)
+                length, lenient = 8 + int(rng.integers(5)), strict or bool(rng.random() < 0.3)
+                score = 1.0 if strict else float(rng.integers(4)) / 4
+                defects = [] if strict else [rng.choice(["malformed shape", "missing circle"]).item()]
                 records.append(
                     {
                         "prompt_id": f"{tag}/{number}",
@@ -30,11 +35,12 @@ def make_records(
                         "sample_index": sample,
                         "seed": sample,
                         "plan": "one object. a red circle at the top left.",
-                        "plan_length": 8 + int(rng.integers(5)),
+                        "plan_length": length,
                         "strict": strict,
-                        "lenient": strict or bool(rng.random() < 0.3),
-                        "score": 1.0 if strict else float(rng.integers(4)) / 4,
-                        "defects": [] if strict else [rng.choice(["malformed shape", "missing circle"]).item()],
+                        "lenient": lenient,
+                        "score": score,
+                        "measured": {"malformed": float("malformed shape" in defects)},
+                        "defects": defects,
                         "image": f"images/{len(records):05d}.png",
                     }
                 )
@@ -56,6 +62,7 @@ def make_run(folder: Path, seed: int = 0, rate: float = 0.8, reward: str = "nsc"
             Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(stage_folder / record["image"])
         write_records(stage_folder / "records.jsonl", records)
     before, after = stages.values()
+    changes = compare(before, after)
     results = {
         "task": "train",
         "method": "iris",
@@ -65,8 +72,10 @@ def make_run(folder: Path, seed: int = 0, rate: float = 0.8, reward: str = "nsc"
         "steps": 40,
         "benchmark": {"name": "shapes", "version": 1},
         "stages": {stage: {"metrics": aggregate(records)} for stage, records in stages.items()},
-        "comparisons": [{"a": "base_plan", "b": "trained_plan", "metrics": compare(before, after)}],
-        "headline": None,
+        "comparisons": [{"a": "base_plan", "b": "trained_plan", "metrics": changes}],
+        "headline": {"a": "base_plan", "b": "trained_plan", **changes["overall"]},
+        "columns": {"malformed": row_of(Column("malformed", "malformed images", more_is_better=False))},
+        "tables": [],
     }
     write_results(folder / "results.json", results)
     return folder

@@ -1,6 +1,9 @@
-"""Train each pair method for two steps on one or two ranks and save what it learnt and what it measures: `python -m tests.support.pair_ranks <pipeline> <ranks> <file>`.
+"""Train each pair method for two steps on one or two ranks, and save what it learnt and what it measures.
 
-A program of its own, because transformers' text encoders do not survive the pickling that spawned ranks need.
+    python -m tests.support.pair_ranks <pipeline> <ranks> <file>
+
+It is a program of its own, because transformers' text encoders do not survive the pickling that
+spawned ranks need.
 """
 
 import sys
@@ -20,10 +23,8 @@ from t2i_rl.methods.pairs.softrepa import SoftREPA
 from t2i_rl.models.diffusion.sd3 import SD3
 
 CASES = {
-    "softrepa": (
-        SoftREPA,
-        {"gather_negatives": True, "temperature": 1.0},
-    ),  # at 0.07 an untrained model has no gradient
+    # At a temperature of 0.07 an untrained model has no gradient.
+    "softrepa": (SoftREPA, {"gather_negatives": True, "temperature": 1.0}),
     "agsm": (AGSM, {"gather_negatives": True, "times": "shared", "noise": "shared"}),
     "lora": (Denoising, {"tokens": 0, "lora": {"r": 2, "target_modules": ["to_k", "to_v"]}}),
 }
@@ -40,9 +41,16 @@ class FourPairs(L.LightningDataModule):
 def fit(module, steps: int, ranks: int = 1, ckpt=None, save=None, folder=None) -> dict[str, torch.Tensor]:
     """The state after `steps` optimizer steps."""
     trainer = L.Trainer(
-        accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", max_steps=steps, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder or tempfile.mkdtemp(),
-    )  # fmt: skip
+        accelerator="cpu",
+        devices=ranks,
+        strategy="ddp" if ranks > 1 else "auto",
+        max_steps=steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder or tempfile.mkdtemp(),
+    )
     trainer.fit(module, FourPairs(), ckpt_path=ckpt, weights_only=True)
     if save is not None:
         trainer.save_checkpoint(save)

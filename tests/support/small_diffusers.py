@@ -174,7 +174,11 @@ def clip(width: int, projection: int | None = None):
 
 
 def pipeline(kind: str, folder: Path, seed: int = 0) -> Path:
-    """Make and save a small pipeline: `sd15`, `sdxl`, `sd3` (no T5), `sd3_t5`, `sd35`, `flux`, `sana`, or one of one step: `sd_turbo`, `sdxl_turbo`."""
+    """Make and save a small pipeline of a kind.
+
+    The kinds are `sd15`, `sdxl`, `sd3` (no T5), `sd3_t5`, `sd35`, `flux`, `sana`; and of one step
+    `sd_turbo` and `sdxl_turbo`.
+    """
     shutil.copytree(_built(kind, seed), folder, dirs_exist_ok=True)
     torch.manual_seed(seed)
     return folder
@@ -189,16 +193,25 @@ def _built(kind: str, seed: int) -> Path:
     tokenizer = build_tokenizer()
     if kind == "sd15":
         pipe = StableDiffusionPipeline(
-            vae=small_vae(), text_encoder=clip(16), tokenizer=tokenizer, unet=denoiser("sd15", seed),
+            vae=small_vae(),
+            text_encoder=clip(16),
+            tokenizer=tokenizer,
+            unet=denoiser("sd15", seed),
             scheduler=DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, steps_offset=1),
-            safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-        )  # fmt: skip
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
     elif kind == "sdxl":
         pipe = StableDiffusionXLPipeline(
-            vae=small_vae(), text_encoder=clip(16), tokenizer=tokenizer, text_encoder_2=clip(16, projection=16),
-            tokenizer_2=tokenizer, unet=denoiser("sdxl", seed),
+            vae=small_vae(),
+            text_encoder=clip(16),
+            tokenizer=tokenizer,
+            text_encoder_2=clip(16, projection=16),
+            tokenizer_2=tokenizer,
+            unet=denoiser("sdxl", seed),
             scheduler=EulerDiscreteScheduler(beta_schedule="scaled_linear", steps_offset=1),
-        )  # fmt: skip
+        )
     elif kind in ("sd_turbo", "sdxl_turbo"):
         stock = {"sd_turbo": StableDiffusionPipeline, "sdxl_turbo": StableDiffusionXLPipeline}[kind]
         many_steps = _built({"sd_turbo": "sd15", "sdxl_turbo": "sdxl"}[kind], seed)
@@ -209,9 +222,14 @@ def _built(kind: str, seed: int) -> Path:
         )
     elif kind == "flux":
         pipe = FluxPipeline(
-            transformer=denoiser("flux", seed), scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0), vae=small_vae(shift=0.1),
-            text_encoder=clip(16), tokenizer=tokenizer, text_encoder_2=small_t5(), tokenizer_2=t5_tokenizer(),
-        )  # fmt: skip
+            transformer=denoiser("flux", seed),
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+            vae=small_vae(shift=0.1),
+            text_encoder=clip(16),
+            tokenizer=tokenizer,
+            text_encoder_2=small_t5(),
+            tokenizer_2=t5_tokenizer(),
+        )
     elif kind == "sana":
         pipe = sana_sprint()
     else:
@@ -220,10 +238,15 @@ def _built(kind: str, seed: int) -> Path:
             t5, tokenizer_3 = small_t5(), t5_tokenizer()
         pipe = StableDiffusion3Pipeline(
             transformer=denoiser("sd35" if kind == "sd35" else "sd3", seed),
-            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0), vae=small_vae(shift=0.1),
-            text_encoder=clip(16, projection=16), tokenizer=tokenizer, text_encoder_2=clip(16, projection=16),
-            tokenizer_2=tokenizer, text_encoder_3=t5, tokenizer_3=tokenizer_3,
-        )  # fmt: skip
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=small_vae(shift=0.1),
+            text_encoder=clip(16, projection=16),
+            tokenizer=tokenizer,
+            text_encoder_2=clip(16, projection=16),
+            tokenizer_2=tokenizer,
+            text_encoder_3=t5,
+            tokenizer_3=tokenizer_3,
+        )
     pipe.save_pretrained(folder)
     return folder
 
@@ -244,21 +267,54 @@ def sana_sprint() -> SanaSprintPipeline:
         vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=[], add_bos_token=True
     )
     gemma = Gemma2Config(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        head_dim=16, pad_token_id=0, eos_token_id=1, bos_token_id=2,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        pad_token_id=0,
+        eos_token_id=1,
+        bos_token_id=2,
+    )
     transformer = SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=8, num_layers=2, num_cross_attention_heads=2,
-        cross_attention_head_dim=8, cross_attention_dim=16, caption_channels=32, mlp_ratio=2.0, sample_size=8, patch_size=1,
-        guidance_embeds=True, guidance_embeds_scale=0.1, qk_norm="rms_norm_across_heads", timestep_scale=1000.0,
-    )  # fmt: skip
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=8,
+        num_layers=2,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=8,
+        cross_attention_dim=16,
+        caption_channels=32,
+        mlp_ratio=2.0,
+        sample_size=8,
+        patch_size=1,
+        guidance_embeds=True,
+        guidance_embeds_scale=0.1,
+        qk_norm="rms_norm_across_heads",
+        timestep_scale=1000.0,
+    )
+    block_types = ("ResBlock", "EfficientViTBlock")
     vae = AutoencoderDC(
-        in_channels=3, latent_channels=4, attention_head_dim=2,
-        encoder_block_types=("ResBlock", "EfficientViTBlock"), decoder_block_types=("ResBlock", "EfficientViTBlock"),
-        encoder_block_out_channels=(8, 8), decoder_block_out_channels=(8, 8), encoder_qkv_multiscales=((), (5,)), decoder_qkv_multiscales=((), (5,)),
-        encoder_layers_per_block=(1, 1), decoder_layers_per_block=[1, 1], downsample_block_type="conv", upsample_block_type="interpolate",
-        decoder_norm_types="rms_norm", decoder_act_fns="silu", scaling_factor=0.41407,
-    )  # fmt: skip
+        in_channels=3,
+        latent_channels=4,
+        attention_head_dim=2,
+        encoder_block_types=block_types,
+        decoder_block_types=block_types,
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        encoder_qkv_multiscales=((), (5,)),
+        decoder_qkv_multiscales=((), (5,)),
+        encoder_layers_per_block=(1, 1),
+        decoder_layers_per_block=[1, 1],
+        downsample_block_type="conv",
+        upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm",
+        decoder_act_fns="silu",
+        scaling_factor=0.41407,
+    )
     return SanaSprintPipeline(
         tokenizer=tokenizer, text_encoder=Gemma2Model(gemma), vae=vae, transformer=transformer, scheduler=SCMScheduler()
     )

@@ -160,7 +160,10 @@ def save_small_hps(folder) -> str:
 
 
 def save_small_hps_open_clip(folder) -> str:
-    """As HPS v2.1 is published: `HPS_v2.1_compressed.pt` with open_clip's names, beside CLIP's tokenizer and image processor."""
+    """As HPS v2.1 is published: `HPS_v2.1_compressed.pt` beside CLIP's tokenizer and image processor.
+
+    The names in the file are open_clip's.
+    """
     save_small_hps(folder)
     words = PreTrainedTokenizerFast.from_pretrained(folder)
     torch.manual_seed(0)
@@ -176,16 +179,33 @@ def save_small_gdino(folder) -> str:
     words = tokenizer(BERT, post="[CLS] $A [SEP]")
     config = GroundingDinoConfig(
         backbone_config=SwinConfig(
-            image_size=32, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=2,
+            image_size=32,
+            patch_size=4,
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=2,
             out_indices=[2, 3, 4],
         ),
         text_config=BertConfig(
-            vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
+            vocab_size=len(words),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
             max_position_embeddings=64,
         ),
-        num_queries=12, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, d_model=32,
-        encoder_ffn_dim=32, decoder_ffn_dim=32, num_feature_levels=4, max_text_len=64,
-    )  # fmt: skip
+        num_queries=12,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        d_model=32,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_feature_levels=4,
+        max_text_len=64,
+    )
     model = GroundingDinoForObjectDetection(config)
     spread(model, 1.0).save_pretrained(folder)
     words.save_pretrained(folder)
@@ -200,9 +220,14 @@ def save_small_git(folder) -> str:
     words = tokenizer(BERT, post="[CLS] $A [SEP]")
     common = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = GitConfig(
-        vision_config={**common, "image_size": 16, "patch_size": 8}, vocab_size=len(words), max_position_embeddings=32,
-        bos_token_id=2, eos_token_id=3, pad_token_id=1, **common,
-    )  # fmt: skip
+        vision_config={**common, "image_size": 16, "patch_size": 8},
+        vocab_size=len(words),
+        max_position_embeddings=32,
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=1,
+        **common,
+    )
     spread(GitForCausalLM(config)).save_pretrained(folder)
     words.save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}).save_pretrained(folder)

@@ -1,4 +1,7 @@
-"""A random Janus of the real classes, small enough to make in a moment; saved once a session, loaded through the real path."""
+"""A random Janus of the real classes, small enough to make in a moment.
+
+It is saved once a session, and loaded through the real path.
+"""
 
 import torch
 

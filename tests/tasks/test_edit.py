@@ -1,4 +1,7 @@
-"""FlowEdit against a step-by-step computation, its guidance conventions, and the edits of `shapes` with their known answers."""
+"""FlowEdit agrees with a step-by-step computation.
+
+Its guidance conventions and the edits of `shapes` with their known answers are tested here too.
+"""
 
 import numpy as np
 import pytest
@@ -29,7 +32,10 @@ def latents():
 
 
 def test_it_is_the_written_algorithm(model, latents):
-    """Alg. 1 by hand, one picture and one prediction at a time, along the scheduler's own shifted times."""
+    """FlowEdit's Algorithm 1 is done by hand, one picture and one prediction at a time.
+
+    It goes along the scheduler's own shifted times.
+    """
     settings = {"steps": 5, "start": 3, "source_guidance": 2.0, "target_guidance": 4.0, "average": 2}
     edited = flow_edit(model, latents, SOURCE, TARGET, [3, 4], **settings)
     model.pipe.scheduler.set_timesteps(5)
@@ -95,16 +101,20 @@ def test_tokens_are_read_by_all_four_predictions(model, latents):
 def test_empty_prompts_and_they_alone_read_the_null_branch(model, latents):
     bank = SoftTokens(spec_for(model.denoiser, 2, 4, branches=2), std=1.0, generator=torch.Generator().manual_seed(0))
     bank.null_branch = 1
-    given = []
+    inputs = []
     handle = model.attach(bank)
-    encode, look = model.encode_prompts, lambda m, a, k: given.append((k["encoder_hidden_states"], k["joint_attention_kwargs"]))  # fmt: skip
-    hook = model.denoiser.register_forward_pre_hook(look, with_kwargs=True)
+    hook = model.denoiser.register_forward_pre_hook(
+        lambda module, args, kwargs: inputs.append((kwargs["encoder_hidden_states"], kwargs["joint_attention_kwargs"])),
+        with_kwargs=True,
+    )
     flow_edit(model, latents, SOURCE, TARGET, [1, 2], steps=2, start=1)
     hook.remove()
     handle.remove()
     model.attached = None
-    (text, carried), empty = given[0], encode([""]).embeds[0]
-    tokens, t = next(iter(carried.values())), torch.full((1,), float(model.pipe.scheduler.timesteps[1]))
+    text, carried = inputs[0]
+    tokens = next(iter(carried.values()))
+    empty = model.encode_prompts([""]).embeds[0]
+    t = torch.full((1,), float(model.pipe.scheduler.timesteps[1]))
     for row in range(8):
         is_empty = bool(torch.equal(text[row], empty))
         assert is_empty == (row < 4)

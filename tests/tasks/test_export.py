@@ -14,6 +14,7 @@ from t2i_rl.methods.policy.tokens import GRPO
 from t2i_rl.models.autoregressive.janus import Janus
 from t2i_rl.rewards.random import Random
 from t2i_rl.tasks import export
+from tests.support.commands import composed
 from tests.support.tiny import CHAT, save_tiny_janus
 
 TEXTS = ["a red circle", "a drawing of a green cross left of a black triangle", "three blue squares"]
@@ -26,21 +27,35 @@ def folder(tmp_path_factory) -> str:
 
 
 def settings(folder: str, tmp_path, lora=None, adapter=False, dtype="float32"):
-    model = {"_target_": "t2i_rl.models.autoregressive.janus.Janus", "path": folder, "chat": CHAT, "guidance_scale": 3.0, "temperature": 0.0, "dtype": dtype}  # fmt: skip
-    optimizer = {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3}
-    method = {"_target_": "t2i_rl.methods.policy.tokens.GRPO", "lora": lora, "optimizer": optimizer, "trainable": [r"model\.language_model\.", r"lm_head\."]}  # fmt: skip
     return OmegaConf.create(
         {
-            "model": model, "method": method, "reward": {"_target_": "t2i_rl.rewards.random.Random"},
-            "ckpt_path": str(tmp_path / "trained.ckpt"), "task": {"out": str(tmp_path / "out"), "adapter": adapter},
+            "model": {
+                "_target_": "t2i_rl.models.autoregressive.janus.Janus",
+                "path": folder,
+                "chat": CHAT,
+                "guidance_scale": 3.0,
+                "temperature": 0.0,
+                "dtype": dtype,
+            },
+            "method": {
+                "_target_": "t2i_rl.methods.policy.tokens.GRPO",
+                "lora": lora,
+                "optimizer": {"_target_": "torch.optim.AdamW", "_partial_": True, "lr": 1e-3},
+                "trainable": [r"model\.language_model\.", r"lm_head\."],
+            },
+            "reward": {"_target_": "t2i_rl.rewards.random.Random"},
+            "ckpt_path": str(tmp_path / "trained.ckpt"),
+            "task": {"out": str(tmp_path / "out"), "adapter": adapter},
             "paths": {"output_dir": str(tmp_path)},
         }
-    )  # fmt: skip
+    )
 
 
 def train(cfg, tmp_path) -> GRPO:
     """A checkpoint as training leaves it, with weights that differ from the base's."""
-    module = GRPO(instantiate(cfg.model), Random(), partial(torch.optim.AdamW, lr=1e-3), lora=cfg.method.lora and dict(cfg.method.lora))  # fmt: skip
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    lora = cfg.method.lora and dict(cfg.method.lora)
+    module = GRPO(instantiate(cfg.model), Random(), optimizer, lora=lora)
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -98,11 +113,11 @@ def test_a_half_precision_export_is_what_its_rollouts_were(folder, tmp_path):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_what_cannot_be_exported_is_refused(folder, tmp_path):
-    cfg = settings(folder, tmp_path)
+def test_what_cannot_be_exported_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "something").touch()
+    arguments = ["task=export", "ckpt_path=trained.ckpt", "method.lora=null"]
     with pytest.raises(UserError, match="name another folder"):
-        export.run(cfg)
+        export.check(composed(*arguments, f"task.out={tmp_path / 'out'}"))
     with pytest.raises(UserError, match="method.lora"):
-        export.run(OmegaConf.merge(cfg, {"task": {"adapter": True, "out": str(tmp_path / "new")}}))
+        export.check(composed(*arguments, f"task.out={tmp_path / 'new'}", "task.adapter=true"))

@@ -1,4 +1,5 @@
-"""IRG's six modes and its published file format: what is learnt in each, both ways through parquet, and every silent drop as an error."""
+"""IRG's six modes and its published file format: what is learnt in each, both ways through parquet, and every silent
+drop as an error."""
 
 import base64
 import json
@@ -14,7 +15,7 @@ from t2i_rl.methods.irg.toy_format import conversation, parsed, png, read_toy, s
 from t2i_rl.methods.irg.trajectory import MODES, STAGES, Trajectory, in_mode
 from t2i_rl.models.autoregressive.segments import BOTH, Segment
 
-# (texts learnt, pictures learnt, texts of the context, pictures of the context), specification section 2.1
+# (texts learnt, pictures learnt, texts of the context, pictures of the context)
 COUNTS = {
     "initial_thinking_understanding_learning": (1, 0, 2, 1),
     "initial_thinking_generation_learning": (1, 0, 1, 0),
@@ -68,7 +69,9 @@ def test_both_ways_through_parquet(tmp_path):
 def test_a_stream_decodes_the_rows_that_it_gives(tmp_path, monkeypatch):
     mode = "improving_full_learning"
     texts = [f"a picture of {number} dogs" for number in range(5)]
-    write_shard(tmp_path / mode / "0.parquet", [Trajectory((Segment("prompt", text=text), *made(mode)[1:])) for text in texts])  # fmt: skip
+    write_shard(
+        tmp_path / mode / "0.parquet", [Trajectory((Segment("prompt", text=text), *made(mode)[1:])) for text in texts]
+    )
     read = []
     monkeypatch.setattr(irgl, "parsed", lambda *given: read.append(given[-1]) or parsed(*given))
     stream = irgl.TrajectoryStream(irgl.Trajectories(tmp_path, weights={mode: 1}).shards(), {mode: 1.0}, 2, 0, 0)
@@ -94,16 +97,37 @@ BROKEN = {
     "the role 'system' is dropped": ([{"role": "system", "content": "think"}], "turn 0: role is 'system'"),
     "a user's list is dropped": ([{"role": "user", "content": ["a"]}], "turn 0: a user's content must be a text"),
     "an assistant's text is no list": ([{"role": "assistant", "content": "a"}], "must be a list of parts"),
-    "a picture without flags vanishes": ([{"role": "assistant", "content": [picture()]}], "turn 0, part 0: a picture that is neither learnt nor seen"),
-    "a picture that is not base64 vanishes": ([{"role": "assistant", "content": [picture(**SEEN) | {"content": "?!"}]}], "turn 0, part 0: content is no picture"),
-    "a picture that is no picture vanishes": ([{"role": "assistant", "content": [picture(**SEEN) | {"content": "aGVsbG8="}]}], "part 0: content cannot be read as an image"),
-    "base64 that is none": ([{"role": "assistant", "content": [picture(**SEEN) | {"content": "ä"}]}], "content is no picture"),
-    "a picture that is cut": ([{"role": "assistant", "content": [picture(**SEEN) | {"content": picture()["content"][:80]}]}], "part 0: content cannot be read as an image"),
-    "a misspelt flag": ([{"role": "assistant", "content": [picture(need_vea=True)]}], "the field 'need_vea' is not known"),
-    "a flag that is a word": ([{"role": "assistant", "content": [picture(need_vae="yes")]}], "need_vae must be true or false"),
+    "a picture without flags vanishes": (
+        [{"role": "assistant", "content": [picture()]}],
+        "turn 0, part 0: a picture that is neither learnt nor seen",
+    ),
+    "a picture that is not base64 vanishes": (
+        [{"role": "assistant", "content": [picture(**SEEN) | {"content": "?!"}]}],
+        "turn 0, part 0: content is no picture",
+    ),
+    "a picture that is no picture vanishes": (
+        [{"role": "assistant", "content": [picture(**SEEN) | {"content": "aGVsbG8="}]}],
+        "part 0: content cannot be read as an image",
+    ),
+    "base64 that is none": (
+        [{"role": "assistant", "content": [picture(**SEEN) | {"content": "ä"}]}],
+        "content is no picture",
+    ),
+    "a picture that is cut": (
+        [{"role": "assistant", "content": [picture(**SEEN) | {"content": picture()["content"][:80]}]}],
+        "part 0: content cannot be read as an image",
+    ),
+    "a misspelt flag": (
+        [{"role": "assistant", "content": [picture(need_vea=True)]}],
+        "the field 'need_vea' is not known",
+    ),
+    "a flag that is a word": (
+        [{"role": "assistant", "content": [picture(need_vae="yes")]}],
+        "need_vae must be true or false",
+    ),
     "another part": ([{"role": "assistant", "content": [{"type": "video", "content": "a"}]}], "type is 'video'"),
     "nothing": ([], "no list of turns"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -115,7 +139,14 @@ def test_what_the_released_parser_drops_in_silence_is_an_error(name):
 
 
 def test_text_of_the_assistant_is_learnt_unless_it_is_said_not_to_be():
-    row = json.dumps([{"role": "assistant", "content": [{"type": "text", "content": "a"}, {"type": "text", "content": "b", "need_loss": False}]}])  # fmt: skip
+    row = json.dumps(
+        [
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "content": "a"}, {"type": "text", "content": "b", "need_loss": False}],
+            }
+        ]
+    )
     assert [segment.loss for segment in segments_of(row, "")] == [True, False]
 
 
@@ -123,14 +154,30 @@ def test_text_of_the_assistant_is_learnt_unless_it_is_said_not_to_be():
     ("change", "said"),
     [
         (lambda segments: segments[:-1], "4 segments, where improving_full_learning has 5"),
-        (lambda segments: [*segments[:1], Segment("think", text="a", loss=True), *segments[2:]], "segment 1 (think): loss is True"),
-        (lambda segments: [*segments[:2], Segment("draw", image=PICTURE, loss=True), *segments[3:]], "segment 2 (draw): loss is True"),
-        (lambda segments: [*segments[:2], Segment("draw", image=PICTURE, seen_by=frozenset(["generation"])), *segments[3:]], "seen by both encoders"),
+        (
+            lambda segments: [*segments[:1], Segment("think", text="a", loss=True), *segments[2:]],
+            "segment 1 (think): loss is True",
+        ),
+        (
+            lambda segments: [*segments[:2], Segment("draw", image=PICTURE, loss=True), *segments[3:]],
+            "segment 2 (draw): loss is True",
+        ),
+        (
+            lambda segments: [
+                *segments[:2],
+                Segment("draw", image=PICTURE, seen_by=frozenset(["generation"])),
+                *segments[3:],
+            ],
+            "seen by both encoders",
+        ),
         (lambda segments: [*segments[:2], Segment("draw", text="a"), *segments[3:]], "segment 2 (draw): kind is text"),
         (lambda segments: [Segment("prompt", text=" "), *segments[1:]], "segment 0 (prompt): the text is empty"),
-        (lambda segments: [*segments[:3], Segment("reflect", text="", loss=True), *segments[4:]], "segment 3 (reflect): the text is empty"),
+        (
+            lambda segments: [*segments[:3], Segment("reflect", text="", loss=True), *segments[4:]],
+            "segment 3 (reflect): the text is empty",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_sample_that_is_not_of_its_mode_is_named(change, said):
     with pytest.raises(UserError) as error:
         in_mode(change(list(made("improving_full_learning"))), "improving_full_learning", "row 0")

@@ -1,4 +1,5 @@
-"""IRGL data as the maker writes it: in two goes as in one, everything that is left out counted, the world's own lessons."""
+"""IRGL data as the maker writes it: in two goes as in one, everything that is left out counted, the world's own
+lessons."""
 
 from dataclasses import replace
 
@@ -42,7 +43,11 @@ class Scripted:
 
     def generate(self, prompts, seeds, mode, fresh):
         self.drawn += prompts
-        return type("G", (), {"images": np.stack([self.images[text] for text in prompts]), "plans": ["one object."] * len(prompts)})  # fmt: skip
+        return type(
+            "G",
+            (),
+            {"images": np.stack([self.images[text] for text in prompts]), "plans": ["one object."] * len(prompts)},
+        )
 
 
 @pytest.fixture
@@ -57,21 +62,26 @@ def world(janus_folder):
     return prompts, Scripted(load_tiny_janus(janus_folder).model, images)
 
 
+class KilledAt(World):
+    """The process ends while this prompt is being taught."""
+
+    def __init__(self, prompt):
+        super().__init__()
+        self.prompt = prompt
+
+    def improve(self, prompts, *rest):
+        if self.prompt in prompts:
+            raise KeyboardInterrupt
+        return super().improve(prompts, *rest)
+
+
 def test_data_made_in_two_goes_is_data_made_in_one(world, tmp_path):
     prompts, model = world
     whole = Maker(World(), shard_size=3).make(tmp_path / "one", model, prompts)
-    maker, real = Maker(World(), shard_size=3), Maker._shard
-
-    def killed(self, folder, name, *rest):
-        if name == "00001":
-            raise KeyboardInterrupt
-        real(self, folder, name, *rest)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Maker, "_shard", killed)
-        maker.make(tmp_path / "two", model, prompts)
+    with pytest.raises(KeyboardInterrupt):
+        Maker(KilledAt(prompts[3]), shard_size=3).make(tmp_path / "two", model, prompts)
     model.drawn.clear()
-    assert maker.make(tmp_path / "two", model, prompts) == whole
+    assert Maker(World(), shard_size=3).make(tmp_path / "two", model, prompts) == whole
     assert model.drawn == [prompt.text for prompt in prompts[3:]]  # the finished shard is not drawn again
     for file in sorted((tmp_path / "one").rglob("*.parquet")):
         assert file.read_bytes() == (tmp_path / "two" / file.relative_to(tmp_path / "one")).read_bytes()
@@ -112,13 +122,22 @@ def test_what_comes_again_is_too_long_or_in_another_language_is_left_out_and_cou
     assert manifest["left_out"][f"{full}: duplicate"] == 2
 
     read = []
-    manifest = Maker(World()).make(tmp_path / "long", model, prompts, fits=lambda segments: read.append(len(segments)) or len(segments) < 5)  # fmt: skip
+    manifest = Maker(World()).make(
+        tmp_path / "long", model, prompts, fits=lambda segments: read.append(len(segments)) or len(segments) < 5
+    )
     assert manifest["counts"][full] == len(prompts) and manifest["counts"]["improving_full_learning"] == 0
-    assert manifest["left_out"]["improving_full_learning: longer than the model's positions"] == sum(n == 5 for n in read) // 2 == len(prompts)  # fmt: skip
+    assert (
+        manifest["left_out"]["improving_full_learning: longer than the model's positions"]
+        == sum(n == 5 for n in read) // 2
+        == len(prompts)
+    )
 
     class Greek(World):
         def initial(self, prompts, seeds):
-            return [("τρεις κόκκινοι κύκλοι" if number == 2 else text, image) for number, (text, image) in enumerate(super().initial(prompts, seeds))]  # fmt: skip
+            return [
+                ("τρεις κόκκινοι κύκλοι" if number == 2 else text, image)
+                for number, (text, image) in enumerate(super().initial(prompts, seeds))
+            ]
 
     manifest = Maker(Greek()).make(tmp_path / "greek", model, prompts)
     assert manifest["left_out"][f"{full}: language of the text"] == 1 and manifest["counts"][full] == len(prompts) - 1
@@ -128,7 +147,9 @@ def test_what_comes_again_is_too_long_or_in_another_language_is_left_out_and_cou
 def test_a_row_that_stands_on_the_models_own_empty_thought_is_left_out(world, tmp_path):
     prompts, model = world
     drawn = model.generate
-    model.generate = lambda *given, **named: replaced(drawn(*given, **named), ["", *["one object."] * (len(prompts) - 1)])  # fmt: skip
+    model.generate = lambda *given, **named: replaced(
+        drawn(*given, **named), ["", *["one object."] * (len(prompts) - 1)]
+    )
     manifest = Maker(World()).make(tmp_path, model, prompts)
     for mode in ("improving_full_learning", "improving_thinking_generation_learning"):
         assert manifest["left_out"][f"{mode}: length of the text that the model thought itself"] == 1
@@ -141,7 +162,17 @@ def replaced(drawn, plans: list[str]):
     return drawn
 
 
-@pytest.mark.parametrize("options", [{"shard_size": 2.5}, {"shard_size": "abc"}, {"right_share": "abc"}, {"words": 5}, {"words": [0, 9]}, {"ascii_share": 2}])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shard_size": 2.5},
+        {"shard_size": "abc"},
+        {"right_share": "abc"},
+        {"words": 5},
+        {"words": [0, 9]},
+        {"ascii_share": 2},
+    ],
+)
 def test_options_of_the_maker_are_checked(options):
     with pytest.raises(UserError, match=next(iter(options))):
         Maker(World(), **options)
@@ -153,7 +184,8 @@ def test_the_world_teaches_its_own_prompts_only(world, tmp_path):
 
 
 def test_no_held_out_pair_of_objects_is_learnt():
-    """Prompts that name one are refused; of other prompts, a picture that has one in it (in colours that were free) is left out."""
+    """Prompts that name one are refused; of other prompts, a picture that has one in it (in colours that were free) is
+    left out."""
     every = (f"{color} circle + {other} square" for color in COLORS for other in COLORS)
     pairs = {pair_split(pair): [name.split()[0] for name in pair.split(" + ")] for pair in every}
     verdicts = {}

@@ -1,4 +1,5 @@
-"""Teachers outside the world: a server's answers and a local model's, what fails and how it says so, pictures that are given or drawn."""
+"""Teachers outside the world: a server's answers and a local model's, what fails and how it says so, pictures that are
+given or drawn."""
 
 import json
 import threading
@@ -39,7 +40,18 @@ class Server:
                 outer.asked.append(body)
                 text = reply(body["messages"][0]["content"][-1]["text"])
                 choice = {"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text}}
-                body = json.dumps(answer or {"id": "0", "created": 0, "model": "m", "object": "chat.completion", "system_fingerprint": "", "usage": {"completion_tokens": 1, "prompt_tokens": 1, "total_tokens": 2}, "choices": [choice]}).encode()  # fmt: skip
+                body = json.dumps(
+                    answer
+                    or {
+                        "id": "0",
+                        "created": 0,
+                        "model": "m",
+                        "object": "chat.completion",
+                        "system_fingerprint": "",
+                        "usage": {"completion_tokens": 1, "prompt_tokens": 1, "total_tokens": 2},
+                        "choices": [choice],
+                    }
+                ).encode()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/json")
                 self.end_headers()
@@ -143,7 +155,13 @@ def test_data_by_a_teacher_has_its_texts_and_leaves_out_what_is_inconsistent(key
     assert Maker(longer).make(tmp_path / "irgl", janus, PROMPTS) == manifest
     cut = Teacher(given, ChatWriter(Server(finish="length").url, "m"), consistency=False)
     manifest = Maker(cut).make(tmp_path / "cut", janus, PROMPTS)
-    assert sum(manifest["counts"].values()) == 0 and manifest["left_out"]["improving_full_learning: the writer was cut: raise max_tokens and name another folder to have them"] == 2  # fmt: skip
+    assert (
+        sum(manifest["counts"].values()) == 0
+        and manifest["left_out"][
+            "improving_full_learning: the writer was cut: raise max_tokens and name another folder to have them"
+        ]
+        == 2
+    )
 
 
 def test_a_picture_that_needs_no_change_is_its_own_better_one(key, given, janus, tmp_path):
@@ -162,13 +180,16 @@ def test_a_picture_that_needs_no_change_is_its_own_better_one(key, given, janus,
 def test_a_writer_that_says_neither_yes_nor_no_costs_its_rows(key, given):
     answers = iter(("Perhaps.", "Notably, yes"))
     teacher = Teacher(given, ChatWriter(Server(reply=lambda text: next(answers)).url, "m", workers=1))
-    assert teacher.inconsistent(PROMPTS, [RED, BLUE]) == ["asked whether it shows its prompt, the writer said neither yes nor no"] * 2  # fmt: skip
+    assert (
+        teacher.inconsistent(PROMPTS, [RED, BLUE])
+        == ["asked whether it shows its prompt, the writer said neither yes nor no"] * 2
+    )
 
 
 def save_tiny_vlm(folder) -> str:
     """A random Llava of the real classes that has learnt nothing, with a chat template."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import (  # fmt: skip
+    from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
         LlamaConfig,
@@ -181,14 +202,46 @@ def save_tiny_vlm(folder) -> str:
     words = ["<pad>", "<s>", "</s>", "<unk>", "<image>", *["a", "b", "c", "d", "e", "f", "g", "what", "is", "it"]]
     raw = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unk>"))
     raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", additional_special_tokens=["<image>"])  # fmt: skip
-    template = "{% for message in messages %}{% for part in message['content'] %}{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}{% endfor %}{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )
+    template = (
+        "{% for message in messages %}{% for part in message['content'] %}"
+        "{% if part['type'] == 'image' %}<image> {% else %}{{ part['text'] }} {% endif %}"
+        "{% endfor %}{% endfor %}"
+    )
     pictures = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
-    LlavaProcessor(pictures, tokenizer, patch_size=8, vision_feature_select_strategy="default", chat_template=template, num_additional_image_tokens=1).save_pretrained(folder)  # fmt: skip
+    LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        chat_template=template,
+        num_additional_image_tokens=1,
+    ).save_pretrained(folder)
     torch.manual_seed(1)
-    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8)  # fmt: skip
-    text = LlamaConfig(vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, pad_token_id=0, bos_token_id=1, eos_token_id=2)  # fmt: skip
-    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_token_id=4))  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    text = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, image_token_id=4)
+    )
     with torch.no_grad():
         model.lm_head.weight.mul_(8)
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = (

@@ -1,10 +1,10 @@
-"""IRG's training: the loss is the written one however it is packed, two ranks are one, a resumed run is an uninterrupted one, the mean is the mean."""
+"""IRG's training: the loss is the written one however it is packed, two ranks are one, a resumed run is an
+uninterrupted one, the mean is the mean."""
 
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from t2i_rl.core.errors import UserError
 from t2i_rl.methods.irg.data import Trajectories, TrajectoryStream
 from t2i_rl.methods.irg.make import Maker
-from t2i_rl.methods.irg.rounds import Interleave
+from t2i_rl.methods.irg.rounds import Rounds
 from t2i_rl.methods.irg.rows import Material, row_of
 from t2i_rl.methods.irg.toy_format import write_shard
 from t2i_rl.methods.irg.training import IRG, saved_average, saved_by_irg
@@ -26,16 +26,18 @@ from t2i_rl.shapes.examples import sample_example
 from t2i_rl.shapes.render import render
 from t2i_rl.shapes.text import plan
 from tests.support.tiny import load_tiny_janus, save_tiny_janus
+from tests.support.training import quiet_trainer
 
 FULL = ("initial_full_learning", "improving_full_learning")
 
 
 def materials(count: int) -> list[Material]:
-    rng, found = np.random.default_rng(3), []
+    rng, rows = np.random.default_rng(3), []
     for _ in range(count):
         (prompt, scene), (_, weak) = sample_example(rng), sample_example(rng)
-        found.append(Material(prompt, plan(scene), render(scene), plan(weak), render(weak), f"draw. {plan(scene)}", render(scene)))  # fmt: skip
-    return found
+        good, bad = (plan(scene), render(scene)), (plan(weak), render(weak))
+        rows.append(Material(prompt, *good, *bad, f"draw. {plan(scene)}", render(scene)))
+    return rows
 
 
 @pytest.fixture(scope="module")
@@ -46,31 +48,41 @@ def janus_folder(tmp_path_factory) -> str:
 @pytest.fixture(scope="module")
 def data_folder(tmp_path_factory):
     """Two shards of three rows for every mode."""
-    folder, each = tmp_path_factory.mktemp("irgl"), materials(6)
+    folder, items = tmp_path_factory.mktemp("irgl"), materials(6)
     for mode in MODES:
         for shard in range(2):
-            rows = [Trajectory(row_of(mode, item, World.questions)) for item in each[3 * shard : 3 * shard + 3]]
+            rows = [Trajectory(row_of(mode, item, World.questions)) for item in items[3 * shard : 3 * shard + 3]]
             write_shard(folder / mode / f"{shard}.parquet", rows)
     return folder
 
 
 class Raw(IRG):
-    """Ends with the weights that train."""
+    """Ends with the weights that train, and remembers those after each step."""
+
+    def __init__(self, *given, **options):
+        super().__init__(*given, **options)
+        self.after: list[dict[str, torch.Tensor]] = []
+
+    def after_step(self) -> None:
+        super().after_step()
+        self.after.append({name: value.detach().clone() for name, value in self.learning()})
 
     def on_fit_end(self) -> None:
         pass
 
 
-def method(folder: str, **options) -> IRG:
-    settings = {"optimizer": partial(torch.optim.SGD, lr=0.1), "max_grad_norm": 1e9, "tokens_per_pass": 600, "interleave": Interleave()}  # fmt: skip
+def method(folder: str, **options) -> Raw:
+    settings = {
+        "optimizer": partial(torch.optim.SGD, lr=0.1),
+        "max_grad_norm": 1e9,
+        "tokens_per_pass": 600,
+        "interleave": Rounds(),
+    }
     return Raw(load_tiny_janus(folder), **settings | options)
 
 
-def fit(module: IRG, data: Trajectories, steps: int, ranks: int = 1, ckpt=None, save=None, accelerator="cpu") -> IRG:
-    trainer = L.Trainer(
-        accelerator=accelerator, devices=ranks, strategy="ddp_spawn" if ranks > 1 else "auto", max_steps=steps, logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
+def fit(module: IRG, data: Trajectories, steps: int, ranks: int = 1, ckpt=None, save=None) -> IRG:
+    trainer = quiet_trainer(steps, ranks)
     trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
     if save:
         trainer.save_checkpoint(save)
@@ -103,7 +115,7 @@ def test_packed_conversations_lose_what_they_lose_alone(janus_folder):
     inter = method(janus_folder).interleaved
     several = [row_of(mode, item, World.questions) for mode, item in zip(MODES, materials(6), strict=True)]
     together = [inter([[several[i] for i in row] for row in rows])[0] for rows in inter.passes(several, 600)]
-    alone = [inter([[each]])[0] for each in several]
+    alone = [inter([[segments]])[0] for segments in several]
     for kind in ("text", "image"):
         assert float(sum(part[kind][0].sum() for part in together)) == pytest.approx(
             float(sum(part[kind][0].sum() for part in alone)), rel=1e-5
@@ -111,7 +123,7 @@ def test_packed_conversations_lose_what_they_lose_alone(janus_folder):
 
 
 def written_loss(inter, conversations) -> torch.Tensor:
-    """Specification section 2.2 by plain forwards of one conversation each: a mean over all text tokens and one over all image tokens."""
+    """By plain forwards of one conversation each: a mean over all text tokens and one over all image tokens."""
     sums, counts = {"text": 0.0, "image": 0.0}, {"text": 0, "image": 0}
     for segments in conversations:
         laid = inter.lay_out(segments)
@@ -127,7 +139,8 @@ def written_loss(inter, conversations) -> torch.Tensor:
 @pytest.mark.parametrize("tokens_per_pass", [300, 100_000])
 def test_one_step_follows_the_gradient_of_the_written_loss(janus_folder, data_folder, tokens_per_pass):
     data = Trajectories(str(data_folder), batch_size=4, weights=dict.fromkeys(MODES, 1.0))
-    options = {"drop_prompt": 0.0, "drop_reflection": 0.0, "drop_image": 0.0, "image_loss_weight": 2.0, "tokens_per_pass": tokens_per_pass}  # fmt: skip
+    options = dict.fromkeys(("drop_prompt", "drop_reflection", "drop_image"), 0.0)
+    options |= {"image_loss_weight": 2.0, "tokens_per_pass": tokens_per_pass}
     ours, theirs = (method(janus_folder, **options) for _ in range(2))
     batch = next(iter(TrajectoryStream(data.shards(), data.weights, 4, 0, 0)))
     assert {mode for _, mode, _ in batch} & set(FULL)
@@ -163,7 +176,10 @@ def test_only_the_codes_stay_as_they_are(janus_folder, data_folder):
 @pytest.mark.slow
 def test_two_ranks_train_as_one(janus_folder, data_folder):
     start = {name: value.clone() for name, value in method(janus_folder).learning()}
-    one, two = (dict(fit(method(janus_folder), Trajectories(str(data_folder), batch_size=6), 3, ranks).learning()) for ranks in (1, 2))  # fmt: skip
+    one, two = (
+        dict(fit(method(janus_folder), Trajectories(str(data_folder), batch_size=6), 3, ranks).learning())
+        for ranks in (1, 2)
+    )
     change = max(float((one[name] - start[name]).abs().max()) for name in one)
     assert change > 0
     for name in one:
@@ -171,7 +187,8 @@ def test_two_ranks_train_as_one(janus_folder, data_folder):
 
 
 def test_a_resumed_run_is_an_uninterrupted_one(janus_folder, data_folder, tmp_path):
-    options = {"optimizer": partial(torch.optim.AdamW, lr=1e-2), "scheduler": partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.1, total_iters=6)}  # fmt: skip
+    scheduler = partial(torch.optim.lr_scheduler.LinearLR, start_factor=0.1, total_iters=6)
+    options = {"optimizer": partial(torch.optim.AdamW, lr=1e-2), "scheduler": scheduler}
     whole = fit(method(janus_folder, **options), Trajectories(str(data_folder), batch_size=4), 4)
     fit(method(janus_folder, **options), Trajectories(str(data_folder), batch_size=4), 2, save=tmp_path / "half.ckpt")
     onward = fit(
@@ -185,24 +202,16 @@ def test_a_resumed_run_is_an_uninterrupted_one(janus_folder, data_folder, tmp_pa
 
 
 def test_the_mean_is_the_exponential_one_and_is_what_draws(janus_folder, data_folder):
-    module, seen = method(janus_folder, ema=0.75), []
-    first = {name: value.clone() for name, value in module.learning()}
-    step = module._step
-
-    def watched():
-        norm = step()
-        seen.append({name: value.clone() for name, value in module.learning()})
-        return norm
-
-    module._step = watched
+    module = method(janus_folder, ema=0.75)
+    first = {name: value.detach().clone() for name, value in module.learning()}
     fit(module, Trajectories(str(data_folder), batch_size=2), 3)
-    name = max(first, key=lambda name: float((seen[-1][name] - first[name]).abs().max()))
-    expected = 0.75**3 * first[name] + sum(0.25 * 0.75 ** (2 - i) * seen[i][name] for i in range(3))
+    name = max(first, key=lambda name: float((module.after[-1][name] - first[name]).abs().max()))
+    expected = 0.75**3 * first[name] + sum(0.25 * 0.75 ** (2 - i) * module.after[i][name] for i in range(3))
     torch.testing.assert_close(module.average[name], expected)
     parameter = dict(module.learning())[name]
     with module.averaged():
         assert torch.equal(parameter, module.average[name])
-    assert torch.equal(parameter, seen[-1][name])
+    assert torch.equal(parameter, module.after[-1][name])
     IRG.on_fit_end(module)
     assert torch.equal(parameter, module.average[name])
 
@@ -236,10 +245,11 @@ def test_what_is_dropped_is_what_guidance_lacks(janus_folder):
     improving, initial = (row_of(mode, item, World.questions) for mode in reversed(FULL))
     assert always.dropped(0, initial) == (initial, True) and always.dropped(0, improving) == (improving, True)
     negatives = method(janus_folder, drop_prompt=0.0, drop_reflection=0.99, drop_image=0.99)
-    assert [each.role for each in negatives.dropped(0, improving)[0]] == ["prompt", "think", "redraw"]
+    assert [segment.role for segment in negatives.dropped(0, improving)[0]] == ["prompt", "think", "redraw"]
     blind = method(janus_folder, drop_prompt=0.0, drop_reflection=0.0, drop_image=0.99)
     left = blind.dropped(0, improving)[0]
-    assert [(each.role, each.loss) for each in left] == [("prompt", False), ("think", False), ("reflect", False), ("redraw", True)]  # fmt: skip
+    assert [segment.role for segment in left] == ["prompt", "think", "reflect", "redraw"]
+    assert [segment.loss for segment in left] == [False, False, False, True]
     for mode in MODES:
         if mode not in FULL:
             rows = row_of(mode, item, World.questions)
@@ -279,7 +289,12 @@ def test_the_stream_has_the_shares_of_its_stage_and_goes_on_anywhere(data_folder
 
 
 def test_data_that_cannot_be_learnt_from_is_refused(data_folder, tmp_path):
-    for options, words in (({"stage": 3}, "stage must be one of 1, 2"), ({"weights": {"all": 1.0}}, "there is no mode 'all'"), ({"batch_size": 0}, "batch_size"), ({"weights": {FULL[0]: -1.0}}, "0 or more")):  # fmt: skip
+    for options, words in (
+        ({"stage": 3}, "stage must be one of 1, 2"),
+        ({"weights": {"all": 1.0}}, "there is no mode 'all'"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"weights": {FULL[0]: -1.0}}, "0 or more"),
+    ):
         with pytest.raises(UserError, match=words):
             Trajectories(str(data_folder), **options)
     with pytest.raises(
@@ -310,15 +325,22 @@ def test_an_empty_text_is_learnt_as_its_end(janus_folder):
     module = method(janus_folder)
     segments = row_of("initial_full_learning", replace(materials(1)[0], thought=""), World.questions)
     assert module.interleaved.counts(segments)["text"] == 1
-    found, _ = module.interleaved([[segments]])
-    assert len(found["text"][0]) == 1 and torch.isfinite(found["text"][0]).all()
+    scored, _ = module.interleaved([[segments]])
+    assert len(scored["text"][0]) == 1 and torch.isfinite(scored["text"][0]).all()
 
 
 def test_options_that_cannot_train_are_refused(tmp_path):
     options = {
-        "text_loss_weight": 1.0, "image_loss_weight": 1.0, "drop_prompt": 0.1, "drop_reflection": 0.1, "drop_image": 0.1, "ema": 0.9, "tokens_per_pass": 100,
-        "interleave": Interleave(), "judge": None, "on_nonfinite": "raise", "start_from": None, "lora": None, "trainable": ["lm_head"], "optimizer": partial(torch.optim.SGD, lr=0.1), "scheduler": None,
-    }  # fmt: skip
+        **dict.fromkeys(("text_loss_weight", "image_loss_weight"), 1.0),
+        **dict.fromkeys(("drop_prompt", "drop_reflection", "drop_image"), 0.1),
+        **dict.fromkeys(("judge", "start_from", "lora", "scheduler")),
+        "ema": 0.9,
+        "tokens_per_pass": 100,
+        "interleave": Rounds(),
+        "on_nonfinite": "raise",
+        "trainable": ["lm_head"],
+        "optimizer": partial(torch.optim.SGD, lr=0.1),
+    }
     IRG.check(options)
     (tmp_path / "no.ckpt").write_bytes(b"no checkpoint")
     for change, words in (
@@ -336,4 +358,4 @@ def test_a_trajectory_longer_than_the_models_positions_is_refused(janus_folder, 
     module = method(janus_folder)
     monkeypatch.setattr(module.interleaved.model.config.text_config, "max_position_embeddings", 60)
     with pytest.raises(UserError, match="and the model has 60 positions"):
-        module.passes([row_of("improving_full_learning", materials(1)[0], World.questions)])
+        module.packed([row_of("improving_full_learning", materials(1)[0], World.questions)])

@@ -1,4 +1,8 @@
-"""Every turn as a stage: what a reflection did is counted as defined, answers are read off the same draws, trajectories survive the disk."""
+"""Every turn as a stage.
+
+What a reflection did is counted as defined, answers are read off the same draws, and trajectories
+survive the disk.
+"""
 
 import lightning as L
 import numpy as np
@@ -9,10 +13,12 @@ from t2i_rl.benchmarks.shapes import Shapes
 from t2i_rl.core.contracts import Reward, RewardOutput
 from t2i_rl.core.errors import UserError
 from t2i_rl.evaluation.evaluator import evaluate
+from t2i_rl.evaluation.stage import Stage
 from t2i_rl.evaluation.stages import Stages
-from t2i_rl.methods.irg.evaluation import TurnsEvaluator, reflection_metrics, stopped_at
+from t2i_rl.evaluation.tables import Selection, selected_table
+from t2i_rl.methods.irg.evaluation import TurnsDrawer, TurnsEvaluator, reflection_metrics, stopped_at
 from t2i_rl.methods.irg.files import load_trajectory, save_trajectory
-from t2i_rl.methods.irg.rounds import Interleave
+from t2i_rl.methods.irg.rounds import Rounds
 from t2i_rl.methods.irg.strips import strips
 from t2i_rl.methods.irg.tables import turn_tables
 from t2i_rl.methods.irg.trajectory import Trajectory
@@ -26,7 +32,8 @@ from tests.support.tiny import load_tiny_janus, save_tiny_janus
 
 
 def row(prompt: str, strict: bool, named=(), faults=(), unfinished: bool = False) -> dict:
-    return {"prompt_id": prompt, "sample_index": 0, "strict": strict, "named": list(named), "faults": list(faults), "unfinished": unfinished}  # fmt: skip
+    reflection = {"named": list(named), "faults": list(faults), "unfinished": unfinished}
+    return {"prompt_id": prompt, "sample_index": 0, "strict": strict} | reflection
 
 
 def test_what_reflections_did_by_hand():
@@ -85,25 +92,29 @@ JUDGE = Brightness()
 
 def evaluator(inter, folder, batch_size: int = 4, judge=JUDGE, **options) -> TurnsEvaluator:
     bench = Shapes(split="validation", prompts_per_task=1, samples_per_prompt=2)
-    loop = Interleave(rounds=3, max_tokens=6, retries=0, stop="stop.", policy="window", choose=True, **options)
+    loop = Rounds(rounds=3, max_tokens=6, retries=0, stop="stop.", policy="window", choose=True, **options)
     return TurnsEvaluator(inter, loop, judge, bench, folder / "trained_turns", 0, batch_size)
 
 
 def trainer() -> L.Trainer:
-    return L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False)  # fmt: skip
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="cpu", enable_checkpointing=False, **quiet)
+
+
+def without_seconds(records: list[dict]) -> list[dict]:
+    return [{key: value for key, value in record.items() if key != "seconds"} for record in records]
 
 
 def test_every_turn_is_a_stage_whatever_the_batch_and_answers_are_read_off(inter, tmp_path):
     records = evaluate(trainer(), evaluator(inter, tmp_path / "a"))
     assert list(records) == ["trained_turn1", "trained_turn2", "trained_turn3", "trained_stopped", "trained_chosen"]
     again = evaluate(trainer(), evaluator(inter, tmp_path / "b", batch_size=12))
-    timeless = [[{key: value for key, value in each.items() if key != "seconds"} for each in found["trained_turn3"]] for found in (records, again)]  # fmt: skip
-    assert timeless[0] == timeless[1] and len(timeless[0]) == 12
+    last_turns, same_turns = without_seconds(records["trained_turn3"]), without_seconds(again["trained_turn3"])
+    assert last_turns == same_turns and len(last_turns) == 12
     for number, chosen in enumerate(records["trained_chosen"]):
         scores = [records[f"trained_turn{turn}"][number]["judge_score"] for turn in (1, 2, 3)]
-        assert chosen["turn"] == 1 + int(np.argmax(scores)) and chosen["image"].startswith(
-            f"../trained_turn{chosen['turn']}/"
-        )
+        assert chosen["turn"] == 1 + int(np.argmax(scores))
+        assert chosen["image"].startswith(f"../trained_turn{chosen['turn']}/")
         assert (tmp_path / "a" / "trained_chosen" / chosen["image"]).is_file()
     first = records["trained_turn1"][0]
     assert "faults" not in first and {"faults", "named", "says_stop"} <= set(records["trained_turn2"][0])
@@ -121,24 +132,27 @@ def test_what_another_judge_chose_is_not_read_back(inter, tmp_path):
 
 
 def test_stages_compare_turn_with_turn(inter, tmp_path):
-    def make(bench, folder, seed, size):
-        return evaluator(inter, folder.parent)
+    class Three(TurnsDrawer):
+        def evaluator(self, stage, benchmark, folder, seed, batch_size):
+            return evaluator(inter, folder.parent)
 
     bench = Shapes(split="validation", prompts_per_task=1, samples_per_prompt=2)
-    stages = Stages(trainer(), inter.janus, bench, tmp_path, 0, 12, make)
+    stages = Stages(trainer(), Three(inter.janus), bench, tmp_path, 0, 12)
     stages.draw("trained_turns")
     summary = stages.summary()
     pairs = [(each["a"], each["b"]) for each in summary["comparisons"]]
     assert ("trained_turn1", "trained_turn2") in pairs and ("trained_turn2", "trained_turn3") in pairs
     assert ("trained_turn1", "trained_chosen") in pairs
     turn = summary["stages"]["trained_turn2"]["metrics"]
-    assert {"overall", "diversity", "text_tokens", "seconds", "unfinished"} <= set(turn) and turn["unfinished"][
-        "mean"
-    ] > 0.5
-    tables = turn_tables({**summary, "stages": summary["stages"]})
-    assert [table.title for table in tables] == ["What each turn did", "Turn against turn"]
-    assert all(len(each) == len(table.columns) for table in tables for each in table.rows)
-    assert turn_tables({"stages": {"base_plan": {}}, "comparisons": []}) == []
+    assert {"overall", "diversity", "text_tokens", "seconds", "unfinished"} <= set(turn)
+    assert turn["unfinished"]["mean"] > 0.5
+    did, against = (selected_table(summary, Selection.read(content)) for content in summary["tables"])
+    assert (did.title, against.title) == ("What each turn did", "Turn against turn")
+    assert did.columns == ["", "trained_turn1", "trained_turn2", "trained_turn3"]
+    assert [row[0] for row in did.rows][-2:] == ["tokens of text", "seconds a picture (a batch's, shared out)"]
+    assert "trained_turn2 - trained_turn1" in against.columns and against.rows[0][0] == "overall (strict)"
+    assert all(len(each) == len(table.columns) for table in (did, against) for each in table.rows)
+    assert turn_tables([Stage.parse("base_plan")], []) == []
 
 
 def drawn() -> Trajectory:

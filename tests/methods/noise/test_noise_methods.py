@@ -118,12 +118,12 @@ def test_gradients_are_balanced_and_clipped_case_by_case(model, tmp_path):
     leaves = list(noise.split(1))
     of_target = torch.randn(3, 4, 8, 8) * torch.tensor([1.0, 10.0, 100.0]).view(3, 1, 1, 1)
     penalty, _ = Regularizer({"kl": KL()})(1.3 * torch.cat(leaves), [])
-    total, norms = method._combined(of_target, noise, penalty, leaves)
+    total, norms = method.combined(of_target, penalty, leaves)
     share = (total - of_target).flatten(1).norm(dim=1) / of_target.flatten(1).norm(dim=1)
     assert share.tolist() == pytest.approx([0.5] * 3, rel=1e-4)
     method.max_grad_norm = 0.01
     penalty, _ = Regularizer({"kl": KL()})(1.3 * torch.cat(leaves), [])
-    clipped, _ = method._combined(of_target, noise, penalty, leaves)
+    clipped, _ = method.combined(of_target, penalty, leaves)
     assert clipped.flatten(1).norm(dim=1).tolist() == pytest.approx([0.01] * 3, rel=1e-4)
     assert torch.cosine_similarity(clipped.flatten(1), total.flatten(1), dim=1).min() > 0.9999
     assert set(norms) == {"grad/target", "grad/penalty"}
@@ -134,13 +134,19 @@ def test_without_balance_gradients_are_added_as_they_are(model, tmp_path):
     leaf = torch.randn(1, 4, 8, 8, requires_grad=True)
     penalty, _ = Regularizer({"kl": KL(weight=3.0)})(leaf, [])
     (expected,) = torch.autograd.grad(3 * KL()(leaf, []).sum(), leaf)
-    total, _ = method._combined(torch.ones(1, 4, 8, 8), leaf, penalty, [leaf])
+    total, _ = method.combined(torch.ones(1, 4, 8, 8), penalty, [leaf])
     torch.testing.assert_close(total, 1 + expected)
 
 
-@pytest.mark.parametrize("optimizer", [
-    partial(torch.optim.Adam, lr=0.02), partial(torch.optim.LBFGS, lr=1.0, max_iter=1), partial(Langevin, lr=20.0, noise=0.01), SGD,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        partial(torch.optim.Adam, lr=0.02),
+        partial(torch.optim.LBFGS, lr=1.0, max_iter=1),
+        partial(Langevin, lr=20.0, noise=0.01),
+        SGD,
+    ],
+)
 def test_every_optimizer_moves_each_case_by_itself(model, tmp_path, optimizer):
     found = {}
     for size in (1, 3):
@@ -201,7 +207,8 @@ def test_a_held_out_decline_stops_a_case(model, tmp_path):
 
 
 def test_a_killed_run_goes_on_where_it_stopped(model, tmp_path):
-    """Finished cases are not done again; the others come out as if nothing had happened; another model's cases are not overwritten."""
+    """Finished cases are not done again; the others come out as if nothing had happened; another model's cases are not
+    overwritten."""
     whole = run(optimization(model, tmp_path / "whole", batch_size=1))
     method = optimization(model, tmp_path / "cut", batch_size=1)
     run(method)
@@ -239,19 +246,17 @@ def test_best_of_n_is_the_best_of_n(model, tmp_path):
 
 
 def test_neighbours_have_the_stated_cosine_and_length(model, tmp_path):
-    method = given(
-        NoiseSearch(
-            model, Redness(), {}, folder=tmp_path, algorithm="zero_order", evaluations=9, neighbours=4, cosine=0.9
-        )
-    )
+    """The first four are neighbours of the first noise, whatever was better."""
+    settings = {"algorithm": "zero_order", "evaluations": 9, "neighbours": 4, "cosine": 0.9, "image_every": 1}
+    method = given(NoiseSearch(model, Redness(), {}, folder=tmp_path, **settings))
     cases = method.cases()
     method.texts = {case.prompt.text: method.model.encode_prompts([case.prompt.text]) for case in cases}
-    tracks = method.search(cases)
-    proposed, pivots = method._proposed(tracks, 99), method._pivots
-    cosines = torch.cosine_similarity(proposed.flatten(1), pivots.flatten(1), dim=1)
-    assert cosines.tolist() == pytest.approx([0.9] * 3, abs=0.05)
-    torch.testing.assert_close(proposed.flatten(1).norm(dim=1), pivots.flatten(1).norm(dim=1))
-    assert all(track.best >= track.rows[0]["target"] for track in tracks)
+    for track in method.search(cases):
+        first = track.noises["initial"].flatten()
+        near = torch.stack([track.noises[f"step_{step:04d}"].flatten() for step in (1, 2, 3, 4)])
+        assert torch.cosine_similarity(near, first[None], dim=1).tolist() == pytest.approx([0.9] * 4, abs=0.05)
+        torch.testing.assert_close(near.norm(dim=1), first.norm().expand(4))
+        assert track.best >= track.rows[0]["target"]
 
 
 def test_rewards_without_gradients_can_be_searched(model, tmp_path):

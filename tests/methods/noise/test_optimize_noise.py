@@ -1,4 +1,5 @@
-"""Noise optimisation by its commands: the embedded world, two ranks, a kill, the published presets on small pipelines of the real classes."""
+"""Noise optimisation by its commands: the embedded world, two ranks, a kill, the published presets on small pipelines
+of the real classes."""
 
 import json
 import os
@@ -11,8 +12,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
-from t2i_rl.command.checks import _check_method
 from t2i_rl.command.settings import check_settings
+from t2i_rl.tasks.examine import check_method
 from tests.rewards.test_pixel_rewards import head
 from tests.support.commands import call, composed
 from tests.support.small_diffusers import pipeline
@@ -86,7 +87,9 @@ def test_a_killed_run_does_the_rest_and_no_more(finished, tmp_path):
 def test_sigterm_ends_a_search_at_once_and_says_how_to_go_on(tmp_path):
     settings = [*QUICK, "method.iterations=300", "method.batch_size=1", f"hydra.run.dir={tmp_path}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    going = subprocess.Popen([sys.executable, "run.py", *settings], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)  # fmt: skip
+    going = subprocess.Popen(
+        [sys.executable, "run.py", *settings], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
     for line in going.stdout:
         if line.startswith("1 of 6 cases"):
             break
@@ -100,7 +103,10 @@ def test_sigterm_ends_a_search_at_once_and_says_how_to_go_on(tmp_path):
 
 def test_other_settings_do_not_overwrite_finished_cases(finished, monkeypatch, capsys):
     before = {file: file.read_bytes() for file in (finished / "noise").rglob("*.json")}
-    assert call(monkeypatch, finished.parent, f"hydra.run.dir={finished}", *QUICK, "method.samples=2", "method.balance=2") == 2  # fmt: skip
+    assert (
+        call(monkeypatch, finished.parent, f"hydra.run.dir={finished}", *QUICK, "method.samples=2", "method.balance=2")
+        == 2
+    )
     assert "12 cases finished under other settings (method.balance=1.0 there and 2 here)" in capsys.readouterr().err
     assert before == {file: file.read_bytes() for file in (finished / "noise").rglob("*.json")}
 
@@ -122,7 +128,18 @@ def test_two_ranks_find_what_one_finds(finished, tmp_path):
 
 
 def test_search_without_gradients_takes_the_exact_judge(tmp_path, monkeypatch):
-    assert call(monkeypatch, tmp_path, "hydra.run.dir=.", "method=noise_search", "reward=oracle", "debug=fdr", "~watch.oracle") == 0  # fmt: skip
+    assert (
+        call(
+            monkeypatch,
+            tmp_path,
+            "hydra.run.dir=.",
+            "method=noise_search",
+            "reward=oracle",
+            "debug=fdr",
+            "~watch.oracle",
+        )
+        == 0
+    )
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["stages"]) == {"initial", "best"} and results["benchmark"]["n_prompts"] == 6
     means = [results["stages"][end]["metrics"]["target"]["mean"] for end in ("initial", "best")]
@@ -162,8 +179,14 @@ def test_what_is_no_latent_is_refused_before_anything_is_printed(tensors, said, 
 
 @pytest.mark.parametrize(
     "options",
-    ["method.optimizer.lr=nan", "method.max_grad_norm=nan", "method.min_rise=-5", "method.optimizer.momentum=2", "data.prompts_per_task=-1"],
-)  # fmt: skip
+    [
+        "method.optimizer.lr=nan",
+        "method.max_grad_norm=nan",
+        "method.min_rise=-5",
+        "method.optimizer.momentum=2",
+        "data.prompts_per_task=-1",
+    ],
+)
 def test_options_out_of_range_are_named(options, tmp_path, monkeypatch, capsys):
     assert call(monkeypatch, tmp_path, *QUICK, options) == 2
     assert options.partition("=")[0].rpartition(".")[2] in capsys.readouterr().err
@@ -177,14 +200,43 @@ def test_a_search_that_draws_from_a_gaussian_takes_no_regularizer(tmp_path, monk
 
 
 PUBLISHED = {
-    "mpgr_flux_aesthetic": {"method.iterations": 500, "method.max_grad_norm": 0.01, "method.optimizer.momentum": 0.9, "method.optimizer.nesterov": True,
-                            "regularizer.terms.spectrum.weight": 25.0, "regularizer.terms.spectrum.group": 16, "regularizer.terms.spectrum.mu": 0.875, "model.size": 512, "model.steps": 1},
+    "mpgr_flux_aesthetic": {
+        "method.iterations": 500,
+        "method.max_grad_norm": 0.01,
+        "method.optimizer.momentum": 0.9,
+        "method.optimizer.nesterov": True,
+        "regularizer.terms.spectrum.weight": 25.0,
+        "regularizer.terms.spectrum.group": 16,
+        "regularizer.terms.spectrum.mu": 0.875,
+        "model.size": 512,
+        "model.steps": 1,
+    },
     "mpgr_flux_pickscore": {"method.iterations": 500, "method.balance": 1.0, "reward.scaled": True},
-    "gper_flux": {"method.iterations": 200, "method.max_grad_norm": 0.03, "method.optimizer.lr": 0.02, "method.optimizer._target_": "torch.optim.Adam"},
-    "reno_sdxl_turbo": {"method.iterations": 50, "method.max_grad_norm": 0.1, "method.optimizer.lr": 5.0, "method.balance": None, "regularizer.terms.norm.weight": 0.01,
-                        "reward.weights": {"hpsv2": 5.0, "image_reward": 1.0, "clip": 0.01, "pickscore": 0.05}},
-    "dno_sd15": {"method.iterations": 100, "method.eta": 1.0, "method.last_step_noise": False, "model.steps": 50, "model.guidance_scale": 5.0, "method.optimizer.lr": 0.01, "regularizer.terms.prno.k": 4, "regularizer.terms.prno.shuffles": 100},
-}  # fmt: skip
+    "gper_flux": {
+        "method.iterations": 200,
+        "method.max_grad_norm": 0.03,
+        "method.optimizer.lr": 0.02,
+        "method.optimizer._target_": "torch.optim.Adam",
+    },
+    "reno_sdxl_turbo": {
+        "method.iterations": 50,
+        "method.max_grad_norm": 0.1,
+        "method.optimizer.lr": 5.0,
+        "method.balance": None,
+        "regularizer.terms.norm.weight": 0.01,
+        "reward.weights": {"hpsv2": 5.0, "image_reward": 1.0, "clip": 0.01, "pickscore": 0.05},
+    },
+    "dno_sd15": {
+        "method.iterations": 100,
+        "method.eta": 1.0,
+        "method.last_step_noise": False,
+        "model.steps": 50,
+        "model.guidance_scale": 5.0,
+        "method.optimizer.lr": 0.01,
+        "regularizer.terms.prno.k": 4,
+        "regularizer.terms.prno.shuffles": 100,
+    },
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -193,7 +245,7 @@ def test_the_numbers_are_the_published_ones(name):
     for key, value in PUBLISHED[name].items():
         assert OmegaConf.select(cfg, key) == value, key
     check_settings(cfg, ("method", "model", "data"))
-    _check_method(cfg)
+    check_method(cfg, training=True)
 
 
 SMALL = {
@@ -216,10 +268,25 @@ def test_a_whole_run_on_a_small_pipeline_of_the_real_class(model, tmp_path, monk
     torch.save(head(), tmp_path / "head.pth")
     (tmp_path / "prompts.txt").write_text("a red circle\ntwo blue squares\n")
     code = call(
-        monkeypatch, tmp_path, "hydra.run.dir=run", "method=noise_opt", f"model={model}", f"model.path={folder}", "data=prompts", f"data.path={tmp_path / 'prompts.txt'}", "reward=aesthetic",
-        f"reward.path={clip}", f"reward.head={tmp_path / 'head.pth'}", "~watch.oracle", "method.iterations=3", "trainer.accelerator=cpu",
-        "method.gradient_checkpointing=true", "method.free_text_encoders=true", "model.device=cpu", *settings,
-    )  # fmt: skip
+        monkeypatch,
+        tmp_path,
+        "hydra.run.dir=run",
+        "method=noise_opt",
+        f"model={model}",
+        f"model.path={folder}",
+        "data=prompts",
+        f"data.path={tmp_path / 'prompts.txt'}",
+        "reward=aesthetic",
+        f"reward.path={clip}",
+        f"reward.head={tmp_path / 'head.pth'}",
+        "~watch.oracle",
+        "method.iterations=3",
+        "trainer.accelerator=cpu",
+        "method.gradient_checkpointing=true",
+        "method.free_text_encoders=true",
+        "model.device=cpu",
+        *settings,
+    )
     printed = capsys.readouterr()
     assert code == 0, printed.err[-3000:]
     assert "memory predicted: weights" in printed.out

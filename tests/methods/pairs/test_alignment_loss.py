@@ -1,4 +1,4 @@
-"""SoftREPA's and AGSM's equations against closed forms, brute force and finite differences in float64 (spec section 5.5)."""
+"""SoftREPA's and AGSM's equations against closed forms, brute force and finite differences in float64."""
 
 import math
 
@@ -40,12 +40,12 @@ def test_softrepa_is_the_double_exponential_by_hand():
         expected.append(-math.log(scores[own[row]] / sum(scores)))
     torch.testing.assert_close(softrepa_loss(errors, own), torch.tensor(expected, dtype=torch.float64))
     plain = torch.nn.functional.cross_entropy(-errors / 0.07, own, reduction="none")
-    assert (softrepa_loss(errors, own) - plain).abs().max() > 0.1  # trap T2
+    assert (softrepa_loss(errors, own) - plain).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("error, own_slope, other_slope", [(0.1, 2.568, -0.856), (0.6, 2.0e-3, -6.8e-4)])
 def test_softrepa_gradient_at_equality_and_how_it_vanishes(error, own_slope, other_slope):
-    """The mean loss of 4 images: own errors are pushed down, (B - 1) times as hard as each other one up (the spec's figures)."""
+    """The mean loss of 4 images: own errors are pushed down, (B - 1) times as hard as each other one up."""
     errors = torch.full((4, 4), error, dtype=torch.float64, requires_grad=True)
     softrepa_loss(errors, torch.arange(4)).mean().backward()
     assert float(errors.grad[0, 0]) == pytest.approx(own_slope, rel=2e-2)
@@ -106,8 +106,9 @@ def test_guidance_is_exact_under_autocast():
 
 
 def test_guidance_is_the_gradient_of_the_log_plackett_luce_probability():
-    """The derivation's step 4 with the Jacobian taken as one: grad log p(own) = grad r_own - sum_k w_k grad r_k,
-    where grad r_j = -(prediction_j - target) up to a constant; checked by finite differences on the shared target's offset."""
+    """With the Jacobian taken as one: grad log p(own) = grad r_own - sum_k w_k grad r_k,
+    where grad r_j = -(prediction_j - target) up to a constant; checked by finite differences on the shared target's
+    offset."""
     reference, target = normal(1, 4, 1, 2, 2), normal(1, 1, 2, 2, seed=1)
     own, temperature, h = 2, 0.7, 1e-5
     _, delta = alignment_guidance(reference, target, temperature, "sum")
@@ -149,7 +150,7 @@ def test_targets_move_towards_the_own_text_and_away_from_others_without_gradient
 
 
 def test_mean_weights_are_near_chance_and_summed_ones_near_one_hot():
-    """Spec section 2.3: with the released constants the weights hardly leave 1/B; the paper's sum is another algorithm."""
+    """With the released constants the weights hardly leave 1/B; the paper's sum is another algorithm."""
     noise = normal(1, 4, 64, 64)
     reference = noise.unsqueeze(1) + 0.3 * normal(1, 4, 4, 64, 64, seed=1)
     reference = reference * torch.tensor([1.0, 1.02, 1.02, 1.02]).view(1, 4, 1, 1, 1)

@@ -63,7 +63,7 @@ def test_a_step_is_the_gradient_of_the_written_loss(folder, preferences, passes)
     batch = next(iter(PreferenceStream(preferences, Preferences(str(preferences), 3).rows, 3, 0, 0)))
     grid = method.grid(batch)
     assert torch.equal(grid.t[:3], grid.t[3:])
-    with method._untouched(), torch.no_grad():
+    with method.untouched(), torch.no_grad():
         reference = [_error(method, grid, row) for row in range(6)]
     loss = 0.0
     for row in range(3):
@@ -79,13 +79,14 @@ def test_a_step_is_the_gradient_of_the_written_loss(folder, preferences, passes)
 
 
 def test_beta_counts_as_in_the_released_code(folder, preferences):
-    """The loss of planted errors in float64, at the released scripts' 5000: half of beta times the difference of the differences."""
+    """The loss of planted errors in float64, at the released scripts' 5000: half of beta times the difference of the
+    differences."""
     method = moved(folder, beta=5000.0)
     method.manual_backward = lambda loss: None
     grid = method.grid(next(iter(PreferenceStream(preferences, Preferences(str(preferences), 2).rows, 2, 0, 0))))
     with torch.no_grad():
         tuned = np.array([float(_error(method, grid, row)) for row in range(4)], dtype=np.float64)
-        with method._untouched():
+        with method.untouched():
             reference = np.array([float(_error(method, grid, row)) for row in range(4)], dtype=np.float64)
     grown = tuned - reference
     expected = np.mean(np.logaddexp(0, 0.5 * 5000 * (grown[:2] - grown[2:])))
@@ -148,30 +149,51 @@ def test_what_was_learnt_is_exported_as_a_stock_pipeline(folder, tmp_path, monke
 
 
 def test_preferences_are_made_of_right_and_wrong_pictures(folder, tmp_path):
-    cfg = OmegaConf.create({
-        "model": {"_target_": "t2i_rl.models.diffusion.stable_diffusion.StableDiffusion", "path": folder, "steps": 1},
-        "task": {"out": str(tmp_path / "made"), "prompts_per_task": 2, "samples": 2}, "evaluation": {"batch_size": 5}, "seed": 0, "trainer": {"accelerator": "cpu"},
-    })  # fmt: skip
+    cfg = OmegaConf.create(
+        {
+            "model": {
+                "_target_": "t2i_rl.models.diffusion.stable_diffusion.StableDiffusion",
+                "path": folder,
+                "steps": 1,
+            },
+            "task": {"out": str(tmp_path / "made"), "prompts_per_task": 2, "samples": 2},
+            "evaluation": {"batch_size": 5},
+            "seed": 0,
+            "trainer": {"accelerator": "cpu"},
+        }
+    )
     made = make_preferences.run(cfg)
     rows = [json.loads(line) for line in (tmp_path / "made/preferences.jsonl").read_text().splitlines()]
     assert made["preferences"] == len(rows)
     assert all(row["scores"][0] > row["scores"][1] and (tmp_path / "made" / row["other"]).is_file() for row in rows)
     with pytest.raises(UserError, match="already"):
-        make_preferences.run(cfg)
+        make_preferences.check(cfg)
 
 
 @pytest.mark.slow
 def test_from_preferences_to_a_tuned_pipeline_on_the_command_line(tmp_path):
     small = ["model=sd_tiny", "model.steps=4"]
     tuned = [
-        *small, "method=diffusion_dpo", f"data.path={tmp_path / 'made'}", "data.batch_size=2", "trainer.max_steps=2", "evaluation.stages=[]",
-        "callbacks.validation.every_n_steps=1", "callbacks.validation.benchmark.prompts_per_task=1", "~callbacks.progress",
-    ]  # fmt: skip
+        *small,
+        "method=diffusion_dpo",
+        f"data.path={tmp_path / 'made'}",
+        "data.batch_size=2",
+        "trainer.max_steps=2",
+        "evaluation.stages=[]",
+        "callbacks.validation.every_n_steps=1",
+        "callbacks.validation.benchmark.prompts_per_task=1",
+        "~callbacks.progress",
+    ]
     jobs = {
         "preferences": [*small, "task=make_preferences", f"task.out={tmp_path / 'made'}", "task.prompts_per_task=3"],
         "run": tuned,
-        "export": [*tuned, "task=export", f"ckpt_path={tmp_path / 'run/checkpoints/best.ckpt'}", f"task.out={tmp_path / 'out'}"],
-    }  # fmt: skip
+        "export": [
+            *tuned,
+            "task=export",
+            f"ckpt_path={tmp_path / 'run/checkpoints/best.ckpt'}",
+            f"task.out={tmp_path / 'out'}",
+        ],
+    }
     for name, arguments in jobs.items():
         command = [sys.executable, "run.py", *arguments, f"hydra.run.dir={tmp_path / name}"]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -1,4 +1,5 @@
-"""SoftREPA, AGSM and the denoising control: gradients against brute force in float64, chunks, ranks, resuming, and a backbone that stays."""
+"""SoftREPA, AGSM and the denoising control: gradients against brute force in float64, chunks, ranks, resuming, and a
+backbone that stays."""
 
 import math
 import os
@@ -12,6 +13,7 @@ import torch
 
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.hashing import weights_sha256
+from t2i_rl.core.used_settings import plain
 from t2i_rl.data.pairs import PixelPairs, ShapesPairs, ShapesStream, as_found, share_of
 from t2i_rl.methods.pairs.agsm import AGSM, NEGATIVE, POSITIVE
 from t2i_rl.methods.pairs.base import Grid
@@ -21,6 +23,7 @@ from t2i_rl.models.diffusion.base import TextEncoding
 from t2i_rl.models.diffusion.sd3 import SD3
 from t2i_rl.models.diffusion.stable_diffusion import StableDiffusion
 from t2i_rl.shapes.judge import judge
+from tests.support.commands import composed
 from tests.support.pair_ranks import fit
 from tests.support.small_diffusers import pipeline
 
@@ -46,6 +49,12 @@ def method(folders, name: str, kind: str = "sd3", optimizer=SGD, **options):
     return METHODS[name](load(folders, kind), optimizer, **{"max_grad_norm": None, **options})
 
 
+def settings_of(name: str, variant: str, kind: str = "sd3") -> dict:
+    """What conf/variant says of a method for a kind of model."""
+    model = {"sd15": "sd_tiny", "sd3": "sd3_tiny"}[kind]
+    return plain(composed(f"method={name}", f"model={model}", f"variant={variant}").presets[name])
+
+
 def exact_grid(model, images: int = 3, texts: int = 4) -> Grid:
     """A grid in float64 whose own texts are not on the diagonal."""
     draws = torch.Generator().manual_seed(0)
@@ -53,9 +62,8 @@ def exact_grid(model, images: int = 3, texts: int = 4) -> Grid:
     text = model.encode_prompts(["a red circle", "two squares", "a cross", "a blue triangle"][:texts])
     t = torch.tensor([15.0, 420.0, 980.0])[:images]
     own = torch.tensor([2, 0, 3])[:images]
-    return Grid(
-        model.add_noise(x0, eps, t), t, model.target(x0, eps, t), text.map(lambda part: part.double()), own, images
-    )
+    texts = text.map(lambda part: part.double())
+    return Grid(model.add_noise(x0, eps, t), t, model.target(x0, eps, t), texts, own)
 
 
 class Exact:
@@ -65,9 +73,13 @@ class Exact:
         module.double()
         model = module.model
         model.predict = lambda x_t, t, text, soft: model.denoiser(
-            hidden_states=x_t, timestep=t.double(), encoder_hidden_states=text.embeds, pooled_projections=text.pooled,
-            return_dict=False, **model._carried(soft),
-        )[0]  # fmt: skip
+            hidden_states=x_t,
+            timestep=t.double(),
+            encoder_hidden_states=text.embeds,
+            pooled_projections=text.pooled,
+            return_dict=False,
+            **model._carried(soft),
+        )[0]
 
 
 def exact_method(folders, name: str, **options):
@@ -128,7 +140,7 @@ def test_softrepa_step_is_the_gradient_of_the_written_loss(folders, passes):
 @pytest.mark.parametrize("passes", [1, 3, 100])
 @pytest.mark.parametrize("gamma", [0.0, 0.3])
 def test_agsm_step_is_the_gradient_of_the_written_loss(folders, passes, gamma):
-    """Targets from the average of the same branch, without gradient; matching and other pairs averaged apart (traps T28, T29)."""
+    """Targets from the average of the same branch, without gradient; matching and other pairs averaged apart."""
     module, grid = exact_method(folders, "agsm", gamma_negative=gamma, pairs_per_pass=passes)
 
     def branch(i, j):
@@ -217,7 +229,7 @@ def test_two_ranks_under_all_texts_train_as_one(folders, tmp_path):
 @pytest.mark.parametrize("name", ["softrepa", "agsm", "denoising"])
 @pytest.mark.parametrize("kind", ["sd15", "sd3"])
 def test_gradient_checkpointing_changes_nothing(folders, kind, name):
-    """AGSM runs its average between the live passes and the backward: the recomputed blocks must not read it (trap T18)."""
+    """AGSM runs its average between the live passes and the backward: the recomputed blocks must not read it."""
     plain = fit(method(folders, name, kind), 2)
     saved = fit(method(folders, name, kind, gradient_checkpointing=True), 2)
     for key in plain:
@@ -242,8 +254,9 @@ def test_draws_are_shared_among_the_texts_of_an_image_and_split_over_images_as_a
 
 
 def test_identical_initial_tokens_stay_identical_and_random_ones_do_not(folders):
-    """Trap T1: attention cannot tell copies apart, so K copies are one token with a louder voice."""
-    copies = method(folders, "softrepa", "sd15", variant="released", optimizer=ADAM)
+    """Attention cannot tell copies apart, so K copies are one token with a louder voice."""
+    released = settings_of("softrepa", "released", "sd15")
+    copies = method(folders, "softrepa", "sd15", optimizer=ADAM, **released)
     first = copies.model.encode_prompts([""]).embeds[0, 0]
     assert torch.equal(copies.bank.tokens[0, 0], first.expand(4, -1))
     fit(copies, 5)
@@ -268,30 +281,38 @@ def test_the_average_follows_the_bank_in_float32_and_starts_as_asked(folders):
 
 
 def test_variants_set_what_the_sources_contradict_and_what_is_given_wins(folders):
-    """Spec sections 1.2, 1.4 and 2.2."""
-    released = method(folders, "softrepa", "sd15", variant="released")
+    released = method(folders, "softrepa", "sd15", **settings_of("softrepa", "released", "sd15"))
     assert (released.scale, released.temperature, released.denoising_weight) == (4.0, 0.07, 10.0)
     assert released.bank.spec.layout == {"down_blocks.0": 0} and released.bank.spec.position == "after_bos"
     assert sum(p.numel() for p in released.bank.parameters()) == (4 + 100) * 16
-    assert method(folders, "softrepa", variant="released").denoising_weight == 0.0
-    assert method(folders, "softrepa", variant="paper").scale == 1.0
-    agsm = method(folders, "agsm", variant="released")
+    assert settings_of("softrepa", "released")["denoising_weight"] == 0.0
+    assert settings_of("softrepa", "paper")["scale"] == 1.0
+    agsm = method(folders, "agsm", **settings_of("agsm", "released"))
     assert (agsm.gamma_negative, agsm.temperature, agsm.reduction, agsm.average_decay) == (0.1, 0.1, "mean", 0.9999)
     assert not torch.equal(agsm.average.tokens, agsm.bank.tokens)
-    assert method(folders, "agsm", "sd15", variant="released").gamma_negative == 1.0
-    assert method(folders, "agsm", variant="paper").reduction == "sum"
-    given = method(folders, "agsm", variant="released", gamma_negative=0.0, tokens=2, layers=1)
+    assert settings_of("agsm", "released", "sd15")["gamma_negative"] == 1.0
+    assert settings_of("agsm", "paper")["reduction"] == "sum"
+    changes = {"gamma_negative": 0.0, "tokens": 2, "layers": 1}
+    given = method(folders, "agsm", **{**settings_of("agsm", "released"), **changes})
     assert given.gamma_negative == 0.0 and not given.trains_negatives and given.bank.tokens.shape == (2, 1, 2, 32)
     assert method(folders, "agsm", gamma_negative=0.0).trains_negatives
 
 
 def test_options_that_cannot_train_are_refused_in_one_line(folders):
     for name, options in (
-        ("softrepa", {"variant": "best"}), ("softrepa", {"times": "none"}), ("softrepa", {"tokens": 0}), ("agsm", {"reduction": "max"}),
-        ("agsm", {"average_decay": 1.0}), ("agsm", {"average_init": "zero"}), ("denoising", {"tokens": 0}), ("denoising", {"lora": {"r": 2}}),
-        ("denoising", {"tokens": 0, "lora": {"rank": 2}}), ("softrepa", {"pairs_per_pass": 0}), ("softrepa", {"layers": 9}),
-        ("softrepa", {"position": "middle"}), ("agsm", {"tables": 3}),
-    ):  # fmt: skip
+        ("softrepa", {"times": "none"}),
+        ("softrepa", {"tokens": 0}),
+        ("agsm", {"reduction": "max"}),
+        ("agsm", {"average_decay": 1.0}),
+        ("agsm", {"average_init": "zero"}),
+        ("denoising", {"tokens": 0}),
+        ("denoising", {"lora": {"r": 2}}),
+        ("denoising", {"tokens": 0, "lora": {"rank": 2}}),
+        ("softrepa", {"pairs_per_pass": 0}),
+        ("softrepa", {"layers": 9}),
+        ("softrepa", {"position": "middle"}),
+        ("agsm", {"tables": 3}),
+    ):
         with pytest.raises(UserError):
             method(folders, name, **options)
     with pytest.raises(UserError, match="for UNets"):
@@ -347,7 +368,7 @@ def test_a_checkpoint_goes_on_in_another_dtype_of_its_backbone_and_on_no_other(f
     half.on_load_checkpoint(saved)
     assert half.batches_done == 1
     other = str(pipeline("sd3", tmp_path / "other", seed=7))
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="other weights than model.path holds"):
         fit(SoftREPA(SD3(other, max_sequence_length=2), SGD), 2, ckpt=tmp_path / "1.ckpt")
 
 

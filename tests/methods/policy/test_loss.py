@@ -1,4 +1,5 @@
-"""Advantages, clipped loss, KL and reductions against hand computations in float64; which log-prob gives the true gradient."""
+"""Advantages, clipped loss, KL and reductions against hand computations in float64; which log-prob gives the true
+gradient."""
 
 import math
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from t2i_rl.core.errors import UserError
+from t2i_rl.methods.policy.actions import Actions, PassRecord, Update
 from t2i_rl.methods.policy.loss import (
     LARGEST_LOG_RATIO,
     group_advantages,
@@ -87,7 +89,8 @@ def test_reductions():
 
 
 class ToyPolicy:
-    """Two steps, three tokens, conditional and unconditional logits from shared parameters; everything can be enumerated."""
+    """Two steps, three tokens, conditional and unconditional logits from shared parameters; everything can be
+    enumerated."""
 
     scale, vocabulary = 3.0, 3
 
@@ -130,8 +133,8 @@ class ToyPolicy:
     ("convention", "unbiased"), [("guided", True), ("conditional", False), ("guided_detach_uncond", False)]
 )
 def test_which_logprob_gives_the_gradient_of_the_expected_reward(convention, unbiased):
-    """Images are drawn from the guided distribution. The expected GRPO gradient, sum over sequences of p_guided R grad log p, is
-    compared with finite differences of the expected reward itself: only the sampler's own log-prob agrees."""
+    """Images are drawn from the guided distribution. The expected GRPO gradient, sum over sequences of p_guided R grad
+    log p, is compared with finite differences of the expected reward itself: only the sampler's own log-prob agrees."""
     policy = ToyPolicy()
     behaviour = policy.logprobs("guided").detach().exp()
     estimate = policy.gradient((behaviour * policy.reward * policy.logprobs(convention)).sum())
@@ -194,6 +197,9 @@ def test_ordinary_ratios_and_kl_are_what_they_were_to_the_last_bit():
 def test_padding_and_runaway_tokens_leave_metrics_finite():
     mask = torch.tensor([[True, False], [True, True]])
     assert masked_mean(torch.tensor([[1.0, float("inf")], [2.0, 3.0]]), mask) == 2.0
-    part = (torch.tensor(0.5), torch.tensor([[500.0, 0.0]]), torch.tensor([[1.0, 1.0]]), torch.tensor([[True, True]]))
-    update = {"parts": [part], "clip_range": 0.2, "norm": torch.tensor(1.0), "plan_length": 0}
-    assert all(map(math.isfinite, update_metrics([update]).values()))
+    mask = torch.tensor([[True, True]])
+    actions = Actions(torch.zeros(1, 2), mask, torch.tensor([0]), {"image": slice(None)})
+    one, ratio = torch.ones(1, 2), importance_ratio(torch.tensor([[500.0, 0.0]]))
+    update = Update([PassRecord(actions, torch.tensor(0.5), one, one, ratio)], torch.tensor(1.0), torch.tensor(2.0))
+    measured = update_metrics([update], clip_range=0.2)
+    assert all(map(math.isfinite, measured.values())) and measured["train/clip_fraction"] == 0.5

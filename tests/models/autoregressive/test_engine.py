@@ -1,4 +1,5 @@
-"""The engine against the plain model: the same numbers on every path, nothing read back by the host, no more memory than it says."""
+"""The engine against the plain model: the same numbers on every path, nothing read back by the
+host, no more memory than it says."""
 
 import json
 
@@ -31,7 +32,8 @@ def janus(folder) -> Janus:
 
 
 def grouped(folder: str, source: str) -> str:
-    """A Janus whose heads share keys and values in pairs and whose projections have biases, with random weights."""
+    """A Janus whose heads share keys and values in pairs and whose projections have biases, with
+    random weights."""
     from transformers import JanusConfig, JanusForConditionalGeneration
 
     config = JanusConfig.from_pretrained(source)
@@ -62,7 +64,10 @@ def write(janus: Janus, texts=TEXTS, seeds=SEEDS):
 
 @pytest.mark.parametrize(("dtype", "mean", "most"), [("float32", 1e-5, 1e-4), ("bfloat16", 0.03, 0.3)])
 def test_what_decoding_sees_is_what_the_plain_forward_gives(folder, dtype, mean, most):
-    """Log-probs and both self-certainties of every drawn token. Tolerances are nats; logits here spread over tens of nats."""
+    """Log-probs and both self-certainties of every drawn token.
+
+    Tolerances are nats; logits here spread over tens of nats.
+    """
     janus = load_tiny_janus(folder, dtype=dtype)
     (ids, mask), drawn = draw(janus, TEXTS * 4, list(range(12)))
     for distribution, certainty in (
@@ -86,7 +91,8 @@ def test_a_bfloat16_rollout_of_a_float32_model_stays_near_it(folder):
 
 
 def test_autocast_decides_the_dtype_once(folder, janus):
-    """What `prepare` read in float32 is drawn with in float32, also where training has autocast on; read under it, in bfloat16."""
+    """What `prepare` read in float32 is drawn with in float32, also where training has autocast on;
+    read under it, in bfloat16."""
     plain = draw(janus)[1]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = janus.draw_images(TEXTS, [""] * 3, SEEDS)[1]
@@ -127,13 +133,13 @@ def test_a_shared_prefix_gives_what_each_row_with_its_own_gives(folder, tmp_path
 
 
 def test_equal_neighbours_are_read_as_one_prompt(janus, monkeypatch):
-    seen = []
+    prompt_counts = []
     original = janus.encode
-    monkeypatch.setattr(janus, "encode", lambda texts, **kw: seen.append(len(texts)) or original(texts, **kw))
+    monkeypatch.setattr(janus, "encode", lambda texts, **kw: prompt_counts.append(len(texts)) or original(texts, **kw))
     (ids, mask), _, plans = write(janus, [TEXTS[0]] * 4 + [TEXTS[1]] * 4, list(range(8)))
-    assert seen == [2] and len(ids) == len(mask) == len(plans) == 8
+    assert prompt_counts == [2] and len(ids) == len(mask) == len(plans) == 8
     write(janus, [TEXTS[0]] * 3 + [TEXTS[1]], list(range(4)))
-    assert seen == [2, 4]
+    assert prompt_counts == [2, 4]
 
 
 @pytest.mark.parametrize("max_rows", [1, 2, 5])
@@ -151,7 +157,8 @@ def test_chunks_of_any_size_give_the_same(folder, max_rows):
 
 
 def test_recorded_lengths_give_what_exact_ones_give(janus):
-    """As on a GPU: prefixes padded to 32, the whole cache laid out at once, attention over whole buckets of 64."""
+    """As on a GPU: prefixes padded to 32, the whole cache laid out at once, attention over whole
+    buckets of 64."""
 
     class Bucketed:
         records = True
@@ -173,7 +180,8 @@ def test_recorded_lengths_give_what_exact_ones_give(janus):
     session.own.resize(96)
     session.prefill(*rows)
     session.emitter.start(torch.zeros(3, 64) + 0.5)
-    session.emitter.uniforms.copy_(janus.engine.session(ImageEmitter, 6, 1, ids.shape[1], 64, guidance=(3.0,), temperature=1.0).emitter.uniforms)  # fmt: skip
+    plain = janus.engine.session(ImageEmitter, 6, 1, ids.shape[1], 64, guidance=(3.0,), temperature=1.0)
+    session.emitter.uniforms.copy_(plain.emitter.uniforms)
     session.decode()
     assert torch.equal(session.emitter.tokens, exact) and set(lengths) == {96}
 
@@ -182,10 +190,10 @@ def test_recorded_lengths_give_what_exact_ones_give(janus):
 def test_a_step_never_waits_for_the_host(janus, kind):
     """Under fake tensors whatever would read a value back raises."""
     draw(janus) if kind == "image" else write(janus, [TEXTS[0]] * 4, list(range(4)))
-    (session,) = (session for _, session in janus.engine._sessions.values())
+    (session,) = (session for _, session in janus.engine.sessions.values())
     session.slot.zero_()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        session._step(session.start + 8)
+        session.step(session.start + 8)
         with pytest.raises(DataDependentOutputException):
             bool(torch.ones(2).sum() > 0)
 
@@ -193,23 +201,23 @@ def test_a_step_never_waits_for_the_host(janus, kind):
 def test_the_cache_is_exactly_as_long_as_needed(janus):
     """Also on a CPU, where it grows to that; in the middle it has room for 32 more at most."""
     (ids, _), _ = draw(janus)
-    (session,) = (session for _, session in janus.engine._sessions.values())
+    (session,) = (session for _, session in janus.engine.sessions.values())
     keys, values = session.own[0]
     assert keys.shape == (6, 2, 32, ids.shape[1] + 64) and values.shape == (6, 2, ids.shape[1] + 64, 32)
     held = sum(part.nbytes for pair in session.own.layers for part in pair)
-    assert held == session.own._memory.nbytes == session.cache_bytes() == janus.engine.held_bytes(ImageEmitter)
+    assert held == session.own.nbytes() == session.cache_bytes() == janus.engine.held_bytes(ImageEmitter)
     assert held == 6 * janus.engine.cache_bytes(ids.shape[1] + 64)
 
 
 def test_new_weights_are_read_where_the_old_ones_lay(janus):
     before = draw(janus)[1].tokens
-    places = [tensor.data_ptr() for tensor in janus.engine.weights.tensors()]
+    addresses = [tensor.data_ptr() for tensor in janus.engine.weights.tensors()]
     with torch.no_grad():
         janus.model.model.language_model.layers[0].mlp.down_proj.weight.mul_(-2)
     assert torch.equal(janus.draw_images(TEXTS, [""] * 3, SEEDS)[1].tokens, before)  # as read
     after = draw(janus)[1].tokens
     assert not torch.equal(after, before)
-    assert [tensor.data_ptr() for tensor in janus.engine.weights.tensors()] == places
+    assert [tensor.data_ptr() for tensor in janus.engine.weights.tensors()] == addresses
     fresh = Engine().load(janus.model)
     assert all(torch.equal(a, b) for a, b in zip(fresh.weights.tensors(), janus.engine.weights.tensors(), strict=True))
 
@@ -248,7 +256,7 @@ def test_every_linear_of_a_step_is_counted_once(janus):
 def test_rows_are_counted_from_free_memory_and_none_is_one_line(monkeypatch):
     monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
     assert memory.rows_that_fit(100, torch.device("cpu"), "drawing") == 8
-    assert memory.rows_that_fit(100, torch.device("cpu"), "drawing", held=1000) == 16
+    assert memory.rows_that_fit(100, torch.device("cpu"), "drawing", reusable=1000) == 16
     with pytest.raises(UserError, match="GiB") as error:
         memory.rows_that_fit(900, torch.device("cpu"), "drawing an image")
     assert "\n" not in str(error.value)

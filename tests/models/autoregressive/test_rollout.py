@@ -1,4 +1,5 @@
-"""Parity of every decoding and scoring path, on a random Janus of the real classes loaded through the real path."""
+"""Parity of every decoding and scoring path, on a random Janus of the real classes loaded through
+the real path."""
 
 from dataclasses import replace
 
@@ -124,9 +125,9 @@ def test_a_plan_ends_at_its_first_eos(janus):
     tokens, live = write(janus, ids, mask, list(range(24)), max_tokens=64)
     ended = 0
     for row, alive in zip(tokens, live, strict=True):
-        places = (row == eos).nonzero().flatten().tolist()
-        length = places[0] + 1 if places else len(row)
-        ended += bool(places)
+        ends = (row == eos).nonzero().flatten().tolist()
+        length = ends[0] + 1 if ends else len(row)
+        ended += bool(ends)
         assert alive.tolist() == [t < length for t in range(len(row))]
         assert (row[length:] == eos).all()
     assert ended > 0
@@ -144,7 +145,8 @@ def test_text_scores_ignore_what_follows_the_end(janus):
 
 
 def test_image_scores_come_from_the_image_head_at_the_right_positions(janus):
-    """First target predicted at begin-of-image; vocabulary of the statistics is the codebook, not the language head's."""
+    """First target predicted at begin-of-image; vocabulary of the statistics is the codebook, not
+    the language head's."""
     ids, mask = image_rows(janus, TEXTS[:1])
     tokens, _ = draw(janus, ids, mask, SEEDS[:1], guidance_scale=1.0)
     with torch.no_grad():
@@ -187,11 +189,11 @@ def test_scores_and_gradients_do_not_depend_on_the_chunk(janus, monkeypatch, kin
     if kind == "text":
         live[0, 5:] = False
     head = janus.model.lm_head if kind == "text" else janus.model.model.generation_head
-    seen: list[int] = []
-    hook = head.register_forward_hook(lambda module, args, out: seen.append(len(out)))
+    chunk_sizes: list[int] = []
+    hook = head.register_forward_hook(lambda module, args, out: chunk_sizes.append(len(out)))
 
     def scores_and_gradient():
-        seen.clear()
+        chunk_sizes.clear()
         janus.model.zero_grad()
         stats = (
             janus(image=(ids, mask, tokens), distribution="guided")
@@ -200,7 +202,7 @@ def test_scores_and_gradients_do_not_depend_on_the_chunk(janus, monkeypatch, kin
         )
         (stats.logprobs * torch.linspace(-1, 1, stats.logprobs.numel()).view_as(stats.logprobs)).sum().backward()
         gradient = {name: p.grad.clone() for name, p in janus.model.named_parameters() if p.grad is not None}
-        return stats, gradient, list(seen)
+        return stats, gradient, list(chunk_sizes)
 
     whole, gradient, calls = scores_and_gradient()
     vocabulary = 48 if kind == "image" else janus.model.config.text_config.vocab_size
@@ -259,10 +261,10 @@ def test_what_cannot_be_loaded_names_the_fix(path, message, fix):
 
 
 def test_a_prompts_full_stop_is_stripped_before_its_plan_or_kept_as_released():
-    kept = Chat("", "{prompt}", final_stop="keep")
-    assert kept.image(" a cat. ", "a grey cat") == "<|User|>: a cat.. a grey cat\n\n<|Assistant|>:"
+    keeps_stop = Chat("", "{prompt}", final_stop="keep")
+    assert keeps_stop.image(" a cat. ", "a grey cat") == "<|User|>: a cat.. a grey cat\n\n<|Assistant|>:"
     assert Chat("", "{prompt}").image(" a cat. ", "a grey cat") == "<|User|>: a cat. a grey cat\n\n<|Assistant|>:"
-    assert kept.image("a cat.") == Chat("", "{prompt}").image("a cat.") == "<|User|>: a cat.\n\n<|Assistant|>:"
+    assert keeps_stop.image("a cat.") == Chat("", "{prompt}").image("a cat.") == "<|User|>: a cat.\n\n<|Assistant|>:"
     with pytest.raises(UserError, match="strip or keep, not 'both'"):
         Chat("", "{prompt}", final_stop="both")
 

@@ -1,4 +1,5 @@
-"""Adapters over the stock diffusers pipelines: the same numbers as the pipeline, the scheduler and the autoencoder themselves give."""
+"""Adapters over the stock diffusers pipelines: the same numbers as the pipeline, the scheduler and
+the autoencoder themselves give."""
 
 import numpy as np
 import pytest
@@ -63,24 +64,31 @@ def test_drawing_is_the_stock_pipelines_own(kind, folders):
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     settings = {} if kind in STOCK else {"max_sequence_length": 8}
     drawn = pipe(
-        PROMPTS, generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)], num_inference_steps=3,
-        guidance_scale=model.guidance_scale, height=32, width=32, output_type="np", **settings,
-    ).images  # fmt: skip
+        PROMPTS,
+        generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)],
+        num_inference_steps=3,
+        guidance_scale=model.guidance_scale,
+        height=32,
+        width=32,
+        output_type="np",
+        **settings,
+    ).images
     assert np.array_equal(np.rint(drawn * 255).astype(np.uint8), model.sample(PROMPTS, [1, 2]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_predict_is_what_the_denoiser_says_inside_the_pipeline(kind, folders):
-    """Record one step of the stock pipeline without guidance; the adapter must say the same of the same latents."""
-    model, pipe, seen = load(kind, folders[kind]), stock(kind, folders[kind]), {}
+    """Record one step of the stock pipeline without guidance; the adapter must say the same of the
+    same latents."""
+    model, pipe, recorded = load(kind, folders[kind]), stock(kind, folders[kind]), {}
     part = getattr(pipe, model.denoiser_name)
     part.register_forward_hook(
-        lambda module, args, kwargs, output: seen.update(call=seen.get("call", (args, kwargs, output))),
+        lambda module, args, kwargs, output: recorded.update(call=recorded.get("call", (args, kwargs, output))),
         with_kwargs=True,
     )
     settings = {} if kind in STOCK else {"max_sequence_length": 8}
     pipe(PROMPTS, num_inference_steps=2, guidance_scale=1.0, height=32, width=32, output_type="latent", **settings)
-    args, kwargs, output = seen["call"]
+    args, kwargs, output = recorded["call"]
     latents = args[0] if args else kwargs["hidden_states"]
     t = args[1] if len(args) > 1 else kwargs["timestep"]
     if kind == "sdxl":
@@ -103,7 +111,9 @@ def test_noise_is_the_schedulers_for_diffusion_and_a_straight_line_for_flow(fold
     torch.testing.assert_close(x_t[0], x0[0])
     torch.testing.assert_close(x_t[1], (1 - 0.5009) * x0[1] + 0.5009 * eps[1])
     velocity = flow.target(x0, eps, t)
-    torch.testing.assert_close(x_t[1] - 0.5009 * velocity[1], x0[1])  # sigma is t / 1000, unshifted (trap T22)
+    torch.testing.assert_close(
+        x_t[1] - 0.5009 * velocity[1], x0[1]
+    )  # sigma is t / 1000, unshifted: the shift is for drawing alone
 
 
 @pytest.mark.parametrize("kind", ["sd15", "sd3"])
@@ -161,11 +171,12 @@ def test_saved_tokens_work_in_the_stock_pipeline_and_leave_it_as_it_was(kind, fo
     handle.remove()
     assert np.array_equal(draw(), before)
     again = load(kind, folders[kind], soft_tokens=str(file))
-    assert again.tokens.enabled and again.sampling()["soft_tokens"] and model.sampling()["soft_tokens"] is None
+    assert again.attached.enabled and again.sampling()["soft_tokens"] and model.sampling()["soft_tokens"] is None
 
 
 def test_tokens_are_read_by_both_halves_of_guidance_or_by_branch(folders):
-    """Trap T14: prompt and empty prompt both read them; with `null_branch` the first half of the rows reads another bank."""
+    """Prompt and empty prompt both read them, as both papers draw; with `null_branch` the first
+    half of the rows reads another bank."""
     model, calls = load("sd3", folders["sd3"]), []
     bank = made_bank(model, branches=2)
     handle = model.attach(bank, branch=0, null_branch=1)

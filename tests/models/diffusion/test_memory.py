@@ -46,11 +46,13 @@ def test_prediction_is_what_the_graph_keeps(kind, tmp_path):
     assert expected.text_encoders == bytes_of(model.text_encoders) > 0
     assert expected.weights == bytes_of(model) - bytes_of(model.text_encoders)
     noise, text = noise_for(model, 1).requires_grad_(), model.encode_prompts([""])
-    held = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-    with counted(held) as kept:
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    with counted(weights) as bytes_of_storage:
         pixels = noise_to_image(model, noise, text)
     assert pixels.requires_grad
-    assert sum(kept.values()) == pytest.approx(expected.graph, rel=0.15)  # attention kernels keep different things
+    assert sum(bytes_of_storage.values()) == pytest.approx(
+        expected.graph, rel=0.15
+    )  # attention kernels keep different things
 
 
 def test_no_weight_file_is_read(tmp_path):

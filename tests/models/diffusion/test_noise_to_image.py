@@ -1,4 +1,5 @@
-"""From noise to picture with gradients: equal to the stock pipelines' own body, and its gradients to finite differences (spec gaussianity section 5, 8 (j) to (l))."""
+"""From noise to image with gradients: equal to the stock pipelines' own body, and its gradients to
+finite differences."""
 
 import numpy as np
 import pytest
@@ -30,8 +31,8 @@ MODELS = {
 
 @pytest.fixture(scope="module", params=MODELS)
 def model(request, tmp_path_factory):
-    made = MODELS[request.param](pipeline(request.param, tmp_path_factory.mktemp(request.param)))
-    return made.requires_grad_(False).eval()
+    model = MODELS[request.param](pipeline(request.param, tmp_path_factory.mktemp(request.param)))
+    return model.requires_grad_(False).eval()
 
 
 def stock(model, noise: torch.Tensor, **settings) -> torch.Tensor:
@@ -41,7 +42,7 @@ def stock(model, noise: torch.Tensor, **settings) -> torch.Tensor:
         latents = model.pipe._pack_latents(noise, *noise.shape)
     body = type(model.pipe).__call__.__wrapped__
     chosen = (
-        {"guidance_scale": model.guidance_scale, "num_inference_steps": model.steps} | model._call_settings() | settings
+        {"guidance_scale": model.guidance_scale, "num_inference_steps": model.steps} | model.call_settings() | settings
     )
     return body(
         model.pipe,
@@ -100,12 +101,12 @@ def test_gradients_are_those_of_finite_differences(model):
 
 def test_checkpointing_changes_nothing(model):
     text, noise = model.encode_prompts(PROMPTS), noise_for(model).requires_grad_()
-    found = {}
-    for kept in (False, True):
-        image = noise_to_image(model, noise, text, checkpointing=kept)
-        found[kept] = (image.detach(), *torch.autograd.grad(image.square().sum(), noise))
-    for plain, kept in zip(found[False], found[True], strict=True):
-        torch.testing.assert_close(plain, kept)
+    results = {}
+    for checkpointing in (False, True):
+        image = noise_to_image(model, noise, text, checkpointing=checkpointing)
+        results[checkpointing] = (image.detach(), *torch.autograd.grad(image.square().sum(), noise))
+    for plain, checkpointing in zip(results[False], results[True], strict=True):
+        torch.testing.assert_close(plain, checkpointing)
 
 
 def test_rows_do_not_meet(model):
@@ -139,7 +140,8 @@ def test_many_steps_with_guidance_equal_the_stock_pipeline(kind, tmp_path):
 
 
 def test_noise_of_every_step_is_searched_where_ddim_adds_some(tmp_path):
-    """eta = 1: equal to the stock pipeline when its generator draws the same noise, and every step's noise has a gradient."""
+    """eta = 1: equal to the stock pipeline when its generator draws the same noise, and every
+    step's noise has a gradient."""
     model = StableDiffusion(str(pipeline("sd15", tmp_path)), guidance_scale=3.0, steps=3).requires_grad_(False)
     generator = torch.Generator().manual_seed(3)
     first, later = noise_for(model), [torch.randn(2, *model.latent_shape, generator=generator) for _ in range(3)]
@@ -154,7 +156,8 @@ def test_noise_of_every_step_is_searched_where_ddim_adds_some(tmp_path):
 
 @pytest.mark.parametrize("last_step_noise", [True, False])
 def test_ddims_last_step_adds_its_noise_or_none(tmp_path, last_step_noise):
-    """Against DDIM written out in float64 from its equations (arXiv 2010.02502 eq. 12, 16), eta 1, with a denoiser that is a formula."""
+    """Against DDIM written out in float64 from its equations (arXiv 2010.02502 eq. 12, 16), eta 1,
+    with a denoiser that is a formula."""
     model = StableDiffusion(str(pipeline("sd15", tmp_path)), guidance_scale=1.0, steps=4).requires_grad_(False)
     model.pipe.scheduler.register_to_config(
         set_alpha_to_one=False
@@ -189,7 +192,8 @@ def test_packing_of_flux_is_a_round_trip_and_reshaping_is_not_the_same(tmp_path)
 
 
 def test_drawing_by_the_pipeline_and_through_noise_agree(tmp_path):
-    """`sample` and `noise_to_image` are one model: the seed's own noise gives the seed's own picture."""
+    """`sample` and `noise_to_image` are one model: the seed's own noise gives the seed's own
+    picture."""
     model = MODELS["flux"](pipeline("flux", tmp_path)).requires_grad_(False)
     noise = torch.stack(
         [torch.randn(model.latent_shape, generator=torch.Generator().manual_seed(seed)) for seed in (4, 5)]

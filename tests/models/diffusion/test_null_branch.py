@@ -1,4 +1,5 @@
-"""Soft tokens with a branch of their own for guidance's empty prompt: who reads them, and who is refused because nobody can tell."""
+"""Soft tokens with a branch of their own for guidance's empty prompt: who reads them, and who is
+refused because nobody can tell."""
 
 import numpy as np
 import pytest
@@ -29,7 +30,8 @@ def folders(tmp_path_factory):
 
 
 def with_tokens(kind: str, folder: str, **settings):
-    """A small model with two branches at work, the second for the empty prompt: as AGSM released for SDXL has it."""
+    """A small model with two branches at work, the second for the empty prompt: as AGSM released
+    for SDXL has it."""
     model = LOADERS[kind](folder, **{"guidance_scale": 5.0, "steps": 3, **settings}).requires_grad_(False)
     model.attach(bank_of(model.denoiser), branch=0, null_branch=1)
     return model
@@ -45,7 +47,7 @@ def through_noise(model, noise: torch.Tensor, prompts: list[str]) -> torch.Tenso
 
 
 def stock(model, noise: torch.Tensor, prompts: list[str], **settings) -> torch.Tensor:
-    chosen = {"guidance_scale": model.guidance_scale, "num_inference_steps": model.steps} | model._call_settings()
+    chosen = {"guidance_scale": model.guidance_scale, "num_inference_steps": model.steps} | model.call_settings()
     return model.pipe(
         prompts, latents=noise, height=32, width=32, output_type="pt", return_dict=False, **(chosen | settings)
     )[0]
@@ -110,11 +112,11 @@ def branches_read(model, draw) -> list[list[int]]:
 def test_several_pictures_a_prompt_and_guidance_off_half_way_are_told_apart(folders):
     model = with_tokens("sdxl", folders["sdxl"])
 
-    def off_after_the_first(pipe, step, t, kept):
+    def off_after_the_first(pipe, step, t, tensors):
         if step > 0:
-            return kept
+            return tensors
         pipe._guidance_scale = 0.0
-        return {name: value.chunk(2)[1] for name, value in kept.items()}
+        return {name: value.chunk(2)[1] for name, value in tensors.items()}
 
     several = branches_read(model, lambda: stock(model, None, ["a cross", "a circle"], num_images_per_prompt=2))
     assert several == [[1, 1, 1, 1, 0, 0, 0, 0]] * 3

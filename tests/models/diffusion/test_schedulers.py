@@ -1,4 +1,5 @@
-"""What a checkpoint's scheduler says it was trained to: its own target for each kind, and a refusal of whatever is none of them."""
+"""What a checkpoint's scheduler says it was trained to: its own target for each kind, and a refusal
+of whatever is none of them."""
 
 import json
 from functools import partial
@@ -34,7 +35,8 @@ def with_scheduler(kind: str, folder: Path, index: str | None = None, **settings
 
 
 def closed_form(kind: str, betas: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """The target out of the betas, in float64, by the angle between picture and noise rather than by cumulated alphas."""
+    """The target out of the betas, in float64, by the angle between picture and noise rather than
+    by cumulated alphas."""
     cosine = torch.exp(0.5 * torch.log1p(-betas.double()).cumsum(0))[t]
     angle = torch.acos(cosine).view(-1, 1, 1, 1)
     turned = torch.cos(angle) * eps - torch.sin(angle) * x0
@@ -57,7 +59,8 @@ def test_a_unet_is_trained_to_what_its_scheduler_says_that_it_predicts(kind, dra
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
 def test_the_target_is_what_the_sampler_takes_the_prediction_for(kind, tmp_path):
-    """A denoiser that says the target exactly is drawn back to its picture in one step, whatever the parametrisation."""
+    """A denoiser that says the target exactly is drawn back to its picture in one step, whatever
+    the parametrisation."""
     model = StableDiffusion(with_scheduler("sd15", tmp_path, prediction_type=kind), steps=1)
     x0, eps, t = *torch.randn(2, 2, *model.latent_shape), torch.full((2,), 600.0)
     scheduler, x_t = model.scheduled(10), model.add_noise(x0, eps, t)
@@ -161,14 +164,18 @@ def test_an_ancestral_sampler_of_pictures_is_refused_and_ddim_draws_them(tmp_pat
 
 
 def test_ddim_in_the_place_of_another_clips_no_latents_and_keeps_what_was_said():
-    kept = EulerDiscreteScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
-        timestep_spacing="trailing", use_karras_sigmas=True,
-    )  # fmt: skip
-    sampler = ddim(kept)
+    checkpoints_own = EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        use_karras_sigmas=True,
+    )
+    sampler = ddim(checkpoints_own)
     assert not sampler.config.clip_sample and sampler.config.prediction_type == "v_prediction"
     assert sampler.config.timestep_spacing == "trailing"
-    torch.testing.assert_close(sampler.alphas_cumprod, kept.alphas_cumprod)
+    torch.testing.assert_close(sampler.alphas_cumprod, checkpoints_own.alphas_cumprod)
     assert ddim(DDIMScheduler(clip_sample=True)).config.clip_sample  # who says so is taken at his word
 
 
@@ -181,7 +188,13 @@ def test_times_between_whole_ones_reach_the_unet_as_the_stock_pipeline_gives_the
     with torch.no_grad():
         ours = noise_to_image(model, noise, model.encode_prompts(prompts))
         theirs = model.pipe(
-            prompts, latents=noise, guidance_scale=0.0, num_inference_steps=3, height=32, width=32, output_type="pt",
-        ).images  # fmt: skip
+            prompts,
+            latents=noise,
+            guidance_scale=0.0,
+            num_inference_steps=3,
+            height=32,
+            width=32,
+            output_type="pt",
+        ).images
     assert times[:3] == times[3:] and any(t % 1 for t in times)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)

@@ -22,22 +22,25 @@ def bank(**options) -> SoftTokens:
 
 
 def test_a_time_falls_into_its_bucket_and_the_offset_is_the_same_for_all_tokens_of_a_layer():
-    made = bank()
+    tokens_bank = bank()
     times = torch.tensor([0.0, 9.99, 10.0, 505.3, 999.0, 1000.0])
-    tokens = made(times)
+    tokens = tokens_bank(times)
     assert tokens.shape == (6, 2, 3, 32) and tokens.dtype == torch.float32
     for row, bucket in enumerate((0, 0, 1, 50, 99, 99)):
         for layer in range(2):
             for token in range(3):
                 assert torch.equal(
-                    tokens[row, layer, token], made.tokens[0, layer, token] + made.time[0, bucket, layer]
+                    tokens[row, layer, token], tokens_bank.tokens[0, layer, token] + tokens_bank.time[0, bucket, layer]
                 )
 
 
 def test_interpolation_meets_the_buckets_at_their_centres_and_is_straight_between():
-    made = bank(buckets=4, interpolate=True)
-    table = made.time[0, :, 1]
-    offset = made(torch.tensor([0.0, 125.0, 250.0, 375.0, 437.5, 875.0, 1000.0]))[:, 1, 0] - made.tokens[0, 1, 0]
+    tokens_bank = bank(buckets=4, interpolate=True)
+    table = tokens_bank.time[0, :, 1]
+    offset = (
+        tokens_bank(torch.tensor([0.0, 125.0, 250.0, 375.0, 437.5, 875.0, 1000.0]))[:, 1, 0]
+        - tokens_bank.tokens[0, 1, 0]
+    )
     expected = [
         table[0],
         table[0],
@@ -61,7 +64,7 @@ def test_branches_have_tokens_of_their_own_and_share_the_table_unless_told_other
 
 
 def test_parameter_counts_are_the_documented_ones():
-    """Spec section 1.2: 798,720 for SD3, 79,872 for SD1.5, 8,192 for SDXL; AGSM's two banks with one table 829,440 (section 2.2)."""
+    """Those of SoftREPA's released files; AGSM's two banks share one table, 829,440 in all."""
     counts = {name: sum(p.numel() for p in SoftTokens(spec).parameters()) for name, spec in SPECS.items()}
     assert counts == {"sd15": 79_872, "sdxl": 8_192, "sd3": 798_720}
     agsm = TokenSpec("SD3Transformer2DModel", SPECS["sd3"].layout, 4, 1536, branches=2)
@@ -69,11 +72,11 @@ def test_parameter_counts_are_the_documented_ones():
 
 
 def test_a_file_holds_everything_and_comes_back(tmp_path):
-    made = bank(branches=2, buckets=5, interpolate=True, position="after_bos")
-    file = made.save(tmp_path / "a.safetensors", method="agsm", steps=7)
+    tokens_bank = bank(branches=2, buckets=5, interpolate=True, position="after_bos")
+    file = tokens_bank.save(tmp_path / "a.safetensors", method="agsm", steps=7)
     again = SoftTokens.load(file)
-    assert again.spec == made.spec and again.facts == {"method": "agsm", "steps": "7"}
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), made.parameters(), strict=True))
+    assert again.spec == tokens_bank.spec and again.facts == {"method": "agsm", "steps": "7"}
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), tokens_bank.parameters(), strict=True))
     assert set(load_file(file)) == {"tokens", "time"} and not list(tmp_path.glob("*.tmp"))
 
 
@@ -86,10 +89,10 @@ def test_wrong_files_and_wrong_models_are_one_line(tmp_path):
     save_file({"tokens": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(UserError, match="import_soft_tokens"):
         SoftTokens.load(tmp_path / "other.safetensors")
-    made = bank()
+    tokens_bank = bank()
     for name, words in (("sd15", "not for UNet2DConditionModel"), ("flux", "not for Flux")):
         with pytest.raises(UserError, match=words):
-            Attached(denoiser(name), made)
+            Attached(denoiser(name), tokens_bank)
     wide = SoftTokens(TokenSpec("SD3Transformer2DModel", {"transformer_blocks.0": 0}, 3, 64))
     with pytest.raises(UserError, match="64 wide"):
         Attached(denoiser("sd3"), wide)
@@ -97,15 +100,16 @@ def test_wrong_files_and_wrong_models_are_one_line(tmp_path):
     with pytest.raises(UserError, match="transformer_blocks.9"):
         Attached(denoiser("sd3"), deep)
     with pytest.raises(UserError, match="no branch 1"):
-        Attached(denoiser("sd3"), made, branch=1)
+        Attached(denoiser("sd3"), tokens_bank, branch=1)
     for wrong in ({"position": "middle"}, {"tables": 2}):
         with pytest.raises(UserError):
             bank(**wrong)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="needs ../shared/data/softrepa_tokens, which a plain clone lacks")
+@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the authors' files are not beside this checkout")
 def test_the_authors_tokens_import_with_their_documented_shapes_and_values():
-    """Spec section 1.2: SD1.5's four tokens are the same to the bit, norm 40.24; SD3's layers 0.113 to 0.138 RMS; tables as saved."""
+    """In the files SD1.5's four tokens are the same to the bit, with norm 40.24; SD3's layers have
+    an RMS of 0.113 to 0.138."""
     sd15 = imported("sd15", str(PUBLISHED / "sd1.5-dc_tokens.pth"), str(PUBLISHED / "sd1.5-dc_t_tokens.pth"))
     assert sd15.tokens.shape == (1, 1, 4, 768) and sd15.time.shape == (1, 100, 1, 768)
     assert torch.equal(sd15.tokens[0, 0, 0].expand(4, -1), sd15.tokens[0, 0])

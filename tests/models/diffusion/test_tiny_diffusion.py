@@ -1,4 +1,5 @@
-"""The shipped diffusion models: stock pipelines load them, they fit the size that was promised, and they draw what is asked."""
+"""The shipped diffusion models: stock pipelines load them, they fit the size that was promised, and
+they draw what is asked."""
 
 from pathlib import Path
 
@@ -32,7 +33,8 @@ def test_it_is_small_enough_and_loads_as_a_stock_pipeline(name):
 
 @pytest.mark.parametrize("name", OURS)
 def test_it_draws_what_is_asked_and_leaves_room(name):
-    """One colour, one shape: nearly always right (96 % and 99 % on its card); and guidance matters."""
+    """One colour, one shape: nearly always right (96 % and 99 % on its card); and guidance
+    matters."""
     model = OURS[name](str(WEIGHTS / name), guidance_scale=3.0, steps=20)
     benchmark = Shapes(tasks=("colors",), prompts_per_task=16, samples_per_prompt=1)
     prompts = benchmark.prompts()
@@ -43,7 +45,8 @@ def test_it_draws_what_is_asked_and_leaves_room(name):
 
 
 def test_sd3_tiny_draws_with_the_stock_pipelines_zeros_too():
-    """The stock pipeline puts 256 zero states in the place of the absent T5; the model was trained with and without."""
+    """The stock pipeline puts 256 zero states in the place of the absent T5; the model was trained
+    with and without."""
     benchmark = Shapes(tasks=("colors",), prompts_per_task=8, samples_per_prompt=1)
     prompts = benchmark.prompts()
     model = SD3(str(WEIGHTS / "sd3_tiny"), guidance_scale=3.0, steps=12, max_sequence_length=256)

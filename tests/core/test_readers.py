@@ -1,4 +1,5 @@
-"""What an encoder does not read of a text is said once a run, with the share of prompts, on every path; never in silence."""
+"""What an encoder does not read of a text is said once a run, with the share of prompts, on every
+path; never in silence."""
 
 import json
 from dataclasses import replace
@@ -11,9 +12,9 @@ import torch
 from hydra.utils import instantiate
 
 from t2i_rl.command import cli
-from t2i_rl.core.encoder_texts import forget_announcements
 from t2i_rl.core.errors import UserError
 from t2i_rl.core.prompts import Prompt
+from t2i_rl.core.readers import forget_announcements
 from t2i_rl.models.diffusion.flux import Flux
 from t2i_rl.models.diffusion.sana import SanaSprint
 from t2i_rl.models.diffusion.sd3 import SD3
@@ -24,7 +25,7 @@ from t2i_rl.rewards.git_vqa import GitVQA
 from t2i_rl.rewards.image_reward import ImageReward
 from t2i_rl.rewards.orm import ORM
 from t2i_rl.rewards.weighted_sum import WeightedSum
-from t2i_rl.tasks import part_checks
+from t2i_rl.tasks import examine
 from tests.rewards.test_image_reward import HEADS, released_state
 from tests.support.commands import composed
 from tests.support.small_diffusers import pipeline
@@ -51,7 +52,8 @@ def test_a_prompt_that_is_cut_is_named_with_the_share_and_once_a_run(name, capsy
     model.generate([f"{LONG} three crosses", "a red circle"], [0, 0])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1
-    assert "1 of 2 prompts are longer than the 24 tokens that CLIP reads, and are cut there: first (36 tokens)" in lines[0]  # fmt: skip
+    share = "1 of 2 prompts are longer than the 24 tokens that CLIP reads"
+    assert f"{share}, and are cut there: first (36 tokens)" in lines[0]
     assert ("T5 reads" in lines[0]) == (name == "flux_tiny")
     model.encode_prompts([f"{LONG} one triangle", "a red circle"])
     model.generate([f"{LONG} two stars"], [0])
@@ -70,18 +72,18 @@ def test_the_longest_prompt_that_is_read_whole_is_not_named(capsys):
 def test_what_was_announced_of_all_prompts_is_not_said_again_of_a_batch(capsys):
     cfg = composed("model=sd_tiny", "model.steps=1")
     texts = [f"{LONG} {end}" for end in ("cross", "star")] + ["a red circle"] * 5 + ["a blue square"]
-    part_checks.announce_model(cfg, texts)
+    examine.announce_model(cfg, texts)
     assert "2 of 4 prompts are longer" in capsys.readouterr().out
     instantiate(cfg.model).encode_prompts(texts[:2])
     assert capsys.readouterr().out == ""
     forget_announcements()
-    part_checks.announce_model(cfg, texts)
+    examine.announce_model(cfg, texts)
     assert "2 of 4 prompts are longer" in capsys.readouterr().out
 
 
 def test_ranks_other_than_the_first_say_nothing(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    part_checks.announce_model(composed("model=sd_tiny"), [LONG])
+    examine.announce_model(composed("model=sd_tiny"), [LONG])
     assert capsys.readouterr().out == ""
 
 
@@ -110,8 +112,10 @@ def test_sana_s_window_is_what_the_pipeline_leaves_behind_its_instruction(tmp_pa
     folder = str(pipeline("sana", tmp_path))
     model = SanaSprint(folder, dtype="float32", max_sequence_length=12)
     words = ["a", "red", "circle", "left", "of", "a", "blue", "square"]
-    fits = next(count for count in range(8, 0, -1) if model.reader.readings[0].lengths([" ".join(words[:count])])[0] <= model.reader.readings[0].limit)  # fmt: skip
-    embeds = [model.pipe.encode_prompt(" ".join(words[:count]), device="cpu", max_sequence_length=12, complex_human_instruction=model._instruction())[0] for count in (fits, fits + 1, fits + 2)]  # fmt: skip
+    reading, texts = model.reader.readings[0], [" ".join(words[:count]) for count in range(9)]
+    fits = next(count for count in range(8, 0, -1) if reading.lengths([texts[count]])[0] <= reading.limit)
+    settings = {"device": "cpu", **model.text_settings()}
+    embeds = [model.pipe.encode_prompt(texts[count], **settings)[0] for count in (fits, fits + 1, fits + 2)]
     assert not torch.equal(embeds[0], embeds[1])
     model.reader.check([" ".join(words[:fits])])
     assert "longer" not in capsys.readouterr().out
@@ -136,7 +140,7 @@ def test_check_parts_announces_training_prompts_and_evaluated_ones(monkeypatch, 
     prompts = benchmark.prompts()
     prompts[0] = replace(prompts[0], text=f"{LONG} star")
     monkeypatch.setattr(benchmark, "prompts", lambda: prompts)
-    part_checks.check_parts(cfg, benchmark, [Prompt("0", f"{LONG} cross")], {})
+    examine.check_parts(cfg, benchmark, [Prompt("0", f"{LONG} cross")], {})
     assert f"2 of {len(prompts) + 1} prompts are longer" in capsys.readouterr().out
 
 
@@ -154,7 +158,7 @@ def test_image_reward_says_that_it_reads_35_tokens_and_a_sum_speaks_for_its_part
     words.save_pretrained(tmp_path)
     torch.save(released_state(len(words)), tmp_path / "ImageReward.pt")
     reward = ImageReward(str(tmp_path), tokenizer=str(tmp_path), device=None, **HEADS)
-    part_checks.announce_rewards([WeightedSum({"one": reward}, {"one": 1.0})], rows(f"{LONG} {LONG}", "a cat").prompts)
+    examine.announce_rewards([WeightedSum({"one": reward}, {"one": 1.0})], rows(f"{LONG} {LONG}", "a cat").prompts)
     assert "ImageReward: 1 of 2 prompts are longer than the 35 tokens that BERT reads" in capsys.readouterr().out
     reward(rows(f"{LONG} {LONG}"))
     assert capsys.readouterr().out == ""
@@ -165,7 +169,7 @@ def test_git_and_orm_refuse_what_they_have_no_positions_for(tmp_path):
     assert "model reads 32" in git.refuses(rows(LONG).prompts[0]) and git.refuses(rows("a cat").prompts[0]) is None
     orm = ORM(save_small_orm(tmp_path / "orm"), "{prompt}?", "{image}{question}", device=None, dtype="float32")
     with pytest.raises(UserError, match="512 tokens that LLaVA-OneVision has room for"):
-        part_checks.announce_rewards([orm], rows(" ".join([LONG] * 20)).prompts)
+        examine.announce_rewards([orm], rows(" ".join([LONG] * 20)).prompts)
     with pytest.raises(UserError, match="positions"):
         orm.ask(IMAGES[:1], [" ".join([LONG] * 16)])
 
@@ -190,7 +194,7 @@ def test_every_prompt_of_the_world_is_known_and_whole_to_every_tiny_model(capsys
     tasks = (islice(enumerate_prompts(tag, size=48), 0, 2000, 30) for tag in GENEVAL_TASKS + EXTRA_TASKS)
     texts = [prompt.text for prompts in tasks for prompt in prompts]
     for name in ("janus_tiny", "sd_tiny", "flux_tiny"):
-        part_checks.announce_model(composed(f"model={name}"), texts)
+        examine.announce_model(composed(f"model={name}"), texts)
     assert capsys.readouterr().out == ""
 
 
@@ -217,7 +221,16 @@ def test_captions_of_a_folder_are_counted_before_training_and_encoding(tmp_path,
             {"file_name": f"{number}.png", "text": LONG if number == 3 else f"a red circle {'left ' * number}"}
         )
     (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    cfg = composed("task=encode", "model=sd_tiny", "method=agsm", "data=image_text", f"data.path={folder}", "data.held_out=0", "data.batch_size=2", f"task.out={tmp_path}/out")  # fmt: skip
+    cfg = composed(
+        "task=encode",
+        "model=sd_tiny",
+        "method=agsm",
+        "data=image_text",
+        f"data.path={folder}",
+        "data.held_out=0",
+        "data.batch_size=2",
+        f"task.out={tmp_path}/out",
+    )
     monkeypatch.setattr("t2i_rl.models.diffusion.stable_diffusion.load_pipeline", None)
     with pytest.raises(Exception, match="NoneType"):
         encode.run(cfg)
@@ -227,6 +240,6 @@ def test_captions_of_a_folder_are_counted_before_training_and_encoding(tmp_path,
 def test_the_tiny_clip_says_which_letters_it_does_not_know(capsys):
     reading = build_tokenizer()
     assert reading.unk_token_id == reading.eos_token_id  # so what is unknown would look like the end of the text
-    part_checks.announce_model(composed("model=sd_tiny"), ["5 red circles", "a café"])
+    examine.announce_model(composed("model=sd_tiny"), ["5 red circles", "a café"])
     line = capsys.readouterr().out
     assert "2 of 2 prompts have words that CLIP does not know" in line and "'5', 'café'" in line
