@@ -163,8 +163,9 @@ class Learner(Method):
         """Add one pass's gradient to those of the passes before it. Ranks add theirs up in the `last` pass of a step
         alone: earlier, each would send its own for nothing."""
         waits = dist.is_initialized() and not last
-        strategy = cast(ParallelStrategy, self.trainer.strategy)  # where there are ranks, it is one
-        with strategy.block_backward_sync() if waits else nullcontext():
+        # where there are ranks, the strategy is a parallel one
+        strategy = cast(ParallelStrategy, self.trainer.strategy) if waits else None
+        with strategy.block_backward_sync() if strategy is not None else nullcontext():
             self.manual_backward(loss)
 
     def step(self) -> torch.Tensor:

@@ -11,12 +11,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
 
-from t2i_rl.command import cli, sweep
+from t2i_rl.command import job, sweep
 from t2i_rl.command.sweep import Launch, conclude, read_launch, unfinished_jobs
 from tests.command.test_sweeps_and_runs import FAKE_TASK
 from tests.support.commands import call
 from tests.support.made_up_run import make_run
+
+TABLES = "t2i_rl.command.sweep_tables.write"
 
 
 def a_sweep(folder: Path, jobs: list[list[str]]) -> Launch:
@@ -48,7 +51,7 @@ def test_failed_jobs_stand_in_the_page_and_in_the_table(tmp_path, capsys):
     a_sweep(tmp_path, [])
     a_job(make_run(tmp_path / "seed=0"), ["seed=0"], "finished")
     a_job(tmp_path / "seed=1", ["seed=1"], "failed", "a <reason>")
-    assert [job.name for job in conclude(tmp_path)] == ["seed=1"]
+    assert [job.name for job in conclude(tmp_path, TABLES)] == ["seed=1"]
     assert "failed: seed=1" in capsys.readouterr().out
     assert "a <reason>" in (tmp_path / "sweep.md").read_text()
     page = (tmp_path / "report.html").read_text()
@@ -60,7 +63,7 @@ def test_failed_jobs_stand_in_the_page_and_in_the_table(tmp_path, capsys):
 def test_a_sweep_of_failures_alone_has_a_page_too(tmp_path):
     a_sweep(tmp_path, [])
     a_job(tmp_path / "seed=1", ["seed=1"], "failed", "the reason")
-    conclude(tmp_path)
+    conclude(tmp_path, TABLES)
     assert "the reason" in (tmp_path / "report.html").read_text() and not (tmp_path / "sweep.csv").exists()
 
 
@@ -69,11 +72,11 @@ def test_a_worker_that_never_ran_main_records_the_command_of_the_sweep(tmp_path,
 
     Another process imports the task function, and nothing of this one's state is there.
     """
-    monkeypatch.setattr(cli, "command", [])
+    monkeypatch.setattr(job.session, "command", [])
     launch = Launch("x", ["run.py", "-m", "--config-dir", "mine", "seed=0,1"], True, [])
     (tmp_path / sweep.LAUNCH).write_text(json.dumps(launch._asdict()))
-    hydra_config = SimpleNamespace(mode=cli.RunMode.MULTIRUN, sweep=SimpleNamespace(dir=str(tmp_path)))
-    assert cli._launch(hydra_config) == launch
+    hydra_config = SimpleNamespace(mode=RunMode.MULTIRUN, sweep=SimpleNamespace(dir=str(tmp_path)))
+    assert job._launch(hydra_config) == launch
 
 
 def test_what_is_swept_is_known_before_it_runs(tmp_path, monkeypatch, capfd):
